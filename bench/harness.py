@@ -1,0 +1,205 @@
+"""Runs workloads on engines: correctness first, then interleaved timing.
+
+An answer is compared with the same model in float64. ``error`` is the largest difference over all
+outputs, each relative to its output's largest magnitude. An engine whose error passes `LIMIT` is
+recorded as WRONG and not timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from .environment import environment
+from .measure import PeakMemory, Timing, geometric_mean, interleave
+from .peers import Call, NotApplicable, Peer, tensors_of
+from .workloads import Size, Workload
+
+LIMIT = 1e-3
+FORMAT = 1
+
+
+@dataclass
+class Result:
+    """One engine on one workload. ``status``: OK, WRONG, SKIPPED or BASELINE_ERROR.
+
+    Times in seconds, memory in bytes. ``error_ratio`` is the error over that of float32 eager,
+    ``ratio`` how many times faster than this engine plait is.
+    """
+
+    workload: str
+    size: str
+    peer: str
+    status: str = "OK"
+    message: str = ""
+    compile_seconds: float | None = None
+    compile_peak_bytes: int | None = None
+    run_peak_bytes: int | None = None
+    error: float | None = None
+    error_ratio: float | None = None
+    repeatable: bool | None = None
+    p10: float | None = None
+    p50: float | None = None
+    p90: float | None = None
+    rounds: list[float] = field(default_factory=list)
+    ratio: float | None = None
+
+
+def reference(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The outputs of a float64 copy of ``model``."""
+    exact = copy.deepcopy(model).double()
+    select = getattr(exact, "set_experts_implementation", None)
+    if select is not None:  # transformers' grouped matrix product knows no float64
+        select("eager")
+    wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    return tensors_of(exact(*wide))
+
+
+def relative_error(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
+    """Largest error relative to each output's largest magnitude; infinite where shapes differ or
+    either side is not finite where the other is."""
+    if len(got) != len(want):
+        return float("inf")
+    worst = 0.0
+    for g, w in zip(got, want, strict=True):
+        if g.shape != w.shape:
+            return float("inf")
+        if not w.numel():
+            continue
+        g, w = g.double(), w.double()
+        if not torch.equal(torch.isfinite(g), torch.isfinite(w)):
+            return float("inf")
+        finite = torch.isfinite(w)
+        if not finite.any():
+            continue
+        scale = w[finite].abs().max().clamp_min(1e-30)
+        worst = max(worst, float((g[finite] - w[finite]).abs().max() / scale))
+    return worst
+
+
+def run_workload(
+    workload: Workload,
+    peers: Sequence[Peer],
+    size: Size = "cpu",
+    rounds: int = 5,
+    seconds: float = 0.25,
+    report: Callable[[str], None] = lambda _: None,
+) -> list[Result]:
+    """All engines on one workload; ``report`` is told what happens. Raises nothing of theirs."""
+    need = dict(workload.gib).get(size, 0.0)
+    free = psutil.virtual_memory().available / 2**30
+    if need > free:
+        why = f"needs about {need:.0f} GiB of memory, {free:.0f} GiB are free"
+        return [Result(workload.name, size, p.name, "SKIPPED", why) for p in peers]
+    try:
+        model, inputs = workload.build(size)
+    except ImportError as error:
+        why = f"{_line(error)}; pip install 'plait[bench]'"
+        return [Result(workload.name, size, p.name, "SKIPPED", why) for p in peers]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        report("float64 reference")
+        exact = reference(model, inputs)
+        own_error = relative_error(tensors_of(model(*inputs)), exact)
+        results, calls = [], {}
+        for peer in peers:
+            report(f"{peer.name}: prepare")
+            result = Result(workload.name, size, peer.name)
+            results.append(result)
+            call = _prepare(peer, model, inputs, exact, own_error, result)
+            if call is not None:
+                calls[peer.name] = call
+        report(f"timing {rounds} rounds of {len(calls)}")
+        timings = interleave(calls, rounds, seconds)
+    for result in results:
+        if result.peer in timings:
+            _record(result, timings[result.peer])
+    own = next((r.p50 for r in results if r.peer == "plait"), None)
+    for result in results:
+        if own and result.p50:
+            result.ratio = result.p50 / own
+    return results
+
+
+def _prepare(
+    peer: Peer,
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    exact: list[torch.Tensor],
+    own_error: float,
+    result: Result,
+) -> Call | None:
+    gc.collect()
+    try:
+        mine = copy.deepcopy(model)
+        with PeakMemory() as memory:
+            start = time.perf_counter()
+            call = peer.prepare(mine, inputs)
+            first = [x.clone() for x in tensors_of(call())]
+            result.compile_seconds = time.perf_counter() - start
+        result.compile_peak_bytes = memory.peak
+        with PeakMemory() as memory:
+            again = [x.clone() for x in tensors_of(call())]
+        result.run_peak_bytes = memory.peak
+    except NotApplicable as error:
+        result.status, result.message = "SKIPPED", str(error)
+        return None
+    except Exception as error:  # an engine may fail in any way; that is a result, too
+        result.status, result.message = "BASELINE_ERROR", f"{type(error).__name__}: {_line(error)}"
+        return None
+    result.error = relative_error(first, exact)
+    result.error_ratio = result.error / own_error if own_error else None
+    result.repeatable = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    if result.error > LIMIT:
+        result.status = "WRONG"
+        result.message = f"relative error {result.error:.2g} is above {LIMIT:g}"
+        return None
+    return call
+
+
+def _record(result: Result, timing: Timing) -> None:
+    result.p10, result.p50, result.p90 = (timing.percentile(q) for q in (0.1, 0.5, 0.9))
+    result.rounds = timing.rounds
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def summary(results: Sequence[Result], families: dict[str, str]) -> dict[str, float]:
+    """Geometric means, over workloads, of how many times faster plait is.
+
+    One entry for every engine, and for the best engine of each family per workload ("torch":
+    PyTorch in all its modes; "engine": the other runtimes); "all" is the best of everything.
+    """
+    means: dict[str, float] = {}
+    others = [r for r in results if r.peer != "plait" and r.ratio]
+    for peer in dict.fromkeys(r.peer for r in others):
+        means[peer] = geometric_mean([r.ratio for r in others if r.peer == peer and r.ratio])
+    for family in ("torch", "engine", "all"):
+        best: dict[str, float] = {}
+        for r in others:
+            if r.ratio and family in (families.get(r.peer), "all"):
+                best[r.workload] = min(best.get(r.workload, float("inf")), r.ratio)
+        if best:
+            means[f"best {family}"] = geometric_mean(list(best.values()))
+    return means
+
+
+def document(results: Sequence[Result], families: dict[str, str], header: dict[str, Any] | None = None):
+    """Everything as one JSON-plain dictionary."""
+    return {
+        "format": FORMAT,
+        "environment": header or environment(),
+        "results": [asdict(r) for r in results],
+        "speedups": summary(results, families),
+    }

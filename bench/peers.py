@@ -1,0 +1,183 @@
+"""The engines under comparison. Each takes a model and its inputs and returns a ready call.
+
+An engine may change the model it is given: the harness gives each one a copy. What an engine
+raises, the harness records as BASELINE_ERROR; it never stops the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+Call = Callable[[], Any]
+
+
+class NotApplicable(Exception):
+    """The engine has nothing to say about this model or is not installed."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An engine: ``prepare(model, inputs)`` compiles and returns a call without arguments."""
+
+    name: str
+    summary: str
+    prepare: Callable[[nn.Module, tuple[Any, ...]], Call]
+    family: str = "torch"
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """The tensors in a model's output, in order (containers, dataclasses and model outputs)."""
+    leaves: list[torch.Tensor] = []
+    if hasattr(output, "to_tuple"):  # transformers' ModelOutput
+        output = output.to_tuple()
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, torch.Tensor):
+            leaves.append(leaf)
+    return leaves
+
+
+def _eager(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
+    return lambda: model(*inputs)
+
+
+def _channels_last(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
+    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        raise NotApplicable("no 2-d convolution")
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
+    return lambda: model(*images)
+
+
+def _torch_compile(freeze: bool, mode: str | None) -> Callable[[nn.Module, tuple[Any, ...]], Call]:
+    def prepare(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
+        import torch._inductor.config as inductor
+
+        def call_model(*args: Any) -> Any:
+            return model(*args)
+
+        # Dynamo keeps what it compiled at the code object, without looking at Inductor's options:
+        # a code object of its own keeps this mode from running what another one compiled.
+        call_model.__code__ = call_model.__code__.replace(co_name=f"call_{mode}_{freeze}")
+        options = {"freezing": freeze, "force_disable_caches": True}  # caches would hide the cost
+        compiled = torch.compile(call_model, mode=mode)
+        with inductor.patch(options), _quiet():
+            compiled(*inputs)
+        return lambda: compiled(*inputs)
+
+    return prepare
+
+
+def _onnxruntime(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
+    _need("onnxruntime", "onnx", "onnxscript")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = str(Path(folder) / "model.onnx")
+        torch.onnx.export(model, inputs, path, dynamo=True)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    feed = dict(zip(names, [x.numpy() for x in inputs], strict=True))
+    return lambda: [torch.from_numpy(y) for y in session.run(None, feed)]
+
+
+def _openvino(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
+    _need("openvino")
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    with _quiet():
+        converted = openvino.convert_model(model, example_input=inputs)
+        for node, x in zip(converted.inputs, inputs, strict=True):
+            node.get_node().set_partial_shape(openvino.PartialShape(list(x.shape)))
+        converted.validate_nodes_and_infer_types()
+        compiled = openvino.Core().compile_model(converted, "CPU", settings)
+    request = compiled.create_infer_request()
+    arrays = [x.numpy() for x in inputs]
+
+    def call() -> list[torch.Tensor]:
+        # Both share memory with OpenVINO: the fastest way that it offers.
+        results = request.infer(arrays, share_inputs=True, share_outputs=True)
+        return [torch.from_numpy(results[port]) for port in compiled.outputs]
+
+    return call
+
+
+def _plait(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
+    from ..compiler.api import compile
+
+    compiled = compile(model, example_inputs=inputs)
+    return lambda: compiled(*inputs)
+
+
+PEERS: dict[str, Peer] = {
+    p.name: p
+    for p in (
+        Peer("plait", "plait.compile", _plait, "plait"),
+        Peer("eager", "PyTorch eager", _eager),
+        Peer("eager-cl", "PyTorch eager, channels last", _channels_last),
+        Peer("compile", "torch.compile, default", _torch_compile(False, None)),
+        Peer("compile-freeze", "torch.compile, freezing", _torch_compile(True, None)),
+        Peer("compile-max", "freezing and max-autotune", _torch_compile(True, "max-autotune")),
+        Peer("ort", "ONNX Runtime", _onnxruntime, "engine"),
+        Peer("openvino", "OpenVINO", _openvino, "engine"),
+    )
+}
+
+
+def select(names: Sequence[str]) -> list[Peer]:
+    """The engines with these names, in this order.
+
+    Raises ValueError naming the closest match when a name is unknown.
+    """
+    for name in names:
+        if name not in PEERS:
+            close = difflib.get_close_matches(name, PEERS, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"use some of {', '.join(PEERS)}"
+            raise ValueError(f"unknown peer {name!r}: {hint}")
+    return [PEERS[name] for name in dict.fromkeys(names)]
+
+
+def _need(*modules: str) -> None:
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if missing:
+        raise NotApplicable(f"{', '.join(missing)} is not installed")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters and autotuners print pages; their errors still arrive as exceptions."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

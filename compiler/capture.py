@@ -1,0 +1,415 @@
+"""Capture: a Python call of a module or function becomes one flat graph of ATen operators.
+
+`torch.export` (non-strict) traces a thin wrapper that takes only tensors: everything else in the
+arguments is baked in and reported in `Captured.in_leaves`, and results are flattened by
+`capture_tree`. So export never sees containers, model outputs or Python scalars, and their
+kinds need no registration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+from torch import nn
+from torch.export.graph_signature import InputKind, OutputKind
+
+from ..kernels.abi import Dim
+from . import capture_ops
+from .capture_tree import Tree, flatten, leaf_names, unflatten
+from .captured import Captured, InputSpec, Mutation
+from .errors import CaptureError
+
+Dynamic = Mapping[int, Any]
+"""Dimension number -> `torch.export.Dim` (or ``Dim.AUTO``) of one tensor."""
+
+
+def capture(
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic: Sequence[Dynamic] | None = None,
+) -> Captured:
+    """The graph of ``target(*args, **kwargs)``.
+
+    ``dynamic`` has one entry per tensor among the leaves of ``(args, kwargs)``; without it all
+    sizes are constants. A symbol's smallest size is never below 2, for sizes 0 and 1 change how
+    torch broadcasts: such calls need a capture of their own.
+
+    Raises CaptureError with torch's reason in one line.
+    """
+    leaves, tree = flatten((tuple(args), dict(kwargs)))
+    _check_inputs(leaves, tree)
+    traced = _Traced(target, leaves, tree)
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    examples = _enlarge(tensors, dynamic) if dynamic else tensors
+    shapes = (tuple(dict(d) or None for d in dynamic),) if dynamic else None
+    try:
+        with _quiet():
+            program = torch.export.export(
+                traced, tuple(examples), dynamic_shapes=shapes, strict=False
+            )
+            program = program.run_decompositions(capture_ops.decompositions())
+    except CaptureError:
+        raise
+    except Exception as error:  # torch.export raises many kinds, all of them mean the same here
+        raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
+    return _Flat(program, traced, tree, leaves).captured()
+
+
+class _Traced(nn.Module):
+    """Takes the tensor leaves of a call, returns the tensor leaves of its result."""
+
+    def __init__(self, target: Callable[..., Any], leaves: list[Any], tree: Tree) -> None:
+        super().__init__()
+        self.target = target  # a module is registered by this: its weights become lifted
+        self._call = (leaves, tree)
+        self.result = _Holder()
+        self.train(getattr(target, "training", False))
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        supply = iter(tensors)
+        leaves, tree = self._call
+        given = [next(supply) if isinstance(x, torch.Tensor) else x for x in leaves]
+        args, kwargs = unflatten(tree, given)
+        out = self.target(*args, **kwargs)
+        after, tree_after = flatten((args, kwargs))
+        same = len(after) == len(given) and all(
+            a is b or (not isinstance(a, torch.Tensor) and a == b)
+            for a, b in zip(after, given, strict=True)
+        )
+        if not same or tree_after.count != tree.count:
+            raise CaptureError(
+                "PLT-CAP-005", "the program changes a container it is given", "return it instead"
+            )
+        flat, out_tree = flatten(out, objects=True)
+        for leaf in flat:
+            if isinstance(leaf, torch.SymFloat | torch.SymBool):
+                raise CaptureError("PLT-CAP-006", "a result is a number computed from tensors")
+        found = [x for x in flat if isinstance(x, torch.Tensor)]
+        if not found:
+            raise CaptureError("PLT-CAP-007", "no result is a tensor")
+        # Not the tensors themselves: export objects to fake tensors that survive the trace.
+        slots = iter(range(len(found)))
+        self.result.value = out_tree, [_slot(x, slots) for x in flat]
+        return tuple(found)
+
+
+class _Holder:
+    """Keeps a value set while tracing: export puts plain attributes of a module back."""
+
+    value: tuple[Tree, list[Any]]
+
+
+def _slot(leaf: Any, slots: Iterator[int]) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return next(slots)
+    if isinstance(leaf, torch.SymInt):
+        expr = leaf.node.expr
+        return (int(expr),) if expr.is_Integer else expr
+    return (leaf,)
+
+
+def _check_inputs(leaves: list[Any], tree: Tree) -> None:
+    for name, leaf in zip(argument_names(tree), leaves, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            if leaf.layout != torch.strided or leaf.is_quantized or leaf.is_nested:
+                raise CaptureError("PLT-CAP-008", f"argument {name!r} is not a plain dense tensor")
+        elif not isinstance(leaf, SCALARS):
+            kind = type(leaf).__name__
+            raise CaptureError(
+                "PLT-CAP-009",
+                f"argument {name!r} is a {kind}, whose contents cannot be checked at later calls",
+                "pass tensors, numbers, texts and containers of them",
+            )
+
+
+SCALARS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, type)
+"""What besides tensors an argument may be: compared by value at every call."""
+
+
+def argument_names(tree: Tree, positional: Sequence[str] = ()) -> list[str]:
+    """A readable name of every leaf of ``(args, kwargs)``; ``positional`` names ``args``."""
+    args, kwargs = tree.children
+    names: list[str] = []
+    for i, child in enumerate(args.children):
+        names += leaf_names(child, positional[i] if i < len(positional) else f"args[{i}]")
+    for key, child in zip(kwargs.keys, kwargs.children, strict=True):
+        names += leaf_names(child, str(key))
+    return names
+
+
+def _enlarge(tensors: list[torch.Tensor], dynamic: Sequence[Dynamic]) -> list[torch.Tensor]:
+    """Examples whose dynamic dimensions are at least 2: export fixes dimensions of size 0 and 1."""
+    out = []
+    for tensor, dims in zip(tensors, dynamic, strict=True):
+        for d in dims:
+            if tensor.shape[d] < 2:
+                shape = [*tensor.shape[:d], 2, *tensor.shape[d + 1 :]]
+                tensor = tensor.expand(shape).clone() if tensor.shape[d] else tensor.new_zeros(shape)
+        out.append(tensor)
+    return out
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences warnings of export about its own internals."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[0]}"[:300]
+
+
+def _hint(error: BaseException) -> str:
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        return "make the choice a torch.cond or torch.where, or leave it outside"
+    return ""
+
+
+class _Flat:
+    """Turns an exported program into a `Captured`."""
+
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        traced: _Traced,
+        tree: Tree,
+        leaves: list[Any],
+    ) -> None:
+        self.program, self.traced, self.tree, self.leaves = program, traced, tree, leaves
+        self.source = program.graph_module
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Any] = {}
+        self.names: dict[str, str] = {}
+        self.env: dict[fx.Node, fx.Node] = {}
+
+    def captured(self) -> Captured:
+        signature = self.program.graph_signature
+        nodes = {n.name: n for n in self.source.graph.nodes if n.op == "placeholder"}
+        specs = [(s, nodes[s.arg.name]) for s in signature.input_specs]
+        user = [n for s, n in specs if s.kind == InputKind.USER_INPUT]
+        state = {
+            str(s.target): n for s, n in specs if s.target in signature.buffers_to_mutate.values()
+        }
+        names = [
+            name
+            for name, leaf in zip(
+                argument_names(self.tree, _parameters(self.traced.target)), self.leaves, strict=True
+            )
+            if isinstance(leaf, torch.Tensor)
+        ]
+        inputs = [self._placeholder(n, name) for n, name in zip(user, names, strict=True)]
+        inputs += [self._placeholder(n, _own(t)) for t, n in state.items()]
+        self._constants([(s, n) for s, n in specs if n not in self.env])
+        self._body()
+        mutations = self._outputs(user, state)
+        symbols, ranges = self._symbols(inputs)
+        root = nn.Module()
+        for name, value in self.attributes.items():
+            if isinstance(value, torch.Tensor):
+                root.register_buffer(name, value)
+            else:
+                root.add_module(name, value)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        module = fx.GraphModule(root, self.graph, "Captured")
+        out_tree, out_leaves = self.traced.result.value
+        guards = self._guards(symbols)
+        for leaf in out_leaves:
+            if isinstance(leaf, sympy.Basic) and not _covered(leaf, symbols):
+                raise CaptureError("PLT-CAP-006", "a result is a number computed from tensors")
+        return Captured(
+            graph_module=module,
+            inputs=inputs,
+            states=[self._tensor(t) for t in state],
+            mutations=mutations,
+            symbols=symbols,
+            ranges=ranges,
+            guards=guards,
+            in_tree=self.tree,
+            in_leaves=[None if isinstance(x, torch.Tensor) else (x,) for x in self.leaves],
+            out_tree=out_tree,
+            out_leaves=out_leaves,
+            names=self.names,
+        )
+
+    def _tensor(self, target: str) -> torch.Tensor:
+        program = self.program
+        value = program.state_dict.get(target)
+        return program.constants[target] if value is None else value
+
+    def _placeholder(self, node: fx.Node, name: str) -> InputSpec:
+        value = node.meta["val"]
+        new = self.graph.placeholder(_identifier(name))
+        new.meta = {"val": value}
+        self.env[node] = new
+        return InputSpec(name, value.dtype, tuple(_dim(d) for d in value.shape), value.device)
+
+    def _constants(self, specs: list[tuple[Any, fx.Node]]) -> None:
+        kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+        tied: dict[Any, str] = {}
+        for spec, node in specs:
+            if spec.kind not in kinds:
+                raise CaptureError("PLT-CAP-010", f"the program uses a {spec.kind.name.lower()}")
+            tensor = self._tensor(str(spec.target)).detach()
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            name = tied.get(key) if tensor.numel() else None
+            if name is None:
+                own = _own(str(spec.target))
+                name = _unique(_identifier(own), self.attributes)
+                tied[key] = name
+                self.attributes[name] = tensor
+                self.names[name] = own
+            new = self.graph.create_node("get_attr", name)
+            new.meta = {"val": node.meta["val"]}
+            self.env[node] = new
+
+    def _body(self) -> None:
+        same = {capture_ops.aten(n) for n in capture_ops.IDENTITIES}
+        checks = {capture_ops.aten(n) for n in capture_ops.CHECKS}
+        for node in self.source.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            if node.op == "get_attr":
+                name = str(node.target)
+                value = getattr(self.source, name)
+                own = _unique(_identifier(name), self.attributes)
+                self.attributes[own] = value
+                new = self.graph.create_node("get_attr", own)
+                new.meta = dict(node.meta)
+                if isinstance(value, torch.Tensor):
+                    new.meta.setdefault("val", value)
+                self.env[node] = new
+            elif node.op == "call_module":
+                continue  # export's own guards, which `Captured.guards` holds as data
+            elif node.target in same:
+                self.env[node] = self.env[node.args[0]]
+            elif node.target not in checks and not self._proven(node):
+                new = self.graph.node_copy(node, lambda n: self.env[n])
+                new.meta = {
+                    k: v for k, v in node.meta.items() if k in ("val", "stack_trace", "nn_module_stack")
+                }
+                self.env[node] = new
+
+    def _proven(self, node: fx.Node) -> bool:
+        """Whether an assertion on sizes follows from the guards: it only has sizes of inputs."""
+        name = str(node.target)
+        if not name.startswith(("aten._assert_scalar", "aten.sym_constrain_range")):
+            return False
+        arg = node.args[0]
+        value = arg.meta.get("val") if isinstance(arg, fx.Node) else arg
+        expr = getattr(getattr(value, "node", None), "expr", None)
+        return expr is None or not any(s.name.startswith(("u", "zuf")) for s in expr.free_symbols)
+
+    def _outputs(self, user: list[fx.Node], state: dict[str, fx.Node]) -> list[Mutation]:
+        output = next(n for n in self.source.graph.nodes if n.op == "output")
+        position = {n.name: i for i, n in enumerate(user)}
+        position_of = {t: len(user) + i for i, t in enumerate(state)}
+        results: list[Any] = []
+        changed: list[tuple[Any, int]] = []
+        for spec, node in zip(self.program.graph_signature.output_specs, output.args[0], strict=True):
+            if spec.kind == OutputKind.USER_OUTPUT:
+                results.append(self.env[node])
+            elif spec.kind == OutputKind.USER_INPUT_MUTATION:
+                changed.append((self.env[node], position[str(spec.target)]))
+            elif spec.kind == OutputKind.BUFFER_MUTATION:
+                changed.append((self.env[node], position_of[str(spec.target)]))
+            else:
+                raise CaptureError("PLT-CAP-010", f"the program has a {spec.kind.name.lower()}")
+        node = self.graph.output((*results, *[n for n, _ in changed]))
+        node.meta = {"val": tuple(n.meta["val"] for n in node.args[0])}
+        return [Mutation(len(results) + i, where) for i, (_, where) in enumerate(changed)]
+
+    def _symbols(
+        self, inputs: list[InputSpec]
+    ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int | None]]]:
+        symbols: dict[str, tuple[int, int]] = {}
+        for i, spec in enumerate(inputs):
+            for d, dim in enumerate(spec.shape):
+                if isinstance(dim, sympy.Symbol):
+                    symbols.setdefault(dim.name, (i, d))
+        for spec in inputs:
+            for dim in spec.shape:
+                if not isinstance(dim, int) and not _covered(dim, symbols):
+                    reason = f"size {dim} of {spec.name!r} is not the size of any dimension"
+                    raise CaptureError("PLT-CAP-011", reason, "declare the base dimension too")
+        limits = {str(s): r for s, r in self.program.range_constraints.items()}
+        ranges: dict[str, tuple[int, int | None]] = {}
+        for name in symbols:
+            low, high = 2, None
+            if name in limits:
+                low = max(2, int(limits[name].lower))
+                upper = limits[name].upper
+                high = int(upper) if upper.is_Integer else None
+            ranges[name] = (low, high)
+        return symbols, ranges
+
+    def _guards(self, symbols: Mapping[str, Any]) -> list[sympy.Basic]:
+        """Conditions that tracing relied on, besides ranges and equal sizes."""
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            mode = getattr(value, "fake_mode", None)
+            if mode is not None and mode.shape_env is not None:
+                found = [g.expr for g in mode.shape_env.guards]
+                break
+        else:
+            return []
+        guards: list[sympy.Basic] = []
+        for expr in found:
+            expr = mode.shape_env.simplify(expr)
+            if expr.free_symbols and expr not in guards:
+                if not _covered(expr, symbols):
+                    raise CaptureError("PLT-CAP-012", f"the condition {expr} cannot be checked")
+                guards.append(expr)
+        return guards
+
+
+def _covered(expr: Any, symbols: Mapping[str, Any]) -> bool:
+    return all(s.name in symbols for s in expr.free_symbols)
+
+
+def _dim(size: Any) -> Dim:
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    return int(expr) if expr.is_Integer else expr
+
+
+def _own(target: str) -> str:
+    """The model's name of a tensor: the wrapper calls the model "target"."""
+    return target.removeprefix("target.")
+
+
+def _identifier(name: str) -> str:
+    text = "".join(c if c.isalnum() and c.isascii() else "_" for c in name).strip("_")
+    return text if text and not text[0].isdigit() else f"v_{text}"
+
+
+def _unique(name: str, taken: Mapping[str, Any]) -> str:
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def _parameters(target: Any) -> list[str]:
+    """Names of the positional parameters of ``target``."""
+    import inspect
+
+    function = target.forward if isinstance(target, nn.Module) else target
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in kinds]

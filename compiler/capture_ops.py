@@ -1,0 +1,89 @@
+"""Which ATen operators a captured graph may hold: the decomposition table.
+
+The base is torch's own core set. On top of that composites stay whole where a kernel for the whole
+is better than kernels for the parts, and where the parts would not depend on the data alone (an LSTM
+would unroll over time). What is left whole needs no converter to be right: without one it runs as a
+library operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+KEEP = (
+    # products
+    "linear.default",
+    "conv1d.default",
+    "conv1d.padding",
+    "conv2d.default",
+    "conv2d.padding",
+    "conv3d.default",
+    "conv3d.padding",
+    "conv_transpose1d.default",
+    "conv_transpose2d.input",
+    "conv_transpose3d.input",
+    "scaled_dot_product_attention.default",
+    "baddbmm.default",
+    # norms
+    "layer_norm.default",
+    "rms_norm.default",
+    "group_norm.default",
+    "instance_norm.default",
+    # activations
+    "elu.default",
+    "hardsigmoid.default",
+    "hardswish.default",
+    "leaky_relu.default",
+    "mish.default",
+    "silu.default",
+    "softplus.default",
+    # pooling and resampling
+    "adaptive_max_pool1d.default",
+    "avg_pool1d.default",
+    "max_pool1d.default",
+    "max_pool2d.default",
+    "max_pool3d.default",
+    "upsample_bicubic2d.vec",
+    "upsample_bilinear2d.vec",
+    "upsample_linear1d.vec",
+    "upsample_nearest1d.vec",
+    "upsample_nearest2d.vec",
+    "upsample_nearest3d.vec",
+    "upsample_trilinear3d.vec",
+    # recurrences: decomposing unrolls them over time
+    "gru.input",
+    "lstm.input",
+    "rnn_relu.input",
+    "rnn_tanh.input",
+    # data movement
+    "im2col.default",
+    "col2im.default",
+    "reflection_pad1d.default",
+    "reflection_pad2d.default",
+    "replication_pad1d.default",
+    "replication_pad2d.default",
+    "roll.default",
+)
+
+IDENTITIES = ("alias.default", "detach.default", "lift_fresh.default", "lift_fresh_copy.default")
+"""Operators that return their first argument unchanged in a graph without mutation."""
+
+CHECKS = ("_assert_tensor_metadata.default",)
+"""Operators that only check what the guards of a captured graph already check."""
+
+
+def aten(name: str) -> Any:
+    """The overload ``name`` ("packet.overload") of the ATen namespace."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """A fresh table for `torch.export.ExportedProgram.run_decompositions`."""
+    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()  # type: ignore[assignment]
+    for name in KEEP:
+        table.pop(aten(name), None)
+    return table

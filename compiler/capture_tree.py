@@ -1,0 +1,200 @@
+"""Nested Python values as a flat list of leaves and a tree that can put them back.
+
+`torch.utils._pytree` knows only registered types and its specs hold classes. Captured programs
+must also take and return unregistered dataclasses, model outputs and plain objects (caches), and
+must be saved as JSON and loaded where the classes may be missing; hence this small module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_ATOMS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
+_ATOMS += (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, torch.nn.Module, type)
+_ATOMS += (torch.layout, torch.memory_format, torch.Generator)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The structure around leaves.
+
+    ``kind`` is "leaf", "tuple", "list", "dict", "namedtuple", "fields" (a dataclass or a model
+    output: rebuilt by its constructor) or "object" (rebuilt by setting attributes). ``keys`` are
+    dictionary keys or attribute names, ``children`` the parts in the same order, ``cls`` the class
+    (a string "module:qualname" once loaded from a file).
+    """
+
+    kind: str
+    keys: tuple[Any, ...] = ()
+    children: tuple[Tree, ...] = ()
+    cls: Any = None
+
+    @property
+    def count(self) -> int:
+        """How many leaves the tree has."""
+        return 1 if self.kind == "leaf" else sum(c.count for c in self.children)
+
+
+LEAF = Tree("leaf")
+
+
+def flatten(value: Any, objects: bool = False) -> tuple[list[Any], Tree]:
+    """Leaves of ``value`` from left to right, and the tree around them.
+
+    With ``objects``, instances of ordinary classes are opened through their attributes; without,
+    they are leaves. Raises ValueError for a structure that contains itself.
+    """
+    leaves: list[Any] = []
+    tree = _flatten(value, leaves, objects, ())
+    return leaves, tree
+
+
+def unflatten(tree: Tree, leaves: list[Any]) -> Any:
+    """The value whose leaves are ``leaves``: the inverse of `flatten`."""
+    return _build(tree, iter(leaves))
+
+
+def leaf_names(tree: Tree, prefix: str = "") -> list[str]:
+    """A readable path for every leaf, such as ``batch['mask']`` or ``states[0].keys``."""
+    if tree.kind == "leaf":
+        return [prefix]
+    names: list[str] = []
+    for i, child in enumerate(tree.children):
+        names += leaf_names(child, prefix + _step(tree, i))
+    return names
+
+
+def _step(tree: Tree, i: int) -> str:
+    if tree.kind == "dict":
+        return f"[{tree.keys[i]!r}]"
+    return f".{tree.keys[i]}" if tree.keys else f"[{i}]"
+
+
+def parts(value: Any, objects: bool = False) -> tuple[str, tuple[Any, ...], list[Any], Any] | None:
+    """One level of `flatten`: (kind, keys, children, class), or None for a leaf."""
+    if isinstance(value, _ATOMS):
+        return None
+    cls = type(value)
+    if isinstance(value, tuple):
+        if hasattr(cls, "_fields"):
+            return "namedtuple", tuple(cls._fields), list(value), cls
+        return ("tuple", (), list(value), None if cls is tuple else cls)
+    if cls is list:
+        return "list", (), value, None
+    if dataclasses.is_dataclass(value):
+        names = [f.name for f in dataclasses.fields(value) if f.init and hasattr(value, f.name)]
+        return "fields", tuple(names), [getattr(value, n) for n in names], cls
+    if isinstance(value, Mapping):
+        return "dict", tuple(value), list(value.values()), None if cls is dict else cls
+    if objects and type(getattr(value, "__dict__", None)) is dict and not callable(value):
+        return "object", tuple(vars(value)), list(vars(value).values()), cls
+    return None
+
+
+def _flatten(value: Any, leaves: list[Any], objects: bool, path: tuple[int, ...]) -> Tree:
+    opened = parts(value, objects)
+    if opened is None:
+        leaves.append(value)
+        return LEAF
+    if id(value) in path:
+        raise ValueError(f"a {type(value).__name__} contains itself")
+    kind, keys, children, cls = opened
+    path = (*path, id(value))
+    return Tree(kind, keys, tuple(_flatten(c, leaves, objects, path) for c in children), cls)
+
+
+def _build(tree: Tree, leaves: Iterator[Any]) -> Any:
+    if tree.kind == "leaf":
+        return next(leaves)
+    children = [_build(c, leaves) for c in tree.children]
+    cls = _resolve(tree)
+    if tree.kind == "list":
+        return children
+    if tree.kind == "tuple":
+        return tuple(children) if cls is None else cls(children)
+    pairs = dict(zip(tree.keys, children, strict=True))
+    if tree.kind == "dict":
+        return pairs if cls is None else _mapping(cls, pairs)
+    if tree.kind == "namedtuple":
+        return Record(pairs) if cls is None else cls(*children)
+    if cls is None:
+        return Record(pairs)
+    if tree.kind == "fields":
+        return cls(**pairs)
+    value = cls.__new__(cls)
+    vars(value).update(pairs)
+    return value
+
+
+def _mapping(cls: type, pairs: dict[Any, Any]) -> Any:
+    value: Any = cls.__new__(cls)
+    value.__init__()
+    for key, item in pairs.items():
+        value[key] = item
+    return value
+
+
+class Record(dict[str, Any]):
+    """Stands for a class that is missing where a saved program was loaded: fields by name.
+
+    Read fields as attributes or as items.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def _resolve(tree: Tree) -> Any:
+    """The class of ``tree``, or None when a loaded program's class is not there.
+
+    A file names classes only; nothing is imported for it, and a name counts only if it is a class
+    of the right kind in a module that the process has already imported.
+    """
+    if not isinstance(tree.cls, str):
+        return tree.cls
+    module, _, name = tree.cls.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, type):
+        return None
+    fits = {
+        "tuple": issubclass(found, tuple),
+        "namedtuple": issubclass(found, tuple) and hasattr(found, "_fields"),
+        "dict": issubclass(found, Mapping),
+        "fields": dataclasses.is_dataclass(found),
+        "object": True,
+    }
+    return found if fits.get(tree.kind) else None
+
+
+def to_json(tree: Tree) -> Any:
+    """``tree`` as plain JSON values; classes become "module:qualname"."""
+    if tree.kind == "leaf":
+        return None
+    cls = tree.cls
+    if isinstance(cls, type):
+        cls = f"{cls.__module__}:{cls.__qualname__}"
+    keys = [[type(k).__name__, k] for k in tree.keys]
+    if any(t not in ("str", "int", "bool") for t, _ in keys):
+        raise ValueError("only text and whole numbers can be dictionary keys in a saved program")
+    children = [to_json(c) for c in tree.children]
+    return {"kind": tree.kind, "keys": keys, "cls": cls, "parts": children}
+
+
+def from_json(data: Any) -> Tree:
+    """The inverse of `to_json`. Classes are looked up when a value is built."""
+    if data is None:
+        return LEAF
+    casts: dict[str, Callable[[Any], Any]] = {"str": str, "int": int, "bool": bool}
+    keys = tuple(casts[t](k) for t, k in data["keys"])
+    return Tree(data["kind"], keys, tuple(from_json(p) for p in data["parts"]), data["cls"])

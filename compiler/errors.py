@@ -1,0 +1,27 @@
+"""Errors of the public interface: one cause and one mend each."""
+
+from __future__ import annotations
+
+
+class PlaitError(Exception):
+    """Base of plait's own errors. ``remark`` is a stable ID; ``hint`` says what to do."""
+
+    def __init__(self, remark: str, reason: str, hint: str = "") -> None:
+        super().__init__(f"{remark}: {reason}" + (f" ({hint})" if hint else ""))
+        self.remark, self.reason, self.hint = remark, reason, hint
+
+
+class CaptureError(PlaitError):
+    """A program could not be captured as one graph."""
+
+
+class InputError(PlaitError, ValueError):
+    """A call's arguments do not fit the compiled program."""
+
+
+class OptionError(PlaitError, ValueError):
+    """An option of `plait.compile` has no meaning."""
+
+
+class FileError(PlaitError, OSError):
+    """A saved program cannot be written or read."""

@@ -1,0 +1,61 @@
+"""What a user may ask of the compiler, and what the compiler hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.fx as fx
+
+from .errors import OptionError
+
+TUNE_LEVELS = ("off", "quick", "full")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one compilation.
+
+    ``pipeline`` is a pass pipeline as text (None: the default one). ``tune`` is "off" (first
+    candidate), "quick" (a short race of a few candidates) or "full" (search).
+    """
+
+    pipeline: str | None = None
+    tune: str = "quick"
+
+    def __post_init__(self) -> None:
+        if self.tune not in TUNE_LEVELS:
+            levels = ", ".join(repr(t) for t in TUNE_LEVELS)
+            raise OptionError("PLT-OPT-TUNE", f"tune={self.tune!r} is unknown", f"use one of {levels}")
+        if self.pipeline is not None and not isinstance(self.pipeline, str):
+            kind = type(self.pipeline).__name__
+            raise OptionError("PLT-OPT-PIPELINE", f"pipeline is a {kind}", "give the pipeline as text")
+
+
+class Executable(Protocol):
+    """A compiled graph. Safe to call from several threads at once."""
+
+    @property
+    def plan(self) -> Any:
+        """The plan: plain data that prints."""
+        ...
+
+    @property
+    def remarks(self) -> Sequence[Any]:
+        """What was done, or not done and why, in order."""
+        ...
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The graph after all passes."""
+        ...
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Results for ``tensors``, one per placeholder and of any strides, in order."""
+        ...
+
+    def artifacts(self) -> Mapping[str, bytes]:
+        """Files by name that let `pipeline.restore` skip compilation."""
+        ...

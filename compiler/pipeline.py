@@ -1,0 +1,72 @@
+"""The whole compilation on one page: a captured graph goes in, something that runs comes out.
+
+    capture -> normalize -> fuse-vertical -> storage (layout, halo, concat) -> select kernels
+            -> plan-memory -> Plan -> Executor
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ..kernels import target as targets
+from ..passes.manager import PassManager
+from ..passes.remarks import Remark
+from ..runtime.executor import Executor
+from ..runtime.plan import Plan
+from . import lower, select
+from .capture import Captured
+from .options import Options
+from .store import KernelStore
+
+DEFAULT_PIPELINE = "normalize,fuse-vertical"
+
+
+class CompiledGraph:
+    """A graph compiled for the CPU: implements `options.Executable`."""
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        lowered: lower.Lowered,
+        kernels: select.Kernels,
+        remarks: Sequence[Remark],
+        seconds: Mapping[str, float],
+    ) -> None:
+        self.graph, self.lowered = graph, lowered
+        self.plan: Plan = lowered.plan
+        self.remarks = tuple(remarks)
+        self.seconds = dict(seconds)
+        self.kernels = kernels
+        self.executor = Executor(
+            lowered.plan, lowered.constants, kernels.functions, lowered.calls, kernels.libraries
+        )
+        self.run = self.executor.run
+
+
+def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
+    """Compiles a captured graph. Raises NotImplementedError for sizes that plans cannot hold."""
+    from ..passes.fuse_vertical import groups_of
+
+    clock = [("start", time.perf_counter())]
+
+    def lap(name: str) -> None:
+        clock.append((name, time.perf_counter()))
+
+    with torch.no_grad():
+        result = PassManager(options.pipeline or DEFAULT_PIPELINE).run(captured.graph_module)
+        graph = result.graph_module
+        lap("passes")
+        groups = groups_of(graph)
+        kernels = select.Kernels(targets.host(), KernelStore.open(), options.tune)
+        lowered = lower.lower(graph, groups, kernels, captured.symbols)
+        lap("lower")
+    seconds = {
+        name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)
+    }
+    remarks = [*captured.remarks, *result.remarks, *lowered.remarks]
+    return CompiledGraph(graph, lowered, kernels, remarks, seconds)

@@ -1,0 +1,296 @@
+"""From PrimFuncs to machine code: a batch of kernels becomes one shared library.
+
+Compilation is TVM's lowering, LLVM, and one run of the C compiler as a linker. TVM releases the
+GIL, so parts of a batch compile in threads. Where there is no C compiler, LLVM's in-process linker
+serves: the same code, but it cannot be kept on disk (``Bundle.persistent`` is False).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import loader
+from .abi import Kernel
+from .target import Target
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+# Names of TVM's runtime in an object file: such code waits for TVM's loader to fill in pointers and
+# would crash when it is loaded as plain C.
+_RUNTIME_MARKS = (b"__TVM", b"__tvm_", b"TVMFFI", b"TVMBackend")
+
+
+class BuildError(RuntimeError):
+    """No kernel of a batch could be compiled, or the linker failed; says why."""
+
+
+@dataclass
+class Bundle:
+    """Compiled kernels.
+
+    ``data`` is the shared library (None when it exists in this process only), ``symbols`` the
+    kernels in it, ``failed`` the others with the compiler's message, ``seconds`` the wall time.
+    """
+
+    data: bytes | None
+    symbols: tuple[str, ...]
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    library: loader.Library | None = None
+
+    @property
+    def persistent(self) -> bool:
+        """Whether the code can be stored and loaded by another process."""
+        return self.data is not None
+
+    @property
+    def sha256(self) -> str:
+        """The content hash of the library ("" when there is none)."""
+        return loader.digest(self.data) if self.data is not None else ""
+
+    def load(self) -> loader.Library:
+        """The library, loaded at the first call."""
+        if self.library is None:
+            assert self.data is not None
+            self.library = loader.load_bytes(self.data)
+        return self.library
+
+    def address(self, symbol: str) -> int:
+        """The address of a kernel's C function. Raises `loader.LoadError` for unknown symbols."""
+        return self.load().address(symbol)
+
+
+def build(
+    kernels: Sequence[Kernel], target: Target, *, jobs: int | None = None, link: bool = True
+) -> Bundle:
+    """Compiles kernels into one `Bundle`.
+
+    Every kernel must have a name of its own that is a C identifier (ValueError otherwise); it
+    becomes the symbol. A kernel that does not compile is left out and named in ``Bundle.failed``.
+    ``jobs`` threads are used (default: the CPUs this process may run on); ``link=False`` compiles
+    into this process without the C compiler. Raises BuildError when nothing compiled, or the
+    linker failed.
+    """
+    started = time.perf_counter()
+    functions: dict[str, Any] = {}
+    for kernel in kernels:
+        if not _IDENTIFIER.match(kernel.name):
+            raise ValueError(f"kernel name {kernel.name!r} is not a C identifier")
+        if kernel.name in functions:
+            raise ValueError(f"two kernels are called {kernel.name!r}")
+        functions[kernel.name] = kernel.func
+    jobs = jobs or available_cpus()
+    compiler = c_compiler() if link else None
+    failed: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="plait-build-") as scratch:
+        parts = _split(list(functions), jobs)
+
+        def compile_part(number: int) -> list[Any]:
+            path = Path(scratch) / f"{number}.o" if compiler else None
+            return _compile(parts[number], functions, target, path, failed)
+
+        with ThreadPoolExecutor(max_workers=min(jobs, max(len(parts), 1))) as pool:
+            products = [p for part in pool.map(compile_part, range(len(parts))) for p in part]
+        symbols = tuple(name for name in functions if name not in failed)
+        if functions and not symbols:
+            name, why = next(iter(failed.items()))
+            raise BuildError(f"none of {len(failed)} kernels compiled; {name}: {why}")
+        if compiler:
+            data = _link(compiler, products, Path(scratch) / "bundle.so")
+            return Bundle(data, symbols, failed, time.perf_counter() - started)
+    addresses = {n: int(m[f"{n}__address"]()) for m, names in products for n in names}
+    library = loader.Library(None, addresses, keep=products)
+    return Bundle(None, symbols, failed, time.perf_counter() - started, library)
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def c_compiler() -> tuple[str, ...] | None:
+    """The C compiler as a command: ``$CC``, or the first of cc, gcc and clang; None without one."""
+    chosen = shlex.split(os.environ.get("CC", ""))
+    candidates = [chosen] if chosen else [["cc"], ["gcc"], ["clang"]]
+    for command in candidates:
+        if shutil.which(command[0]):
+            return tuple(command)
+    return None
+
+
+def _split(names: list[str], jobs: int) -> list[list[str]]:
+    """Round-robin parts, more of them than threads, so that a slow one does not hold up the rest."""
+    count = min(len(names), 1 if jobs == 1 else 4 * jobs)
+    return [names[i::count] for i in range(count)]
+
+
+def _compile(
+    names: list[str],
+    functions: dict[str, Any],
+    target: Target,
+    path: Path | None,
+    failed: dict[str, str],
+) -> list[Any]:
+    """Object files (or in-process modules with their symbols) for ``names``.
+
+    When the part does not compile as a whole, its kernels are compiled one by one to find the
+    guilty ones, which go to ``failed``.
+    """
+    try:
+        module = lower_to_llvm({n: functions[n] for n in names}, target, addresses=path is None)
+        if path is None:
+            return [(module, names)]
+        module.write_to_file(str(path), "o")
+        content = path.read_bytes()
+        marks = [m.decode() for m in _RUNTIME_MARKS if m in content]
+        if marks:
+            raise BuildError(
+                f"the code calls TVM's runtime ({', '.join(marks)}): a kernel may neither assert"
+                " nor allocate from the heap"
+            )
+        return [path]
+    except Exception as error:  # TVM raises RuntimeError, ValueError, TypeError and others
+        if len(names) == 1:
+            failed[names[0]] = f"{type(error).__name__}: {error}"
+            return []
+    products: list[Any] = []
+    for i, name in enumerate(names):
+        single = path.with_name(f"{path.stem}_{i}.o") if path else None
+        products += _compile([name], functions, target, single, failed)
+    return products
+
+
+def _link(compiler: Iterable[str], objects: list[Path], output: Path) -> bytes:
+    flags = ["-shared", "-nostartfiles"] if sys.platform != "darwin" else ["-dynamiclib"]
+    command = [*compiler, *flags, "-o", str(output), *map(str, objects), "-lm"]
+    if not objects:  # an empty batch still is a library
+        command[-1:] = ["-x", "c", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        tail = done.stderr.strip()[-2000:]
+        raise BuildError(f"the linker failed ({shlex.join(command[:3])} ...): {tail}")
+    return output.read_bytes()
+
+
+def lower_to_llvm(functions: dict[str, Any], target: Target, *, addresses: bool = False) -> Any:
+    """Compiles PrimFuncs by symbol name to one TVM runtime module of kind "llvm".
+
+    With ``addresses`` the module also has a packed function ``<name>__address`` for each kernel.
+    """
+    import tvm
+    from tvm.tirx.build import tir_to_runtime
+
+    bound = target.tvm()
+    bound = bound.with_host(bound)
+    flat = {n: f for n, f in functions.items() if _is_flat(f.body)}
+    lowered: dict[Any, Any] = {}
+    for part, passes in ((flat, _short_pipeline), (functions.keys() - flat.keys(), _full_pipeline)):
+        if part:
+            named = {n: functions[n].with_attr("global_symbol", n) for n in sorted(part)}
+            module = tvm.tirx.transform.BindTarget(bound)(tvm.IRModule(named))
+            lowered.update(passes(bound)(module).functions)
+    if addresses:
+        for name in functions:
+            function = _address_function(name)
+            module = tvm.tirx.transform.BindTarget(bound)(tvm.IRModule({function[0]: function[1]}))
+            lowered.update(_full_pipeline(bound)(module).functions)
+    return tir_to_runtime(tvm.IRModule(lowered), {}, bound)
+
+
+def _is_flat(stmt: Any) -> bool:
+    """Whether a body has only plain loops over one-dimensional, non-bool buffers.
+
+    TVM's long list of passes then has nothing to do but cost: schedulable blocks, thread bindings,
+    buffers to flatten. Any statement that is not known here counts as not flat.
+    """
+    pending = [stmt]
+    while pending:
+        node = pending.pop()
+        kind = type(node).__name__
+        if kind == "SeqStmt":
+            pending.extend(node.seq)
+        elif kind in ("For", "While", "AttrStmt", "LetStmt"):
+            pending.append(node.body)
+        elif kind == "IfThenElse":
+            pending.append(node.then_case)
+            if node.else_case is not None:
+                pending.append(node.else_case)
+        elif kind in ("AllocBuffer", "DeclBuffer"):
+            buffer = node.buffer
+            if len(buffer.shape) != 1 or str(buffer.dtype).startswith("bool"):
+                return False
+            if getattr(node, "body", None) is not None:
+                pending.append(node.body)
+        elif kind not in ("BufferStore", "Evaluate", "Bind"):
+            return False
+    return True
+
+
+def _short_pipeline(bound: Any) -> Any:
+    """What is needed of TVM's default pipeline for flat functions: about a quarter of its time.
+
+    Common subexpressions, dead code and loop-invariant conditions are left to LLVM.
+    """
+    import tvm
+    from tvm import s_tir
+
+    del bound
+    tir = tvm.tirx.transform
+    return tvm.ir.transform.Sequential(
+        [
+            tir.BF16ComputeLegalize(),
+            tir.VectorizeLoop(True),
+            tir.StorageRewrite(),
+            tir.UnrollLoop(),
+            tir.StmtSimplify(),
+            s_tir.transform.RewriteUnsafeSelect(),
+            tir.FP8ComputeLegalize(),
+            tir.AnnotateEntryFunc(),
+            tir.SplitHostDevice(),
+            tir.MakePackedAPI(),
+            tir.FP8StorageLegalize(),
+            tir.BF16StorageLegalize(),
+            tir.LowerTVMBuiltin(),
+            tir.LowerIntrin(),
+        ]
+    )
+
+
+def _full_pipeline(bound: Any) -> Any:
+    """TVM's default pipeline for a CPU."""
+    import tvm
+
+    passes, finalize_host, _ = tvm.tirx.get_default_tir_pipeline(bound)
+    return tvm.ir.transform.Sequential([passes, finalize_host()])
+
+
+def _address_function(name: str) -> tuple[str, Any]:
+    """A packed function that returns the address of the C function ``name`` of its module."""
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.script.ir_builder import tirx as T
+
+    ir = (
+        f"declare void @{name}()\n"
+        f"define i64 @{name}__address_body() {{ ret i64 ptrtoint (ptr @{name} to i64) }}\n"
+    )
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name(f"{name}__address")
+        T.func_attr({"global_symbol": f"{name}__address"})
+        with T.attr(0, "pragma_import_llvm", ir):
+            T.Return(T.call_extern("int64", f"{name}__address_body"))
+    return f"{name}__address", builder.get()

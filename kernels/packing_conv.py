@@ -1,0 +1,33 @@
+"""Reorderings of convolution weights done once, before the first call. Pure torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def vector_starts(channels: int, lanes: int, vectors: int) -> list[int]:
+    """First output channel of every vector of ``lanes`` channels, in blocks of ``vectors``.
+
+    Vectors that would reach past the last channel are moved back so that they overlap others:
+    every lane then holds a real channel and no store needs a mask.
+    """
+    count = -(-channels // lanes)
+    count = -(-count // vectors) * vectors
+    return [min(v * lanes, channels - lanes) for v in range(count)]
+
+
+def conv_direct(weight: torch.Tensor, *, groups: int, lanes: int, vectors: int) -> torch.Tensor:
+    """[OC, C/groups, KH, KW] -> [groups * blocks, KH, KW, C/groups, vectors * lanes]."""
+    weight = weight if weight.dim() == 4 else weight.unsqueeze(2)
+    oc, c, kh, kw = weight.shape
+    og = oc // groups
+    starts = torch.tensor(vector_starts(og, lanes, vectors))
+    rows = (starts[:, None] + torch.arange(lanes)).flatten()
+    index = (torch.arange(groups)[:, None] * og + rows).flatten()
+    packed = weight.index_select(0, index).view(-1, vectors * lanes, c, kh, kw)
+    return packed.permute(0, 3, 4, 2, 1).contiguous()
+
+
+PACKERS: dict[str, Callable[..., torch.Tensor]] = {"conv_direct": conv_direct}

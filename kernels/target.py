@@ -1,0 +1,62 @@
+"""What the code generator needs to know of the machine: vector width, registers, CPU name."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine to generate code for.
+
+    ``kind`` is "cpu" or "cuda"; ``arch`` is LLVM's CPU name or "sm_90"; ``vector_bytes`` the
+    width of a vector register and ``vector_registers`` how many there are.
+    """
+
+    kind: str
+    arch: str
+    vector_bytes: int
+    vector_registers: int
+
+    def lanes(self, dtype: torch.dtype) -> int:
+        """Elements of ``dtype`` in one vector register."""
+        return max(1, self.vector_bytes // dtype.itemsize)
+
+    def key(self) -> str:
+        return f"{self.kind}:{self.arch}:{self.vector_bytes}"
+
+    def tvm(self):
+        """The TVM target. Imports TVM."""
+        import tvm
+
+        if self.kind == "cpu":
+            return tvm.target.Target({"kind": "llvm", "mcpu": self.arch, "num-cores": 1})
+        return tvm.target.Target(
+            {
+                "kind": "cuda",
+                "arch": self.arch,
+                "max_threads_per_block": 1024,
+                "max_shared_memory_per_block": 49152,
+                "thread_warp_size": 32,
+            },
+            host={"kind": "llvm"},
+        )
+
+
+@functools.cache
+def host() -> Target:
+    """The CPU this process runs on. Imports TVM (LLVM knows the CPU's name)."""
+    import tvm
+
+    arch = str(tvm.get_global_func("target.llvm_get_system_cpu")())
+    capability = torch.backends.cpu.get_cpu_capability()
+    if "AVX512" in capability:
+        return Target("cpu", arch, 64, 32)
+    if "AVX2" in capability:
+        return Target("cpu", arch, 32, 16)
+    arm = platform.machine() in ("aarch64", "arm64")
+    return Target("cpu", arch, 16, 32 if arm else 16)

@@ -1,0 +1,58 @@
+"""Convolution: picks a template and its tile sizes for a group around a convolution node.
+
+`conv_direct` covers every 1-d and 2-d convolution; `conv_lanes` covers depthwise ones and those
+whose groups are narrower than a vector register, where it is several times as fast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.fx as fx
+
+from ..abi import Kernel
+from ..group import IO, Group
+from ..target import Target
+from . import conv_direct, conv_lanes
+from .conv_spec import CONVOLUTIONS, out_arg, parse, parse_geometry
+
+__all__ = ["CONVOLUTIONS", "candidates", "lower", "required_halo"]
+
+MOST = 6  # candidates worth a measurement
+
+
+def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
+    """At most six configurations for `lower`, the best analytic guess first.
+
+    Raises `Unsupported` for groups that no convolution template covers.
+    """
+    assert group.anchor is not None
+    spec = parse(group.anchor, io, out_arg(group, io))
+    if conv_lanes.covers(spec, io, target):
+        return conv_lanes.configs(spec, io, target)[:MOST]
+    return conv_direct.configs(spec, io, target)[:MOST]
+
+
+def lower(
+    group: Group, io: IO, target: Target, config: dict[str, Any], name: str = "kernel"
+) -> Kernel:
+    """Lowers ``group`` with one of the configurations of `candidates`.
+
+    Raises `Unsupported` as `candidates` does, and ValueError for a configuration that does not
+    fit the group.
+    """
+    assert group.anchor is not None
+    spec = parse(group.anchor, io, out_arg(group, io))
+    if config["kind"] == "lanes":
+        return conv_lanes.lower(spec, group, io, target, config, name)
+    return conv_direct.lower(spec, group, io, target, config, name)
+
+
+def required_halo(node: fx.Node) -> tuple[tuple[int, int], ...]:
+    """Zeros wanted around the input of a convolution node, per dimension (before, after).
+
+    With at least this halo no kernel checks bounds; with less, kernels are right but slower.
+    """
+    geometry = parse_geometry(node)
+    rows, cols = geometry.needed()
+    return ((0, 0), (0, 0), rows, cols) if geometry.rank == 2 else ((0, 0), (0, 0), cols)

@@ -1,0 +1,245 @@
+"""Depthwise convolution, and grouped convolution with groups narrower than a vector register.
+
+A vector of output channels spans several groups, so the lanes need different inputs. One vector
+load at the matching input channels brings all of them; for every channel ``c`` within a group an
+in-register permutation gives each lane its group's channel ``c`` (for depthwise there is nothing
+to permute). A tile is ``ri`` output pixels of one row by ``nv`` vectors; each loaded and permuted
+input is used for every tap of the row of taps that it feeds, so that permutations and loads are
+``KW`` times fewer than multiply-adds. Weights are packed ``[block, KH, KW, C/groups, nv * lanes]``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tvm.tirx as tir
+from tvm.script.ir_builder import tirx as T
+
+from ..abi import Kernel, Pack
+from ..emit import Emitter, Expr
+from ..group import IO, Group
+from ..packing_conv import vector_starts
+from ..target import Target
+from .conv_common import (
+    Epilogue,
+    ceil_div,
+    compulsory_bytes,
+    lane_count,
+    symbol_names,
+)
+from .conv_spec import ConvSpec, halo_of
+
+TASK_STEPS = 1 << 15  # vector multiply-adds of one task: some ten microseconds of one core
+MIN_TASKS = 16
+PERMUTED = 4  # channels of a group permuted at once, bounded by the weights' registers
+
+
+def covers(spec: ConvSpec, io: IO, target: Target) -> bool:
+    """Whether the groups are narrow enough, and channels adjacent in memory."""
+    lanes = lane_count(spec.oc, target)
+    return (
+        spec.groups > 1
+        and spec.og < lanes
+        and lanes % spec.og == 0
+        and lanes // spec.og * spec.cg <= 4 * lanes
+        and spec.strides(io[spec.x])[1] == 1
+    )
+
+
+def configs(spec: ConvSpec, io: IO, target: Target) -> list[dict[str, Any]]:
+    """Tile sizes ordered by estimated cycles."""
+    lanes = lane_count(spec.oc, target)
+    vectors = -(-spec.oc // lanes)
+    found: list[tuple[float, dict[str, Any]]] = []
+    for nv in range(1, min(4, vectors) + 1):
+        for ri in range(1, 15):
+            if isinstance(spec.ow, int) and ri > spec.ow:
+                break
+            kept = min(spec.kw * min(spec.cg, PERMUTED), 12) * nv
+            if ri * nv + kept + 2 > target.vector_registers:
+                break
+            width = spec.ow if isinstance(spec.ow, int) else 64
+            columns = (ri - 1) * spec.sw + (spec.kw - 1) * spec.dw + 1
+            columns = min(columns, ri * spec.kw)
+            adds = ri * spec.kw * spec.cg
+            loads = columns * (1 + (spec.cg if spec.cg > 1 else 0)) + spec.kw * spec.cg
+            step = nv * (max(adds, loads) + 0.3 * loads) + 4
+            work = -(-width // ri) * -(-vectors // nv) * (spec.kh * step + 20 + 6 * ri * nv)
+            if not isinstance(spec.ow, int) and ri > 1:
+                continue
+            found.append((work, {"kind": "lanes", "ri": ri, "nv": nv}))
+    found.sort(key=lambda f: (f[0], f[1]["ri"], f[1]["nv"]))
+    result = []
+    for cost, config in found[:6]:
+        if cost <= 1.3 * found[0][0]:
+            result.append(config | {"rows": _rows_per_task(spec, lanes, config)})
+    return result
+
+
+def _rows_per_task(spec: ConvSpec, lanes: int, config: dict[str, Any]) -> int:
+    rows = spec.n * spec.oh
+    if not isinstance(rows, int) or not isinstance(spec.ow, int):
+        return 1
+    blocks = -(-spec.oc // (lanes * config["nv"]))
+    steps = spec.ow * config["nv"] * spec.kh * spec.kw * spec.cg
+    wanted = min(TASK_STEPS / steps, rows * blocks / MIN_TASKS)
+    chunk = max(1, min(rows, round(wanted)))
+    return -(-rows // -(-rows // chunk))
+
+
+def lower(
+    spec: ConvSpec, group: Group, io: IO, target: Target, config: dict[str, Any], name: str
+) -> Kernel:
+    """Lowers a group around a convolution with ``config`` keys ri, nv, rows."""
+    lanes, nv = lane_count(spec.oc, target), config["nv"]
+    if isinstance(spec.ow, int) and spec.ow < config["ri"]:
+        raise ValueError(f"tiles of {config['ri']} pixels do not fit rows of {spec.ow}")
+    if not isinstance(spec.ow, int) and config["ri"] > 1:
+        raise ValueError("rows of unknown length take tiles of one pixel")
+    blocks = len(vector_starts(spec.oc, lanes, nv)) // nv
+    rows, chunk = spec.n * spec.oh, config["rows"]
+    inputs = tuple(io[n] for n in group.inputs)
+    outputs = tuple(io[n] for n in group.outputs)
+    em = Emitter(name, inputs, outputs, symbol_names(inputs + outputs))
+    with em.function() as task:
+        body = _Body(em, spec, group, io, config, lanes)
+        block = T.bind(tir.floormod(task, blocks))
+        first = T.bind(tir.floordiv(task, blocks) * chunk)
+        limit = em.dim(rows)
+        exact = isinstance(rows, int) and rows % chunk == 0
+        extent = em.i64(chunk) if exact else tir.min(em.i64(chunk), limit - first)
+        with T.serial(em.i64(0), extent) as r:
+            line = T.bind(first + r)
+            with T.serial(em.i64(0), em.dim(ceil_div(spec.ow, config["ri"]))) as wt:
+                body.tile(block, line, wt)
+    pack = Pack("conv_direct", (("groups", 1), ("lanes", lanes), ("vectors", nv)))
+    return Kernel(
+        name=name,
+        func=em.finish(),
+        inputs=inputs,
+        outputs=outputs,
+        symbols=symbol_names(inputs + outputs),
+        tasks=ceil_div(rows, chunk) * blocks,
+        packs=tuple(pack if n is spec.weight else None for n in group.inputs),
+        flops=spec.flops,
+        bytes=compulsory_bytes(inputs + outputs),
+        config=config,
+    )
+
+
+class _Body:
+    """Emits the work of one register tile."""
+
+    def __init__(
+        self, em: Emitter, spec: ConvSpec, group: Group, io: IO, config: dict[str, Any], lanes: int
+    ) -> None:
+        self.em, self.spec, self.lanes = em, spec, lanes
+        self.ri, self.nv = config["ri"], config["nv"]
+        refs = dict(zip(group.inputs, em.inputs, strict=True))
+        self.x, self.w = refs[spec.x], refs[spec.weight]
+        self.bias = refs[spec.bias] if spec.bias is not None else None
+        self.xs = [em.dim(s) for s in spec.strides(io[spec.x])]
+        self.h, self.wd, self.oh, self.ow = (
+            em.dim(d) for d in (spec.h, spec.w, spec.oh, spec.ow)
+        )
+        have, need = halo_of(io[spec.x], spec.rank), spec.needed()
+        self.guard_h, self.guard_w = (
+            h[0] < n[0] or h[1] < n[1] for h, n in zip(have, need, strict=True)
+        )
+        self.epilogue = Epilogue.of(em, group)
+        # Input channels that one vector of outputs needs, and for each channel of a group the
+        # lane of those that every output lane takes.
+        self.span = lanes // spec.og * spec.cg
+        self.takes = [
+            [j // spec.og * spec.cg + c for j in range(lanes)] for c in range(spec.cg)
+        ]
+
+    def tile(self, block: Expr, line: Expr, wt: Expr) -> None:
+        em, spec, (sn, _, sh, sw) = self.em, self.spec, self.xs
+        rj = self.nv * self.lanes
+        first = [T.bind(self._channel(block, v)) for v in range(self.nv)]
+        col = wt * self.ri
+        if not (isinstance(spec.ow, int) and spec.ow % self.ri == 0):
+            col = tir.min(col, self.ow - self.ri)
+        col = T.bind(col)
+        n, row = T.bind(tir.floordiv(line, self.oh)), T.bind(tir.floormod(line, self.oh))
+        top, left = T.bind(row * spec.sh - spec.ph), T.bind(col * spec.sw - spec.pw)
+        base = T.bind(n * sn + top * sh + left * sw)
+        bases = [T.bind(base + tir.floordiv(f, spec.og) * spec.cg) for f in first]
+        acc = [[em.local(self.lanes) for _ in range(self.nv)] for _ in range(self.ri)]
+        for v in range(self.nv):
+            for i in range(self.ri):
+                with T.vectorized(em.i64(self.lanes)) as j:
+                    init = self.bias.load([first[v] + j]) if self.bias else em.f32(0.0)
+                    T.buffer_store(acc[i][v], init, [j])
+        kh_lo, kh_hi = em.i64(0), em.i64(spec.kh)
+        if self.guard_h:
+            kh_lo = T.bind(tir.max(kh_lo, tir.floordiv(-top + spec.dh - 1, spec.dh)))
+            kh_hi = T.bind(tir.min(kh_hi, tir.floordiv(self.h - top + spec.dh - 1, spec.dh)))
+        weights = block * (spec.kh * spec.kw * spec.cg * rj)
+
+        def taps(check: bool) -> None:
+            with T.serial(kh_lo, kh_hi) as kh:
+                at = kh * (spec.dh * sh)
+                self._row_of_taps(acc, [b + at for b in bases], left,
+                                  weights + kh * (spec.kw * spec.cg * rj), check)  # fmt: skip
+
+        if self.guard_w:
+            right = left + ((self.ri - 1) * spec.sw + (spec.kw - 1) * spec.dw)
+            with T.If(tir.all(left >= 0, right < self.wd)):
+                with T.Then():
+                    taps(check=False)
+                with T.Else():
+                    taps(check=True)
+        else:
+            taps(check=False)
+        for i in range(self.ri):
+            for v in range(self.nv):
+                with T.vectorized(em.i64(self.lanes)) as j:
+                    self.epilogue.store(
+                        spec.out_index(n, first[v] + j, row, col + i), acc[i][v][j]
+                    )
+
+    def _channel(self, block: Expr, v: int) -> Expr:
+        start = block * (self.nv * self.lanes) + v * self.lanes
+        if self.spec.oc % (self.nv * self.lanes):
+            start = tir.min(start, self.em.i64(self.spec.oc - self.lanes))
+        return start
+
+    def _row_of_taps(
+        self, acc: list[list[Expr]], bases: list[Expr], left: Expr, weights: Expr, check: bool
+    ) -> None:
+        """Adds one row of taps: every input column once, to all outputs that it feeds."""
+        em, spec, rj = self.em, self.spec, self.nv * self.lanes
+        feeds: dict[int, list[tuple[int, int]]] = {}
+        for i in range(self.ri):
+            for kx in range(spec.kw):
+                feeds.setdefault(i * spec.sw + kx * spec.dw, []).append((i, kx))
+        some = math.gcd(spec.cg, PERMUTED)
+        depth = spec.cg // some
+        # Channels are walked outermost so that the weights of a few stay in registers.
+        for c0 in range(depth):
+            for column in sorted(feeds):
+                for v in range(self.nv):
+                    source = self._source(bases[v], left, column, check)
+                    for c in range(c0 * some, (c0 + 1) * some):
+                        value = source
+                        if spec.cg > 1 or spec.og > 1:
+                            value = T.bind(tir.Shuffle([source], self.takes[c]))
+                        for i, kx in feeds[column]:
+                            at = weights + ((kx * spec.cg + c) * rj + v * self.lanes)
+                            weight = self.w.load_flat(tir.Ramp(at, em.i64(1), self.lanes))
+                            whole = [tir.Ramp(em.i64(0), em.i64(1), self.lanes)]
+                            T.buffer_store(acc[i][v], acc[i][v][whole[0]] + value * weight, whole)
+
+    def _source(self, base: Expr, left: Expr, column: int, check: bool) -> Expr:
+        """The input channels of one vector at one column, zero outside the input."""
+        em = self.em
+        at = base + column * self.xs[3]
+        value = self.x.load_flat(tir.Ramp(at, em.i64(1), self.span))
+        if check:
+            x = left + column
+            inside = tir.all(x >= 0, x < self.wd)
+            value = T.if_then_else(inside, value, tir.Broadcast(em.f32(0.0), self.span))
+        return T.bind(value)

@@ -1,0 +1,1 @@
+"""Passes: FX graph in, FX graph and remarks out; the function stays the same for every input."""

@@ -1,0 +1,132 @@
+"""What depends on constants alone is computed once, ahead of time (part of `passes.normalize`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
+
+from .base import allow
+from .ir import Aliases, Rewriter, alias_source, aten, is_pure
+from .remarks import Remark
+
+_FILLS = (
+    # Kernels write such a value as an immediate: cheaper than reading it from memory.
+    aten.full.default,
+    aten.full_like.default,
+    aten.ones.default,
+    aten.ones_like.default,
+    aten.scalar_tensor.default,
+    aten.zeros.default,
+    aten.zeros_like.default,
+)
+_NEVER = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
+
+
+def fold_constants(rewriter: Rewriter, limit: int) -> tuple[list[str], list[Remark]]:
+    """Replace computations on constants by their results.
+
+    A result is stored if it has at most ``limit`` elements, or no more than the constants that it
+    is computed from, or if it is a view, which costs nothing. Results that the caller would get
+    to see are computed anew for each call, because the caller may write to them.
+
+    Returns the names of the nodes replaced, and remarks on what was too large.
+    """
+    aliases = Aliases(rewriter.graph)
+    constants: dict[fx.Node, int] = {}  # node -> elements of the attributes it depends on
+    remarks: list[Remark] = []
+    for node in rewriter.graph.nodes:
+        weight = _weight(rewriter, node, constants, aliases)
+        if weight is None:
+            continue
+        size = sum(v.numel() for v in _tensors(node.meta["val"]))
+        if node.op == "get_attr" or alias_source(node) or size <= max(limit, weight):
+            constants[node] = weight
+        elif not _is_fill(node):
+            reason = f"{size} elements from {weight}, over the limit of {limit}"
+            hint = "raise max_constant of normalize"
+            remarks.append(
+                Remark("PLT-NRM-005", "missed", rewriter.pass_name, (node.name,), reason, hint)
+            )
+    memo: dict[fx.Node, Any] = {}
+    done: list[str] = []
+    for node in list(constants):
+        value = node.meta["val"]
+        if node.op == "get_attr" or not isinstance(value, torch.Tensor):
+            continue
+        if node in aliases.escaping or not _wanted(node, constants):
+            continue
+        result = _evaluate(rewriter, node, memo)
+        if not isinstance(result, torch.Tensor) or not allow("fold constant", [node]):
+            continue
+        done.append(node.name)
+        rewriter.replace(node, rewriter.constant(result, node.name, node))
+    return done, remarks
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _is_fill(node: fx.Node) -> bool:
+    return node.target in _FILLS
+
+
+def _weight(
+    rewriter: Rewriter, node: fx.Node, constants: dict[fx.Node, int], aliases: Aliases
+) -> int | None:
+    """Elements of the constants behind a constant node; None for a node that is no constant."""
+    if aliases.is_mutated(node):
+        return None
+    if node.op == "get_attr":
+        value = rewriter.value(node)
+        ok = value is not None and not isinstance(value, FakeTensor) and not value.is_meta
+        return value.numel() if ok and value is not None else None
+    if node.op != "call_function" or not is_pure(node) or node.target in _NEVER:
+        return None
+    if isinstance(node.target, OpOverload) and torch.Tag.data_dependent_output in node.target.tags:
+        return None
+    if not all(arg in constants for arg in node.all_input_nodes):
+        return None
+    tensors = _tensors(node.meta.get("val"))
+    if not tensors or not all(type(s) is int for tensor in tensors for s in tensor.shape):
+        return None
+    return sum(constants[arg] for arg in node.all_input_nodes)
+
+
+def _wanted(node: fx.Node, constants: dict[fx.Node, int]) -> bool:
+    """Whether somebody reads the node who is not folded himself, nor better off without."""
+    readers = [user for user in node.users if user not in constants]
+    if not _is_fill(node):
+        return bool(readers)
+    tags = [getattr(user.target, "tags", ()) for user in readers]
+    return any(torch.Tag.pointwise not in tag for tag in tags)
+
+
+def _evaluate(rewriter: Rewriter, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
+    """The value of a constant node; None if computing it fails (it will fail at run time too)."""
+    stack = [node]
+    while stack:
+        top = stack[-1]
+        if top in memo:
+            stack.pop()
+            continue
+        missing = [arg for arg in top.all_input_nodes if arg not in memo]
+        if missing:
+            stack.extend(missing)
+            continue
+        stack.pop()
+        if top.op == "get_attr":
+            memo[top] = rewriter.value(top)
+            continue
+        args, kwargs = fx.map_arg((top.args, dict(top.kwargs)), memo.__getitem__)
+        try:
+            with torch.no_grad():
+                memo[top] = top.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            memo[top] = None
+    return memo[node]

@@ -1,0 +1,171 @@
+"""Remarks: what a pass did, or did not do and why, as data with stable IDs.
+
+An ID such as ``PLT-FUS-004`` never changes its meaning, so that users may search for it, tests
+may assert it and tools may count it. `CATALOGUE` explains every ID. TVM-free and torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Kind = Literal["done", "missed", "note"]
+
+_ID = re.compile(r"PLT-[A-Z]{3}-\d{3}")
+_MARK = {"done": "+", "missed": "-", "note": "."}
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """One event worth telling.
+
+    Attributes:
+        id: stable ID, ``PLT-<area>-<number>``.
+        kind: "done" for a transformation that happened, "missed" for one that did not, "note".
+        pass_name: the pass (or stage) that speaks.
+        nodes: names of the FX nodes concerned.
+        reason: what happened, or why it did not, in one sentence.
+        hint: what the user can do about it; may be empty.
+        predicted_gain: seconds per call that the transformation saves, or would have; None where
+            nothing was predicted.
+
+    Raises:
+        ValueError: the ID or the kind is malformed.
+    """
+
+    id: str
+    kind: Kind
+    pass_name: str
+    nodes: tuple[str, ...]
+    reason: str
+    hint: str = ""
+    predicted_gain: float | None = None
+
+    def __post_init__(self) -> None:
+        if not _ID.fullmatch(self.id):
+            raise ValueError(f"remark ID {self.id!r} is not of the form PLT-ABC-123")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"remark kind {self.kind!r} is not one of {', '.join(get_args(Kind))}")
+        if isinstance(self.nodes, str):
+            raise ValueError(f"nodes must be a tuple of names, not the string {self.nodes!r}")
+        object.__setattr__(self, "nodes", tuple(self.nodes))
+
+    def to_json(self) -> dict[str, Any]:
+        """The remark as plain JSON values."""
+        return {**asdict(self), "nodes": list(self.nodes)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Remark:
+        """The remark that `to_json` wrote.
+
+        Raises:
+            ValueError: a field is missing, unknown or of a wrong type.
+        """
+        unknown = set(data) - set(Remark.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"unknown field of a remark: {', '.join(sorted(unknown))}")
+        gain = data.get("predicted_gain")
+        texts = [data.get(name, "") for name in ("id", "kind", "pass_name", "reason", "hint")]
+        nodes = data.get("nodes", ())
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("id, kind, pass_name, reason and hint of a remark must be strings")
+        if not isinstance(nodes, list | tuple) or not all(isinstance(n, str) for n in nodes):
+            raise ValueError("nodes of a remark must be a list of names")
+        if gain is not None and (isinstance(gain, bool) or not isinstance(gain, int | float)):
+            raise ValueError("predicted_gain of a remark must be a number or null")
+        return Remark(texts[0], texts[1], texts[2], tuple(nodes), texts[3], texts[4], gain)
+
+    def __str__(self) -> str:
+        names = ", ".join(self.nodes[:3]) + (f" and {len(self.nodes) - 3} more" * (len(self.nodes) > 3))
+        where = f" [{names}]" if self.nodes else ""
+        gain = f" (predicted {self.predicted_gain * 1e6:+.1f} us)" if self.predicted_gain else ""
+        hint = f"\n    hint: {self.hint}" if self.hint else ""
+        return f"{_MARK[self.kind]} {self.id} {self.pass_name}{where}: {self.reason}{gain}{hint}"
+
+
+def dumps(remarks: Iterable[Remark]) -> str:
+    """Remarks as one JSON document."""
+    return json.dumps({"version": 1, "remarks": [r.to_json() for r in remarks]}, indent=1)
+
+
+def loads(text: str) -> tuple[Remark, ...]:
+    """The remarks in a document that `dumps` wrote.
+
+    Raises:
+        ValueError: the text is not such a document.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"remarks are not JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("version") != 1:
+        raise ValueError('remarks must be a JSON object with "version": 1')
+    if not isinstance(data.get("remarks"), list):
+        raise ValueError('remarks must hold a list under "remarks"')
+    if not all(isinstance(item, dict) for item in data["remarks"]):
+        raise ValueError("every remark must be a JSON object")
+    return tuple(Remark.from_json(item) for item in data["remarks"])
+
+
+def render(remarks: Iterable[Remark], *, kinds: Iterable[str] = get_args(Kind)) -> str:
+    """Remarks as text: one per line, equal IDs and reasons counted instead of repeated.
+
+    ``kinds`` selects which kinds are shown; the last line counts all of them.
+    """
+    remarks = list(remarks)
+    wanted = set(kinds)
+    merged: dict[tuple[str, str, str, str, str], list[Remark]] = {}
+    for remark in remarks:
+        if remark.kind in wanted:
+            key = (remark.id, remark.kind, remark.pass_name, remark.reason, remark.hint)
+            merged.setdefault(key, []).append(remark)
+    lines = []
+    for same in merged.values():
+        first = same[0]
+        gains = [r.predicted_gain for r in same if r.predicted_gain is not None]
+        nodes = tuple(name for r in same for name in r.nodes)
+        gain = sum(gains) if gains else None
+        total = Remark(
+            first.id, first.kind, first.pass_name, nodes, first.reason, first.hint, gain
+        )
+        lines.append(str(total))
+    count = Counter(r.kind for r in remarks)
+    lines.append(", ".join(f"{count[kind]} {kind}" for kind in get_args(Kind)))
+    return "\n".join(lines)
+
+
+def explain(remark_id: str) -> str:
+    """What an ID means.
+
+    Raises:
+        KeyError: the ID is not in the catalogue.
+    """
+    if remark_id not in CATALOGUE:
+        raise KeyError(f"unknown remark ID {remark_id!r}; known: {', '.join(sorted(CATALOGUE))}")
+    return CATALOGUE[remark_id]
+
+
+CATALOGUE: dict[str, str] = {
+    "PLT-CAP-001": "The model could not be captured as one graph; the original runs instead.",
+    "PLT-CAP-002": "An input dimension became dynamic because a second size was seen.",
+    "PLT-CAP-003": "Gradients were asked for; the original model ran this call.",
+    "PLT-NRM-001": "A batch normalisation was folded into the convolution or linear before it.",
+    "PLT-NRM-002": "A batch normalisation became one scale and one shift by constants.",
+    "PLT-NRM-003": "A batch normalisation was left alone: its statistics are not constants.",
+    "PLT-NRM-004": "A subgraph of constants was evaluated once, ahead of time.",
+    "PLT-NRM-005": "A computation of constants was not folded: the result would be too large.",
+    "PLT-NRM-006": "Equal computations were merged into one.",
+    "PLT-NRM-007": "Operators without effect on the result were removed.",
+    "PLT-NRM-008": "Dead code was removed.",
+    "PLT-NRM-009": "Operators were rewritten in a canonical form.",
+    "PLT-FUS-001": "Operators were fused into one kernel.",
+    "PLT-FUS-002": "The operator has no kernel of ours and runs as a library call.",
+    "PLT-FUS-003": "A result is read by several kernels, so it is written to memory once.",
+    "PLT-FUS-004": "Fusing would make two kernels wait for each other.",
+    "PLT-FUS-005": "The group reached max_nodes and was closed.",
+}
+"""Every remark ID and its meaning. An ID is never reused with another meaning."""

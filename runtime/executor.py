@@ -1,0 +1,307 @@
+"""Runs a Plan on the CPU.
+
+For each distinct set of symbol values (and thread count) a plan is *instantiated* once: sizes become
+numbers, segments of kernel steps become launch tables. An instance hands out workspaces, one per
+call in flight, so any number of Python threads may call at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import driver, library
+from .plan import Buffer, KernelStep, LibraryStep, Plan, PlanError, TensorRef, check_guards
+from .sizes import evaluate
+from .table import ITEMSIZE, Address, Span, Table, build_table, span_of
+
+MAX_INSTANCES = 64
+ALIGNMENT = 64
+
+
+def aligned_empty(nbytes: int) -> torch.Tensor:
+    """``nbytes`` of uninitialised memory that start at a cache line (uint8)."""
+    raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+    shift = -raw.data_ptr() % ALIGNMENT
+    return raw[shift : shift + nbytes]
+
+
+class Executor:
+    """A plan with its constants and kernels, ready to run.
+
+    ``constants`` maps names to prepared tensors, ``functions`` kernel hashes to addresses, ``calls``
+    names of library targets that are not operators (subgraphs) to callables. ``keep`` holds whatever
+    must stay alive, such as loaded libraries.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        constants: Mapping[str, torch.Tensor],
+        functions: Mapping[str, int],
+        calls: Mapping[str, Callable[..., Any]] | None = None,
+        keep: Any = None,
+    ) -> None:
+        self.plan = plan
+        self.constants = dict(constants)
+        self.functions = dict(functions)
+        self.keep = keep
+        self.calls = dict(calls or {})
+        missing = {s.kernel for s in plan.steps if isinstance(s, KernelStep)} - set(functions)
+        if missing:
+            raise PlanError(f"{len(missing)} kernels of the plan are not loaded: compile again")
+        for buffer in plan.buffers.values():
+            if buffer.kind == "const" and buffer.name not in self.constants:
+                raise PlanError(f"constant {buffer.name!r} of the plan is missing")
+        self._targets = {
+            s.target: self.calls.get(s.target) or library.resolve(s.target)
+            for s in plan.steps
+            if isinstance(s, LibraryStep)
+        }
+        self._symbols = list(plan.symbols.items())
+        self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
+        self._launch = driver.launch_function()
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Runs on flat inputs; returns flat outputs. Inputs must match the plan's ranks and dtypes.
+
+        Raises ValueError when a guard on the sizes does not hold.
+        """
+        key = (torch.get_num_threads(), *[tensors[i].shape[d] for _, (i, d) in self._symbols])
+        instance = self._instances.get(key)
+        if instance is None:
+            instance = self._instantiate(key)
+        return instance.run(tensors)
+
+    def _instantiate(self, key: tuple[int, ...]) -> Instance:
+        values = dict(zip((name for name, _ in self._symbols), key[1:], strict=True))
+        message = check_guards(self.plan, values)
+        if message:
+            raise ValueError(message)
+        instance = Instance(self, values, key[0])
+        self._instances[key] = instance
+        while len(self._instances) > MAX_INSTANCES:
+            self._instances.popitem(last=False)
+        return instance
+
+
+class _Workspace:
+    """Memory and tables for one call in flight."""
+
+    def __init__(self, instance: Instance) -> None:
+        plan, values = instance.plan, instance.values
+        self.arena = aligned_empty(evaluate(plan.arena_bytes, values))
+        self.static = {
+            b.name: torch.zeros(evaluate(b.nbytes, values) + ALIGNMENT, dtype=torch.uint8)
+            for b in plan.buffers.values()
+            if b.kind == "static"
+        }
+        self.ext = (ctypes.c_int64 * max(1, len(instance.ext)))()
+        self.ext_address = ctypes.addressof(self.ext)
+        addresses: dict[str, Address] = {}
+        for buffer in plan.buffers.values():
+            if buffer.name in instance.ext:
+                addresses[buffer.name] = Address(0, instance.ext[buffer.name])
+            else:
+                addresses[buffer.name] = Address(self.storage(instance, buffer).data_ptr())
+        self.tables: list[Table | None] = [
+            build_table(
+                steps,
+                [[instance.span(a) for a in s.args] for s in steps],
+                addresses,
+                instance.executor.functions,
+                values,
+                instance.workers,
+            )
+            if isinstance(steps, list)
+            else None
+            for steps in instance.segments
+        ]
+        self.views: dict[tuple[int, int], torch.Tensor] = {}
+
+    def storage(self, instance: Instance, buffer: Buffer) -> torch.Tensor:
+        if buffer.kind == "arena":
+            return self.arena[evaluate(buffer.offset, instance.values) :]
+        if buffer.kind == "static":
+            raw = self.static[buffer.name]
+            return raw[-raw.data_ptr() % ALIGNMENT :]
+        return instance.executor.constants[buffer.name]
+
+
+class Instance:
+    """A plan with its symbols bound."""
+
+    def __init__(self, executor: Executor, values: Mapping[str, int], workers: int) -> None:
+        self.executor, self.plan, self.values = executor, executor.plan, values
+        self.workers = workers
+        self.segments: list[list[KernelStep] | LibraryStep] = []
+        for step in self.plan.steps:
+            if isinstance(step, LibraryStep):
+                self.segments.append(step)
+            elif self.segments and isinstance(self.segments[-1], list):
+                self.segments[-1].append(step)
+            else:
+                self.segments.append([step])
+        self.ext: dict[str, int] = {}
+        for buffer in self.plan.buffers.values():
+            if buffer.kind in ("input", "output", "library"):
+                self.ext[buffer.name] = len(self.ext)
+        self._inputs = [
+            (self.ext.get(ref.buffer, -1), ref.buffer) for ref in self.plan.inputs
+        ]
+        self._fresh = [
+            (self.ext[b.name], b.name, *self._fresh_spec(b))
+            for b in self.plan.buffers.values()
+            if b.kind == "output"
+        ]
+        self._free: list[_Workspace] = []
+        # The common case: every output is its own fresh tensor, no library step.
+        self._simple = all(isinstance(s, list) for s in self.segments) and [
+            r.buffer for r in self.plan.outputs
+        ] == [name for _, name, *_ in self._fresh]
+
+    def _fresh_spec(self, buffer: Buffer) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+        for ref in self.plan.outputs:
+            if ref.buffer == buffer.name and ref.offset == 0:
+                return (*self.geometry(ref), getattr(torch, ref.dtype))
+        raise PlanError(f"output buffer {buffer.name!r} has no output that covers it")
+
+    def geometry(self, ref: TensorRef) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (
+            tuple(evaluate(d, self.values) for d in ref.shape),
+            tuple(evaluate(s, self.values) for s in ref.strides),
+        )
+
+    def span(self, ref: TensorRef) -> Span:
+        buffer = self.plan.buffers[ref.buffer]
+        if buffer.kind == "arena":
+            return span_of(ref, "arena", evaluate(buffer.offset, self.values), self.values)
+        return span_of(ref, buffer.name, 0, self.values)
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        try:
+            workspace = self._free.pop()
+        except IndexError:
+            workspace = _Workspace(self)
+        ext = workspace.ext
+        held = []
+        for (slot, _), tensor in zip(self._inputs, tensors, strict=True):
+            if slot >= 0:
+                if not tensor.is_contiguous():
+                    tensor = tensor.contiguous()
+                    held.append(tensor)
+                ext[slot] = tensor.data_ptr()
+        fresh = []
+        for slot, _, shape, strides, dtype in self._fresh:
+            out = torch.empty_strided(shape, strides, dtype=dtype)
+            ext[slot] = out.data_ptr()
+            fresh.append(out)
+        launch = self.executor._launch
+        if self._simple:
+            for table in workspace.tables:
+                launch(table.address, workspace.ext_address)  # type: ignore[union-attr]
+            self._free.append(workspace)
+            return fresh
+        return self._run_mixed(workspace, tensors, held, fresh)
+
+    def _run_mixed(
+        self,
+        workspace: _Workspace,
+        tensors: Sequence[torch.Tensor],
+        held: list[torch.Tensor],
+        fresh: list[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        live: dict[str, torch.Tensor] = {}
+        for (_, name), tensor in zip(self._inputs, tensors, strict=True):
+            live[name] = tensor if tensor.is_contiguous() else tensor.contiguous()
+        for (_, name, *_), tensor in zip(self._fresh, fresh, strict=True):
+            live[name] = tensor
+        for number, (segment, table) in enumerate(
+            zip(self.segments, workspace.tables, strict=True)
+        ):
+            if table is not None:
+                self.executor._launch(table.address, workspace.ext_address)
+            else:
+                assert isinstance(segment, LibraryStep)
+                self._call_library(workspace, segment, number, live)
+        outputs = [self._view(workspace, ref, live) for ref in self.plan.outputs]
+        self._free.append(workspace)
+        return outputs
+
+    def _call_library(
+        self,
+        workspace: _Workspace,
+        step: LibraryStep,
+        number: int,
+        live: dict[str, torch.Tensor],
+    ) -> None:
+        operands = [self._operand(workspace, ref, live, (number, k)) for k, ref in enumerate(step.refs)]
+        args = library.bind(step.args, operands, self.values)
+        kwargs = {k: library.bind(v, operands, self.values) for k, v in step.kwargs.items()}
+        results = self.executor._targets[step.target](*args, **kwargs)
+        if not isinstance(results, (tuple, list)):
+            results = (results,)
+        for ref, result in zip(step.results, results, strict=False):
+            if ref is None:
+                continue
+            buffer = self.plan.buffers[ref.buffer]
+            if buffer.kind == "library":
+                if isinstance(result, torch.Tensor):
+                    result = self._as_planned(result, ref)
+                    workspace.ext[self.ext[ref.buffer]] = result.data_ptr()
+                live[ref.buffer] = result
+            else:
+                self._view(workspace, ref, live).copy_(result)
+
+    def _as_planned(self, result: torch.Tensor, ref: TensorRef) -> torch.Tensor:
+        """A library result in the strides that the plan promised to its readers."""
+        if not ref.strides and not ref.shape and ref.dtype == "":
+            return result
+        shape, strides = self.geometry(ref)
+        if tuple(result.stride()) == strides or result.numel() <= 1:
+            return result
+        if all(s == w or d == 1 for s, w, d in zip(result.stride(), strides, shape, strict=True)):
+            return result
+        planned = torch.empty_strided(shape, strides, dtype=result.dtype)
+        return planned.copy_(result)
+
+    def _operand(
+        self,
+        workspace: _Workspace,
+        ref: TensorRef,
+        live: Mapping[str, torch.Tensor],
+        key: tuple[int, int],
+    ) -> torch.Tensor:
+        if ref.buffer in live:
+            return self._view(workspace, ref, live)
+        view = workspace.views.get(key)
+        if view is None:
+            view = workspace.views[key] = self._view(workspace, ref, live)
+        return view
+
+    def _view(
+        self, workspace: _Workspace, ref: TensorRef, live: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        base = live.get(ref.buffer)
+        if base is not None:
+            if not isinstance(base, torch.Tensor) or ref.dtype == "":
+                return base
+            shape, strides = self.geometry(ref)
+            offset = base.storage_offset() + evaluate(ref.offset, self.values)
+            if base.dtype != getattr(torch, ref.dtype):
+                base = base.view(getattr(torch, ref.dtype))
+            if base.shape == shape and base.stride() == strides and base.storage_offset() == offset:
+                return base
+            return base.as_strided(shape, strides, offset)
+        storage = workspace.storage(self, self.plan.buffers[ref.buffer])
+        shape, strides = self.geometry(ref)
+        dtype = getattr(torch, ref.dtype)
+        if storage.dtype != dtype:
+            size = ITEMSIZE[ref.dtype]
+            storage = storage[: storage.numel() // size * size].view(dtype)
+        offset = storage.storage_offset() + evaluate(ref.offset, self.values)
+        return storage.as_strided(shape, strides, offset)

@@ -1,0 +1,158 @@
+"""Whole models through the pipeline: same results as eager, on kernels and in place where they should be."""
+
+import pytest
+import torch
+from torch import nn
+
+import plait
+from plait.runtime.plan import KernelStep, LibraryStep
+
+torch.manual_seed(0)
+
+
+def relative_error(model, compiled, *inputs):
+    """(plait's, eager's) largest error against float64, relative to the largest result."""
+    import copy
+
+    with torch.no_grad():
+        have, eager = compiled(*inputs), model(*inputs)
+        exact = copy.deepcopy(model).double()(*[
+            x.double() if x.dtype == torch.float32 else x for x in inputs
+        ])  # fmt: skip
+    scale = float(exact.abs().max())
+    return (
+        float((have.double() - exact).abs().max()) / scale,
+        float((eager.double() - exact).abs().max()) / scale,
+    )
+
+
+def check(model, *inputs):
+    model = model.eval()
+    compiled = plait.compile(model, example_inputs=inputs)
+    mine, eager = relative_error(model, compiled, *inputs)
+    assert mine <= 2 * eager + 1e-6, (mine, eager)
+    with torch.no_grad():
+        assert torch.equal(compiled(*inputs), compiled(*inputs))
+    return compiled
+
+
+def steps(compiled, kind):
+    return [s for s in compiled.plan.steps if isinstance(s, kind)]
+
+
+class Branches(nn.Module):
+    """A small Inception-like block: 1x1, 3x3, double 3x3 and pooling branches, concatenated."""
+
+    def __init__(self, c=24):
+        super().__init__()
+
+        def unit(i, o, **k):
+            return nn.Sequential(nn.Conv2d(i, o, bias=False, **k), nn.BatchNorm2d(o), nn.ReLU())
+
+        self.stem = unit(3, c, kernel_size=3, stride=2)
+        self.a = unit(c, 16, kernel_size=1)
+        self.b = nn.Sequential(unit(c, 8, kernel_size=1), unit(8, 24, kernel_size=3, padding=1))
+        self.c = nn.Sequential(
+            unit(c, 8, kernel_size=1),
+            unit(8, 16, kernel_size=(1, 7), padding=(0, 3)),
+            unit(16, 20, kernel_size=(7, 1), padding=(3, 0)),
+        )
+        self.d = unit(c, 12, kernel_size=1)
+        self.head = nn.Linear(72, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        pooled = nn.functional.avg_pool2d(x, 3, stride=1, padding=1)
+        y = torch.cat([self.a(x), self.b(x), self.c(x), self.d(pooled)], 1)
+        return self.head(nn.functional.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+def randomise_norms(model):
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 1.5)
+            m.weight.data.uniform_(0.5, 1.5)
+            m.bias.data.normal_(0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_branching_cnn_is_all_kernels_and_concatenates_in_place(batch):
+    compiled = check(randomise_norms(Branches()), torch.randn(batch, 3, 39, 39))
+    assert not steps(compiled, LibraryStep)
+    names = [s.name for s in steps(compiled, KernelStep)]
+    assert not any(n.startswith(("cat", "clone")) for n in names), names
+
+
+def test_a_residual_block_adds_inside_the_convolution():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(16, 16, 3, padding=1)
+            self.second = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x):
+            y = torch.relu(self.first(x))
+            return torch.relu(self.second(y) + y).mean((2, 3))
+
+    compiled = check(Residual(), torch.randn(1, 16, 14, 14))
+    assert not steps(compiled, LibraryStep)
+    assert len(steps(compiled, KernelStep)) <= 4
+
+
+class Encoder(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, hidden=64, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden) for _ in range(4))
+        self.up, self.down = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+
+    def forward(self, x):
+        b, s, h = x.shape
+        y = self.norm1(x)
+        q, k, v = (
+            f(y).view(b, s, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        a = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.o(a.transpose(1, 2).reshape(b, s, h))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+def test_a_transformer_layer_is_all_kernels():
+    compiled = check(Encoder(), torch.randn(2, 19, 64))
+    assert not steps(compiled, LibraryStep)
+
+
+def test_sizes_may_change_between_calls():
+    model = Encoder().eval()
+    compiled = plait.compile(model)
+    with torch.no_grad():
+        for shape in [(2, 7), (3, 12), (2, 31), (5, 1), (1, 16)]:
+            x = torch.randn(*shape, 64)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_unsupported_operator_runs_in_the_library_with_a_remark():
+    class Sorts(nn.Module):
+        def forward(self, x):
+            return torch.sort(torch.relu(x) * 2, dim=-1).values + 1
+
+    model, x = Sorts(), torch.randn(5, 33)
+    compiled = plait.compile(model, example_inputs=(x,))
+    assert torch.equal(compiled(x), model(x))
+    assert any("sort" in s.target for s in steps(compiled, LibraryStep))
+    assert any("sort" in " ".join(r.nodes) for r in compiled.remarks)
+
+
+def test_results_stay_valid_after_the_next_call():
+    model = Branches().eval()
+    compiled = plait.compile(model, example_inputs=(torch.randn(1, 3, 39, 39),))
+    with torch.no_grad():
+        first = compiled(torch.randn(1, 3, 39, 39))
+        kept = first.clone()
+        compiled(torch.randn(1, 3, 39, 39))
+    assert torch.equal(first, kept)
