@@ -83,12 +83,13 @@ def _torch_compile(freeze: bool, mode: str | None) -> Callable[[nn.Module, tuple
 
 def _onnxruntime(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
     _need("onnxruntime", "onnx", "onnxscript")
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    _exportable(model)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = str(Path(folder) / "model.onnx")
         torch.onnx.export(model, inputs, path, dynamo=True)
@@ -100,7 +101,7 @@ def _onnxruntime(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
 
 def _openvino(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
     _need("openvino")
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -108,6 +109,7 @@ def _openvino(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
     }
+    _exportable(model)
     with _quiet():
         converted = openvino.convert_model(model, example_input=inputs)
         for node, x in zip(converted.inputs, inputs, strict=True):
@@ -158,6 +160,13 @@ def select(names: Sequence[str]) -> list[Peer]:
             hint = f"did you mean {close[0]!r}?" if close else f"use some of {', '.join(PEERS)}"
             raise ValueError(f"unknown peer {name!r}: {hint}")
     return [PEERS[name] for name in dict.fromkeys(names)]
+
+
+def _exportable(model: nn.Module) -> None:
+    """Chooses the form of transformers' experts that ONNX and OpenVINO have operators for."""
+    select = getattr(model, "set_experts_implementation", None)
+    if select is not None:
+        select("batched_mm")
 
 
 def _need(*modules: str) -> None:

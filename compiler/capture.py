@@ -70,7 +70,7 @@ class _Traced(nn.Module):
         self.target = target  # a module is registered by this: its weights become lifted
         self._call = (leaves, tree)
         self.result = _Holder()
-        self.train(getattr(target, "training", False))
+        self.training = getattr(target, "training", False)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         supply = iter(tensors)
@@ -190,6 +190,7 @@ class _Flat:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.names: dict[str, str] = {}
+        self.aliases: dict[str, str] = {}
         self.env: dict[fx.Node, fx.Node] = {}
 
     def captured(self) -> Captured:
@@ -240,6 +241,7 @@ class _Flat:
             out_tree=out_tree,
             out_leaves=out_leaves,
             names=self.names,
+            aliases=self.aliases,
         )
 
     def _tensor(self, target: str) -> torch.Tensor:
@@ -263,8 +265,10 @@ class _Flat:
             tensor = self._tensor(str(spec.target)).detach()
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             name = tied.get(key) if tensor.numel() else None
-            if name is None:
-                own = _own(str(spec.target))
+            own = _own(str(spec.target))
+            if name is not None:
+                self.aliases[own] = name
+            else:
                 name = _unique(_identifier(own), self.attributes)
                 tied[key] = name
                 self.attributes[name] = tensor

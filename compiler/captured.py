@@ -58,6 +58,7 @@ class Captured:
         out_tree: structure of the result; ``out_leaves`` has an output's position, an expression
             over the symbols, or a 1-tuple ``(value,)``.
         names: for every ``get_attr`` target of the graph the model's own name of the tensor.
+        aliases: further names of tied tensors, with the attribute that holds them.
         remarks: what happened during capture.
     """
 
@@ -73,6 +74,7 @@ class Captured:
     out_tree: Tree
     out_leaves: list[Any]
     names: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
 
     @property

@@ -39,7 +39,9 @@ class Lowered:
     kernels: list[str]
     remarks: list[Remark]
     memory: MemoryPlan
+    groups: list[Group] = field(default_factory=list)
     selected: dict[int, Selected] = field(default_factory=dict)
+    storage: Storage | None = None
 
 
 def lower(
@@ -94,7 +96,9 @@ class _Lowering:
         )
         used = sorted({s.kernel for s in steps if isinstance(s, KernelStep)})
         remarks = [*self.forced.values(), *self.remarks]
-        return Lowered(plan, self.constants, self.calls, used, remarks, memory, selected)
+        return Lowered(
+            plan, self.constants, self.calls, used, remarks, memory, self.groups, selected, self.storage
+        )
 
     # -- which groups are kernels -----------------------------------------------------------
 

@@ -67,8 +67,9 @@ class Kernels:
     @staticmethod
     def halo_of(node: fx.Node) -> tuple[tuple[int, int], ...]:
         """The zero halo that a convolution or pooling node wants around its input."""
-        kind = "pool" if "pool" in str(node.target) else "conv"
-        return template(kind).required_halo(node)
+        if "pool" in str(node.target):
+            return ()  # poolings clip their windows, which costs them nothing
+        return template("conv").required_halo(node)
 
     # -- selection --------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ class Kernels:
         """Reorders a constant as a kernel wants it."""
         from ..kernels import packing
 
-        return packing.apply(tensor, pack).contiguous()
+        return packing.apply(pack, tensor).contiguous()
 
     @staticmethod
     def _remark(group: Group, remark: str, reason: str, hint: str) -> Remark:

@@ -167,7 +167,7 @@ class Storage:
     def _find_halos(self, halo_of: Callable[[fx.Node], Halo]) -> dict[fx.Node, Halo]:
         halos: dict[fx.Node, Halo] = {}
         for group in self.groups:
-            if group.kind not in ("conv", "pool") or group.anchor is None or self.library(group):
+            if group.kind != "conv" or group.anchor is None or self.library(group):
                 continue
             x = group.anchor.args[0]
             assert isinstance(x, fx.Node)

@@ -67,7 +67,7 @@ class Trial:
                 if (k, pack) not in self._packed:
                     from ..kernels import packing
 
-                    self._packed[k, pack] = packing.apply(tensor, pack).contiguous()
+                    self._packed[k, pack] = packing.apply(pack, tensor).contiguous()
                 tensor = self._packed[k, pack]
             tensors.append(tensor)
         pointers = [t.data_ptr() for t in (*tensors, *self.outputs)]

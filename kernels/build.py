@@ -29,7 +29,7 @@ from .target import Target
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # Names of TVM's runtime in an object file: such code waits for TVM's loader to fill in pointers and
 # would crash when it is loaded as plain C.
-_RUNTIME_MARKS = (b"__TVM", b"__tvm_", b"TVMFFI", b"TVMBackend")
+_RUNTIME_MARKS = (b"__TVM", b"TVMFFI", b"TVMBackend")
 
 
 class BuildError(RuntimeError):
@@ -134,8 +134,8 @@ def c_compiler() -> tuple[str, ...] | None:
 
 
 def _split(names: list[str], jobs: int) -> list[list[str]]:
-    """Round-robin parts, more of them than threads, so that a slow one does not hold up the rest."""
-    count = min(len(names), 1 if jobs == 1 else 4 * jobs)
+    """Round-robin parts, more than threads, so that a slow one does not hold up the rest."""
+    count = min(len(names), 1 if jobs == 1 else 2 * jobs)
     return [names[i::count] for i in range(count)]
 
 
@@ -260,7 +260,6 @@ def _short_pipeline(bound: Any) -> Any:
             tir.StmtSimplify(),
             s_tir.transform.RewriteUnsafeSelect(),
             tir.FP8ComputeLegalize(),
-            tir.AnnotateEntryFunc(),
             tir.SplitHostDevice(),
             tir.MakePackedAPI(),
             tir.FP8StorageLegalize(),
@@ -275,7 +274,8 @@ def _full_pipeline(bound: Any) -> Any:
     """TVM's default pipeline for a CPU."""
     import tvm
 
-    passes, finalize_host, _ = tvm.tirx.get_default_tir_pipeline(bound)
+    pipeline: Any = tvm.tirx.get_default_tir_pipeline(bound)
+    passes, finalize_host, _ = pipeline
     return tvm.ir.transform.Sequential([passes, finalize_host()])
 
 

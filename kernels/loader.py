@@ -63,7 +63,7 @@ def load(path: str | os.PathLike[str], sha256: str | None = None) -> Library:
         if actual != sha256:
             raise LoadError(f"kernel library {path} is damaged: compile again")
     try:
-        # Unresolved symbols must show here and not in the middle of a call: RTLD_NOW, ctypes' default.
+        # Unresolved symbols show here, not in the middle of a call: ctypes loads with RTLD_NOW.
         return Library(ctypes.CDLL(os.fspath(path)), {})
     except OSError as error:
         raise LoadError(f"cannot load the kernel library {path}: {error}") from error
@@ -86,7 +86,7 @@ def load_bytes(data: bytes, sha256: str | None = None) -> Library:
 
 
 def function(address: int, arguments: int) -> Any:
-    """A ctypes function ``f(lo, hi, *words)`` for a kernel with ``arguments`` words after the range.
+    """A ctypes function ``f(lo, hi, *words)`` for a kernel of ``arguments`` words after the range.
 
     It takes Python ints (pointers and symbol values alike) and releases the GIL.
     """

@@ -40,6 +40,15 @@ class Annotation:
     made_by: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What made a graph: the pass as pipeline text, and the time it took. Under ``meta["plait"]``
+    of the graph module."""
+
+    made_by: str
+    seconds: float
+
+
 _NOTHING = Annotation()
 
 

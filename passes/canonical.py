@@ -8,6 +8,7 @@ before                                           after
 ``view``, ``_unsafe_view``, ``flatten``, ...     ``reshape``
 ``t``, ``transpose``, ``movedim``, ``mT``, ...   ``permute``
 ``reshape(reshape(x))``, ``permute(permute(x))`` one of it
+``zeros``, ``ones_like``, ``new_full``, ...       ``full``
 ``_assert_tensor_metadata``, ``_assert(True)``   nothing
 ===============================================  =================================================
 
@@ -63,6 +64,18 @@ _SPLITS = (
     aten.chunk.default,
     aten.unbind.int,
 )
+_FILLS: dict[Any, float | None] = {
+    # operator -> the value it fills with; None where that is an argument
+    aten.zeros.default: 0,
+    aten.zeros_like.default: 0,
+    aten.new_zeros.default: 0,
+    aten.ones.default: 1,
+    aten.ones_like.default: 1,
+    aten.new_ones.default: 1,
+    aten.full_like.default: None,
+    aten.new_full.default: None,
+    aten.scalar_tensor.default: None,
+}
 
 
 def canonicalise(rewriter: Rewriter) -> list[str]:
@@ -147,7 +160,9 @@ def _reshape(rewriter: Rewriter, node: fx.Node) -> bool:
         sizes = static_sizes(value.shape)
     if sizes is None or not allow("reshape", [node]):
         return False
-    new = rewriter.call(aten.reshape.default, (node.args[0], sizes), like=node, value=value)
+    new = rewriter.call(
+        aten.reshape.default, (argument(node, 0, "self"), sizes), like=node, value=value
+    )
     rewriter.replace(node, new)
     return True
 
@@ -219,6 +234,26 @@ def _compose(rewriter: Rewriter, node: fx.Node) -> bool:
     return True
 
 
+def _fill(rewriter: Rewriter, node: fx.Node) -> bool:
+    """Every tensor filled with one number, of a size that is known, becomes ``full``."""
+    if not is_call(node, *_FILLS):
+        return False
+    value = node.meta["val"]
+    if not all(type(size) is int for size in value.shape) or value.layout != torch.strided:
+        return False
+    number = _FILLS[node.target]
+    if number is None:
+        names = [arg.name for arg in node.target._schema.arguments]  # type: ignore[union-attr]
+        at = next(i for i, name in enumerate(names) if name in ("fill_value", "s"))
+        number = argument(node, at, names[at])
+    if not isinstance(number, int | float) or not allow("fill", [node]):
+        return False
+    kwargs = {"dtype": value.dtype, "device": value.device}
+    args = (list(value.shape), number)
+    rewriter.replace(node, rewriter.call(aten.full.default, args, kwargs, like=node))
+    return True
+
+
 def _assertion(rewriter: Rewriter, node: fx.Node) -> bool:
     """Assertions that hold for every input go: metadata is fixed by capture."""
     if not is_call(node, aten._assert_tensor_metadata.default, aten._assert_scalar.default):
@@ -238,4 +273,4 @@ def _assertion(rewriter: Rewriter, node: fx.Node) -> bool:
     return True
 
 
-_RULES = (_assertion, _functional, _split, _reshape, _permute, _compose)
+_RULES = (_assertion, _functional, _split, _reshape, _permute, _compose, _fill)

@@ -13,16 +13,8 @@ from .base import allow
 from .ir import Aliases, Rewriter, alias_source, aten, is_pure
 from .remarks import Remark
 
-_FILLS = (
-    # Kernels write such a value as an immediate: cheaper than reading it from memory.
-    aten.full.default,
-    aten.full_like.default,
-    aten.ones.default,
-    aten.ones_like.default,
-    aten.scalar_tensor.default,
-    aten.zeros.default,
-    aten.zeros_like.default,
-)
+_FILL = aten.full.default
+"""Kernels write such a value as an immediate: cheaper than reading it from memory."""
 _NEVER = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
 
 
@@ -45,7 +37,7 @@ def fold_constants(rewriter: Rewriter, limit: int) -> tuple[list[str], list[Rema
         size = sum(v.numel() for v in _tensors(node.meta["val"]))
         if node.op == "get_attr" or alias_source(node) or size <= max(limit, weight):
             constants[node] = weight
-        elif not _is_fill(node):
+        elif node.target is not _FILL:
             reason = f"{size} elements from {weight}, over the limit of {limit}"
             hint = "raise max_constant of normalize"
             remarks.append(
@@ -70,10 +62,6 @@ def fold_constants(rewriter: Rewriter, limit: int) -> tuple[list[str], list[Rema
 def _tensors(value: Any) -> list[torch.Tensor]:
     values = value if isinstance(value, list | tuple) else [value]
     return [v for v in values if isinstance(v, torch.Tensor)]
-
-
-def _is_fill(node: fx.Node) -> bool:
-    return node.target in _FILLS
 
 
 def _weight(
@@ -101,7 +89,7 @@ def _weight(
 def _wanted(node: fx.Node, constants: dict[fx.Node, int]) -> bool:
     """Whether somebody reads the node who is not folded himself, nor better off without."""
     readers = [user for user in node.users if user not in constants]
-    if not _is_fill(node):
+    if node.target is not _FILL:
         return bool(readers)
     tags = [getattr(user.target, "tags", ()) for user in readers]
     return any(torch.Tag.pointwise not in tag for tag in tags)

@@ -71,7 +71,9 @@ def is_random(node: fx.Node) -> bool:
 def is_mutating(node: fx.Node) -> bool:
     """Whether a call writes to one of its arguments."""
     target = node.target
-    return node.op == "call_function" and isinstance(target, OpOverload) and target._schema.is_mutable
+    return (
+        node.op == "call_function" and isinstance(target, OpOverload) and target._schema.is_mutable
+    )
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -266,7 +268,7 @@ class Rewriter:
         ``value`` is its ``meta["val"]`` where the caller knows it.
         """
         with self.graph.inserting_before(like):
-            node = self.graph.call_function(target, args, kwargs or {})
+            node = self.graph.create_node("call_function", target, args, kwargs, like.name)
         node.meta["val"] = fake_result(node, self.mode) if value is None else value
         self._inherit(node, like)
         return node

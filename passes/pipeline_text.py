@@ -26,7 +26,9 @@ from . import registry
 from .base import Pass
 from .suggest import did_you_mean
 
-_TOKEN = re.compile(r'\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s,{}\[\]="]+)|(?P<mark>[,{}\[\]=]))')
+_TOKEN = re.compile(
+    r'\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s,{}\[\]="]+)|(?P<mark>[,{}\[\]=]))'
+)
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _BARE = re.compile(r'[^\s,{}\[\]="]+')
 _RESERVED = {"true", "false", "none"}
@@ -248,7 +250,7 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
 
 
 def print_pipeline(passes: Iterable[Pass]) -> str:
-    """Text that `parse_pipeline` reads as the same passes. Options at their default are left out."""
+    """Text that `parse_pipeline` reads as the same passes; default options are left out."""
     return ",".join(_print_pass(item) for item in passes)
 
 

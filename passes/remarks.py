@@ -80,7 +80,9 @@ class Remark:
         return Remark(texts[0], texts[1], texts[2], tuple(nodes), texts[3], texts[4], gain)
 
     def __str__(self) -> str:
-        names = ", ".join(self.nodes[:3]) + (f" and {len(self.nodes) - 3} more" * (len(self.nodes) > 3))
+        names = ", ".join(self.nodes[:3]) + (
+            f" and {len(self.nodes) - 3} more" * (len(self.nodes) > 3)
+        )
         where = f" [{names}]" if self.nodes else ""
         gain = f" (predicted {self.predicted_gain * 1e6:+.1f} us)" if self.predicted_gain else ""
         hint = f"\n    hint: {self.hint}" if self.hint else ""
@@ -129,9 +131,7 @@ def render(remarks: Iterable[Remark], *, kinds: Iterable[str] = get_args(Kind)) 
         gains = [r.predicted_gain for r in same if r.predicted_gain is not None]
         nodes = tuple(name for r in same for name in r.nodes)
         gain = sum(gains) if gains else None
-        total = Remark(
-            first.id, first.kind, first.pass_name, nodes, first.reason, first.hint, gain
-        )
+        total = Remark(first.id, first.kind, first.pass_name, nodes, first.reason, first.hint, gain)
         lines.append(str(total))
     count = Counter(r.kind for r in remarks)
     lines.append(", ".join(f"{count[kind]} {kind}" for kind in get_args(Kind)))
@@ -164,7 +164,6 @@ CATALOGUE: dict[str, str] = {
     "PLT-NRM-009": "Operators were rewritten in a canonical form.",
     "PLT-FUS-001": "Operators were fused into one kernel.",
     "PLT-FUS-002": "The operator has no kernel of ours and runs as a library call.",
-    "PLT-FUS-003": "A result is read by several kernels, so it is written to memory once.",
     "PLT-FUS-004": "Fusing would make two kernels wait for each other.",
     "PLT-FUS-005": "The group reached max_nodes and was closed.",
 }

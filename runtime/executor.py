@@ -159,6 +159,7 @@ class Instance:
             if b.kind == "output"
         ]
         self._free: list[_Workspace] = []
+        self.on_step: Callable[[], None] | None = None  # called after every segment, for profiling
         # The common case: every output is its own fresh tensor, no library step.
         self._simple = all(isinstance(s, list) for s in self.segments) and [
             r.buffer for r in self.plan.outputs
@@ -201,7 +202,7 @@ class Instance:
             ext[slot] = out.data_ptr()
             fresh.append(out)
         launch = self.executor._launch
-        if self._simple:
+        if self._simple and self.on_step is None:
             for table in workspace.tables:
                 launch(table.address, workspace.ext_address)  # type: ignore[union-attr]
             self._free.append(workspace)
@@ -228,6 +229,8 @@ class Instance:
             else:
                 assert isinstance(segment, LibraryStep)
                 self._call_library(workspace, segment, number, live)
+            if self.on_step is not None:
+                self.on_step()
         outputs = [self._view(workspace, ref, live) for ref in self.plan.outputs]
         self._free.append(workspace)
         return outputs

@@ -48,7 +48,7 @@ class BertLayers(nn.Module):
         return x
 
 
-def build(size: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def build(size: str = "cpu") -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Batch 1, 128 tokens; 4 layers ("cpu") or 12 ("paper")."""
     model = BertLayers(12 if size == "paper" else 4)
     generator = torch.Generator().manual_seed(SEED)

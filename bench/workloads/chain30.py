@@ -17,7 +17,7 @@ class Chain(nn.Module):
         return x
 
 
-def build(size: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def build(size: str = "cpu") -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Both sizes are the same."""
     del size
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(SEED))

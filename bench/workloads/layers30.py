@@ -10,7 +10,7 @@ from .common import SEED, finish
 WIDTH = 32
 
 
-def build(size: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def build(size: str = "cpu") -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Both sizes are the same: ten times linear, GELU, layer norm on ``[4, 32]``."""
     del size
     x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(SEED))

@@ -14,7 +14,7 @@ from .common import SEED
 TOKENS = 32
 
 
-def config(size: str):  # noqa: ANN201 - the type lives in an optional dependency
+def config(size: str):
     """The transformers configuration; needs transformers."""
     from transformers import MixtralConfig
 
@@ -34,8 +34,8 @@ def config(size: str):  # noqa: ANN201 - the type lives in an optional dependenc
     )
 
 
-def build(size: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """Batch 1, 32 tokens; the output is a dataclass whose ``logits`` are ``[1, 32, vocabulary]``."""
+def build(size: str = "cpu") -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Batch 1, 32 tokens; the output is a dataclass with ``logits`` ``[1, 32, vocabulary]``."""
     from transformers import MixtralForCausalLM
 
     settings = config(size)

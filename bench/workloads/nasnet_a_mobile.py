@@ -145,7 +145,7 @@ class NASNetAMobile(nn.Module):
         return self.fc(torch.flatten(self.pool(torch.relu(cur)), 1))
 
 
-def build(size: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def build(size: str = "cpu") -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Both sizes are the paper's: batch 1 at 224x224."""
     del size
     x = image(224)

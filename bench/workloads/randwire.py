@@ -93,7 +93,7 @@ class RandWire(nn.Module):
         return self.fc(torch.flatten(self.pool(self.head(self.features(x))), 1))
 
 
-def build(size: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def build(size: str = "cpu") -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Batch 1 at 224x224; "cpu" is the small regime, "paper" the regular one."""
     x = image(224)
     return finish(RandWire(regular=size == "paper"), x), (x,)

@@ -58,7 +58,7 @@ class ResNeXt50(nn.Module):
         return self.fc(torch.flatten(self.pool(self.features(x)), 1))
 
 
-def build(size: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def build(size: str = "cpu") -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Both sizes are the paper's: batch 1 at 224x224."""
     del size
     x = image(224)

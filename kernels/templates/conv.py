@@ -14,7 +14,8 @@ from ..abi import Kernel
 from ..group import IO, Group
 from ..target import Target
 from . import conv_direct, conv_lanes
-from .conv_spec import CONVOLUTIONS, out_arg, parse, parse_geometry
+from .conv_common import lane_count
+from .conv_spec import CONVOLUTIONS, parse, parse_geometry
 
 __all__ = ["CONVOLUTIONS", "candidates", "lower", "required_halo"]
 
@@ -26,10 +27,12 @@ def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
 
     Raises `Unsupported` for groups that no convolution template covers.
     """
-    assert group.anchor is not None
-    spec = parse(group.anchor, io, out_arg(group, io))
+    spec = parse(group, io)
     if conv_lanes.covers(spec, io, target):
-        return conv_lanes.configs(spec, io, target)[:MOST]
+        found = conv_lanes.configs(spec, io, target)
+        if spec.og * 2 >= lane_count(spec.oc, target):  # half-empty vectors may still win
+            found += conv_direct.configs(spec, io, target)[:2]
+        return found[:MOST]
     return conv_direct.configs(spec, io, target)[:MOST]
 
 
@@ -41,8 +44,7 @@ def lower(
     Raises `Unsupported` as `candidates` does, and ValueError for a configuration that does not
     fit the group.
     """
-    assert group.anchor is not None
-    spec = parse(group.anchor, io, out_arg(group, io))
+    spec = parse(group, io)
     if config["kind"] == "lanes":
         return conv_lanes.lower(spec, group, io, target, config, name)
     return conv_direct.lower(spec, group, io, target, config, name)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch.fx as fx
+import tvm.tirx as tir
 from torch.utils._sympy.functions import FloorDiv
 from tvm.script.ir_builder import tirx as T
 
 from ..abi import Dim, TensorArg
 from ..emit import Emitter, Expr
-from ..group import Group
+from ..group import Group, Unsupported
+from ..ops import category, evaluate
+from ..ops.scope import sharing
 from ..target import Target
 from ..value import Context, Value
 
@@ -37,22 +42,43 @@ class Epilogue:
         anchor = group.anchor
         assert anchor is not None
         current: list[Expr] = []
-        env: dict[fx.Node, Value] = {
+        env: dict[fx.Node, Any] = {
             node: Value.of(ref) for node, ref in zip(group.inputs, emitter.inputs, strict=True)
         }
-        shape, dtype = tuple(emitter.outputs[0].shape), anchor.meta["val"].dtype
-        env[anchor] = Value(shape, dtype, lambda _: current[0])
-        rest = [n for n in group.nodes if n is not anchor]
-        if rest:
-            from ..ops import evaluate
-
-            evaluate(rest, Context(emitter, env))
+        meta = anchor.meta["val"]
+        first = meta[0] if isinstance(meta, (tuple, list)) else meta
+        result = Value(tuple(emitter.outputs[0].shape), first.dtype, lambda _: current[0])
+        env[anchor] = result if first is meta else (result,)
+        evaluate([n for n in group.nodes if n is not anchor], Context(emitter, env))
         return Epilogue(emitter, [env[n] for n in group.outputs], current)
 
     def store(self, index: Sequence[Expr], value: Expr) -> None:
-        self._current[:] = [value]
-        for ref, out in zip(self.emitter.outputs, self.outputs, strict=True):
-            ref.store(out.load(index), index)
+        with sharing():
+            self._current[:] = [value]
+            results = [out.load(index) for out in self.outputs]
+            for ref, result in zip(self.emitter.outputs, results, strict=True):
+                ref.store(result, index)
+
+
+def check_epilogue(group: Group) -> None:
+    """Raises `Unsupported` unless what follows the anchor is pointwise and of its shape."""
+    anchor = group.anchor
+    assert anchor is not None
+    meta = anchor.meta["val"]
+    shape = tuple((meta[0] if isinstance(meta, (tuple, list)) else meta).shape)
+    after = {anchor}
+    for node in group.nodes:
+        if node is anchor or after.isdisjoint(node.all_input_nodes):
+            continue
+        after.add(node)
+        if node.target is operator.getitem and node.args[0] is anchor:
+            if node.args[1] != 0:
+                raise Unsupported("pool.indices", "positions of maxima are left to the library")
+        elif category(node) != "pointwise" or tuple(node.meta["val"].shape) != shape:
+            raise Unsupported("conv.epilogue", f"{node} is not elementwise over {anchor}")
+    for node in group.outputs:
+        if node not in after or isinstance(node.meta["val"], (tuple, list)):
+            raise Unsupported("conv.epilogue", f"{node} is not elementwise over {anchor}")
 
 
 def lane_count(channels: int, target: Target) -> int:
@@ -68,6 +94,22 @@ def loop(em: Emitter, extent: int) -> contextlib.AbstractContextManager[Expr]:
     if extent == 1:
         return contextlib.nullcontext(em.i64(0))
     return T.serial(em.i64(0), em.i64(extent))
+
+
+def clip(first: Expr, taps: int, dilation: int, size: Expr) -> tuple[Expr, Expr]:
+    """The range of taps that lie inside ``[0, size)`` when tap 0 lies at ``first``."""
+    zero, step = tir.IntImm("int64", 0), dilation
+    begin = tir.max(zero, tir.floordiv(-first + (step - 1), step))
+    end = tir.min(tir.IntImm("int64", taps), tir.floordiv(size - first + (step - 1), step))
+    return T.bind(begin), T.bind(tir.max(begin, end))
+
+
+def inside(
+    pixels: int, tap: int, stride: int, pad: int, dilation: int, size: Dim
+) -> list[int]:
+    """The first ``pixels`` outputs of a line for which ``tap`` does not fall into padding."""
+    assert isinstance(size, int)
+    return [i for i in range(pixels) if 0 <= i * stride - pad + tap * dilation < size]
 
 
 def ceil_div(value: Dim, by: int) -> Dim:

@@ -7,17 +7,24 @@ load. Weights are packed so that a tile reads them in one sequence
 structure of Georganas et al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD
 Architectures" (SC 2018), with the blocked activation layout replaced by plain NHWC strides.
 
-Two ways to cut the output into tiles:
+Three ways to cut the output into tiles:
 
-* ``rows``: a tile lies in one output row, the last one of a row moved back to overlap its
-  neighbour. Pixel offsets are then constants, and rows of taps above or below the input are
-  skipped; where the input's halo is too narrow, only tiles at the row's ends check their columns.
+* ``rows``: a tile lies in one output row. Pixel offsets are then constants, and rows of taps above
+  or below the input are skipped, which on small images saves a tenth of the work. A tile as long
+  as its row leaves out the multiplications with padding beside the row too.
+* ``cols``: the same along the height: whole columns of taps are skipped.
 * ``flat``: pixels of all rows and images are numbered through and the last tile is clamped to the
   last pixel. Wastes nothing on short rows and works for sizes known only at run time.
+
+The last tile of a line is moved back to overlap its neighbour, or (``split``) gets a narrower body
+of its own. Where the input's halo is too narrow, only tiles at a line's ends check bounds; ``flat``
+tiles check every element.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +39,8 @@ from ..target import Target
 from .conv_common import (
     Epilogue,
     ceil_div,
+    clip,
+    inside,
     compulsory_bytes,
     lane_count,
     loop,
@@ -44,6 +53,8 @@ L1_BYTES = 32 << 10
 L2_BYTES = 1 << 20
 TASK_FLOPS = 1.5e6  # some ten microseconds of one core
 MIN_TASKS = 16
+CUT_SUM = 300  # longer sums are cut into shorter ones ...
+LONG_SUM = 128  # ... of about so many terms
 
 
 @dataclass
@@ -63,17 +74,12 @@ class _Tile:
 def lower(
     spec: ConvSpec, group: Group, io: IO, target: Target, config: dict[str, Any], name: str
 ) -> Kernel:
-    """Lowers a group around a convolution with ``config`` keys ri, nv, tile, order, chunk."""
+    """Lowers a group around a convolution with ``config`` keys lanes, ri, nv, tile, split, order, chunk."""
     ri, nv = config["ri"], config["nv"]
-    lanes = lane_count(spec.og, target)
-    if config["tile"] == "rows" and not (isinstance(spec.ow, int) and spec.ow >= ri):
-        raise ValueError(f"row tiles of {ri} pixels do not fit rows of {spec.ow}")
+    lanes = config["lanes"]
     blocks = len(vector_starts(spec.og, lanes, nv)) // nv
     panels = spec.groups * blocks
-    if config["tile"] == "rows":
-        tiles: Dim = spec.n * spec.oh * -(-spec.ow // ri)  # type: ignore[operator]
-    else:
-        tiles = ceil_div(spec.n * spec.oh * spec.ow, ri)
+    tiles = _tiles(spec, config["tile"], ri)
     chunk = config["chunk"]
     chunks = ceil_div(tiles, chunk)
     inputs = tuple(io[n] for n in group.inputs)
@@ -81,7 +87,7 @@ def lower(
     symbols = symbol_names(inputs + outputs)
     em = Emitter(name, inputs, outputs, symbols)
     with em.function() as task:
-        body = _Body(em, spec, group, io, config, lanes, blocks)
+        body = _Body(em, spec, group, io, config, blocks)
         if config["order"] == "panel":  # consecutive tasks share a weight panel
             count = em.dim(chunks)
             panel, first = tir.floordiv(task, count), tir.floormod(task, count)
@@ -117,52 +123,69 @@ class _Body:
 
     def __init__(
         self, em: Emitter, spec: ConvSpec, group: Group, io: IO,
-        config: dict[str, Any], lanes: int, blocks: int,
+        config: dict[str, Any], blocks: int,
     ) -> None:  # fmt: skip
-        self.em, self.spec, self.lanes, self.blocks = em, spec, lanes, blocks
-        self.ri, self.nv, self.rows = config["ri"], config["nv"], config["tile"] == "rows"
+        self.em, self.spec, self.blocks = em, spec, blocks
+        self.lanes, self.ri, self.nv = config["lanes"], config["ri"], config["nv"]
+        self.kind, self.split = config["tile"], config["split"]
         refs = dict(zip(group.inputs, em.inputs, strict=True))
         self.x, self.w = refs[spec.x], refs[spec.weight]
         self.bias = refs[spec.bias] if spec.bias is not None else None
-        self.xs = [em.dim(s) for s in spec.strides(io[spec.x])]
         self.static_xs = spec.strides(io[spec.x])
-        self.h, self.wd, self.oh, self.ow = (
-            em.dim(d) for d in (spec.h, spec.w, spec.oh, spec.ow)
-        )
+        self.xs = [em.dim(s) for s in self.static_xs]
+        self.h, self.wd, self.oh, self.ow = (em.dim(d) for d in (spec.h, spec.w, spec.oh, spec.ow))
         have, need = halo_of(io[spec.x], spec.rank), spec.needed()
-        self.guard_h, self.guard_w = (
+        self.guard = [
             h[0] < n[0] or h[1] < n[1] for h, n in zip(have, need, strict=True)
-        )
+        ]  # rows, columns
         self.epilogue = Epilogue.of(em, group)
 
     def tile(self, panel: Expr, number: Expr) -> None:
-        em, spec, rj = self.em, self.spec, self.nv * self.lanes
+        """Computes and stores tile ``number`` of one panel of output channels."""
+        em, spec = self.em, self.spec
         grp = tir.floordiv(panel, self.blocks) if spec.groups > 1 else em.i64(0)
         block = tir.floormod(panel, self.blocks) if spec.groups > 1 else panel
         first = [T.bind(self._channel(grp, block, v)) for v in range(self.nv)]
-        tile = self._pixels(number, grp)
-        acc = [em.local(rj) for _ in range(self.ri)]
-        for i in range(self.ri):
-            for v in range(self.nv):
-                with T.vectorized(em.i64(self.lanes)) as j:
-                    init = self.bias.load([first[v] + j]) if self.bias else em.f32(0.0)
-                    T.buffer_store(acc[i], init, [v * self.lanes + j])
-        weights = panel * (spec.kh * spec.kw * spec.cg * rj)
-        if self.guard_w and self.rows:
-            left, right = tile.left[0], tile.left[-1] + (spec.kw - 1) * spec.dw
-            with T.If(tir.all(left >= 0, right < self.wd)):
+        weights = panel * (spec.kh * spec.kw * spec.cg * self.nv * self.lanes)
+        if self.kind == "flat":
+            self._compute(self._flat(number, grp), first, weights, self.guard[0] or self.guard[1])
+            return
+        length = spec.ow if self.kind == "rows" else spec.oh
+        assert isinstance(length, int)
+        per_line, rest = -(-length // self.ri), length % self.ri
+        line = T.bind(tir.floordiv(number, per_line))
+        part = T.bind(tir.floormod(number, per_line))
+        if rest and self.split and per_line > 1:
+            with T.If(part < per_line - 1):
                 with T.Then():
-                    self._taps(acc, tile, weights, check=False)
+                    self._on_line(line, part * self.ri, self.ri, grp, first, weights)
                 with T.Else():
-                    self._taps(acc, tile, weights, check=True)
-        else:
-            self._taps(acc, tile, weights, check=self.guard_w or self.guard_h)
-        for i in range(self.ri):
-            n, row, col = tile.pixel[i]
-            for v in range(self.nv):
-                with T.vectorized(em.i64(self.lanes)) as j:
-                    index = spec.out_index(n, first[v] + j, row, col)
-                    self.epilogue.store(index, acc[i][v * self.lanes + j])
+                    start = em.i64(length - rest)
+                    self._on_line(line, start, rest, grp, first, weights)
+            return
+        start = part * self.ri
+        if rest:
+            start = tir.min(start, em.i64(length - self.ri))
+        self._on_line(line, start, self.ri, grp, first, weights)
+
+    def _on_line(
+        self, line: Expr, start: Expr, count: int, grp: Expr, first: list[Expr], weights: Expr
+    ) -> None:
+        """A tile of ``count`` pixels of one row or column, from ``start`` on."""
+        spec = self.spec
+        tile = self._segment(line, start, count, grp)
+        along = self.kind == "rows"
+        if not self.guard[along] or self._whole(count):
+            self._compute(tile, first, weights, check=False)
+            return
+        ends = tile.left if along else tile.top
+        reach = (spec.kw - 1) * spec.dw if along else (spec.kh - 1) * spec.dh
+        size = self.wd if along else self.h
+        with T.If(tir.all(ends[0] >= 0, ends[-1] + reach < size)):
+            with T.Then():
+                self._compute(tile, first, weights, check=False)
+            with T.Else():
+                self._compute(tile, first, weights, check=True)
 
     def _channel(self, grp: Expr, block: Expr, v: int) -> Expr:
         """The first output channel of vector ``v`` of a block."""
@@ -171,26 +194,33 @@ class _Body:
             start = tir.min(start, self.em.i64(self.spec.og - self.lanes))
         return grp * self.spec.og + start
 
-    def _pixels(self, number: Expr, grp: Expr) -> _Tile:
-        spec, (sn, sc, sh, sw) = self.spec, self.xs
-        channel = grp * spec.cg * sc
-        if self.rows:
-            per_row = -(-spec.ow // self.ri)  # type: ignore[operator]
-            line = T.bind(tir.floordiv(number, per_row))
-            col = tir.floormod(number, per_row) * self.ri
-            if spec.ow % self.ri:  # type: ignore[operator]
-                col = tir.min(col, self.ow - self.ri)
-            col = T.bind(col)
-            n, row = T.bind(tir.floordiv(line, self.oh)), T.bind(tir.floormod(line, self.oh))
-            top, left = T.bind(row * spec.sh - spec.ph), T.bind(col * spec.sw - spec.pw)
-            base = T.bind(n * sn + top * sh + left * sw + channel)
-            steps = range(self.ri)
+    def _segment(self, line: Expr, start: Expr, count: int, grp: Expr) -> _Tile:
+        """Pixels of one line: all addresses are one base plus constants."""
+        spec, (sn, sc, sh, sw), steps = self.spec, self.xs, range(count)
+        rows = self.kind == "rows"
+        across = self.oh if rows else self.ow
+        n, fixed = T.bind(tir.floordiv(line, across)), T.bind(tir.floormod(line, across))
+        start = T.bind(start)
+        row, col = (fixed, start) if rows else (start, fixed)
+        top, left = T.bind(row * spec.sh - spec.ph), T.bind(col * spec.sw - spec.pw)
+        base = T.bind(n * sn + top * sh + left * sw + grp * spec.cg * sc)
+        if rows:
             return _Tile(
                 [(n, row, col + i) for i in steps],
                 [base + i * spec.sw * sw for i in steps],
                 [top for _ in steps],
                 [left + i * spec.sw for i in steps],
             )
+        return _Tile(
+            [(n, row + i, col) for i in steps],
+            [base + i * spec.sh * sh for i in steps],
+            [top + i * spec.sh for i in steps],
+            [left for _ in steps],
+        )
+
+    def _flat(self, number: Expr, grp: Expr) -> _Tile:
+        """Pixels counted through all rows and images, each with an address of its own."""
+        spec, (sn, sc, sh, sw) = self.spec, self.xs
         tile = _Tile([], [], [], [])
         pixels = spec.n * spec.oh * spec.ow
         last = self.em.dim(pixels) - 1
@@ -199,140 +229,271 @@ class _Body:
             if not (isinstance(pixels, int) and pixels % self.ri == 0):
                 p = tir.min(p, last)
             p = T.bind(p)
-            line = T.bind(tir.floordiv(p, self.ow))
-            col = T.bind(tir.floormod(p, self.ow))
+            line, col = T.bind(tir.floordiv(p, self.ow)), T.bind(tir.floormod(p, self.ow))
             n, row = T.bind(tir.floordiv(line, self.oh)), T.bind(tir.floormod(line, self.oh))
             top, left = T.bind(row * spec.sh - spec.ph), T.bind(col * spec.sw - spec.pw)
             tile.pixel.append((n, row, col))
-            tile.base.append(T.bind(n * sn + top * sh + left * sw + channel))
+            tile.base.append(T.bind(n * sn + top * sh + left * sw + grp * spec.cg * sc))
             tile.top.append(top)
             tile.left.append(left)
         return tile
 
-    def _taps(self, acc: list[Expr], tile: _Tile, weights: Expr, check: bool) -> None:
+    def _compute(self, tile: _Tile, first: list[Expr], weights: Expr, check: bool) -> None:
+        """All taps, then bias and the rest of the group on the accumulators.
+
+        The bias comes last: partial sums stay small, and with them their rounding errors.
+        """
+        em, lanes = self.em, self.lanes
+        acc = _Sums(em, len(tile.base), self.nv, lanes, self.spec.kh * self.spec.kw * self.spec.cg > CUT_SUM)
+        self._taps(acc, tile, weights, check)
+        for i, (n, row, col) in enumerate(tile.pixel):
+            for v in range(self.nv):
+                with T.vectorized(em.i64(lanes)) as j:
+                    index = self.spec.out_index(n, first[v] + j, row, col)
+                    total = acc.result(i, v * lanes + j)
+                    if self.bias:
+                        total = total + self.bias.load([first[v] + j])
+                    self.epilogue.store(index, total)
+
+    def _whole(self, count: int) -> bool:
+        """Whether a tile of ``count`` pixels is a whole line, so that its ends are known."""
+        size, length = (
+            (self.spec.w, self.spec.ow) if self.kind == "rows" else (self.spec.h, self.spec.oh)
+        )
+        return self.kind != "flat" and count == length and isinstance(size, int)
+
+    def _taps(self, acc: _Sums, tile: _Tile, weights: Expr, check: bool) -> None:
         """Adds all taps of the tile; ``check`` reads zero outside the input."""
+        em, spec, rows = self.em, self.spec, self.kind == "rows"
+        needed = spec.needed()
+        ys, xs = (em.i64(0), em.i64(spec.kh)), (em.i64(0), em.i64(spec.kw))
+        if rows and any(needed[0]):
+            ys = clip(tile.top[0], spec.kh, spec.dh, self.h)
+        if self.kind == "cols" and any(needed[1]):
+            xs = clip(tile.left[0], spec.kw, spec.dw, self.wd)
+        count = len(tile.base)
+        if self._whole(count) and any(needed[rows]):
+            if rows:
+                with T.serial(*ys) as ky:
+                    for kx in range(spec.kw):
+                        some = inside(count, kx, spec.sw, spec.pw, spec.dw, spec.w)
+                        self._run(acc, tile, some, weights, ky, em.i64(kx), False)
+                    acc.flush(spec.kw * spec.cg)
+            else:
+                with T.serial(*xs) as kx:
+                    for ky in range(spec.kh):
+                        some = inside(count, ky, spec.sh, spec.ph, spec.dh, spec.h)
+                        self._run(acc, tile, some, weights, em.i64(ky), kx, False)
+                    acc.flush(spec.kh * spec.cg)
+        elif self._merges() and not check and self.kind != "cols":
+            with T.serial(*ys) as ky:  # columns of taps and channels form one run in memory
+                self._run(acc, tile, range(count), weights, ky, em.i64(0), False, spec.kw)
+        else:
+            with T.serial(*ys) as ky:
+                with T.serial(*xs) as kx:
+                    self._run(acc, tile, range(count), weights, ky, kx, check)
+                acc.flush(spec.kw * spec.cg)
+        acc.flush(0)
+
+    def _merges(self) -> bool:
+        _, sc, _, sw = self.static_xs
+        return (sc * self.spec.cg, self.spec.dw) == (sw, 1)
+
+    def _run(
+        self, acc: _Sums, tile: _Tile, pixels: Iterable[int], weights: Expr,
+        ky: Expr, kx: Expr, check: bool, columns: int = 1,
+    ) -> None:  # fmt: skip
+        """Adds all channels of one tap (or of ``columns`` adjacent ones) to some of the pixels."""
         em, spec, rj = self.em, self.spec, self.nv * self.lanes
         _, sc, sh, sw = self.xs
-        clip_rows = self.rows and self.guard_h
-        kh_lo, kh_hi = em.i64(0), em.i64(spec.kh)
-        if clip_rows:  # every pixel of the tile has the same row, so whole taps drop out
-            top = tile.top[0]
-            kh_lo = T.bind(tir.max(kh_lo, tir.floordiv(-top + spec.dh - 1, spec.dh)))
-            kh_hi = T.bind(
-                tir.min(kh_hi, tir.floordiv(self.h - top + spec.dh - 1, spec.dh))
-            )
-        merged = not check and (self.static_xs[1] * spec.cg, spec.dw) == (self.static_xs[3], 1)
-        if merged or spec.kw == 1:  # columns of taps and channels form one run
-            kw, depth = 1, spec.kw * spec.cg
-        else:
-            kw, depth = spec.kw, spec.cg
-
-        def step(kh: Expr, kx: Expr, k: Expr) -> None:
-            shift = kh * (spec.dh * sh) + kx * (spec.dw * sw) + k * sc
-            row = weights + ((kh * kw + kx) * depth + k) * rj
-            for i in range(self.ri):
-                value = self.x.load_flat(tile.base[i] + shift)
-                if check:
-                    x = tile.left[i] + kx * spec.dw
-                    inside = tir.all(x >= 0, x < self.wd)
-                    if not self.rows:
-                        y = tile.top[i] + kh * spec.dh
-                        inside = tir.all(inside, y >= 0, y < self.h)
-                    value = T.if_then_else(inside, value, em.f32(0.0))
-                with T.unroll(em.i64(self.nv)) as v:
-                    with T.vectorized(em.i64(self.lanes)) as j:
+        depth = columns * spec.cg
+        shift = ky * (spec.dh * sh) + kx * (spec.dw * sw)
+        row = weights + (ky * spec.kw + kx) * (spec.cg * rj)
+        pixels = list(pixels)
+        # Where a run is itself long, it is cut into sums of some hundred terms.
+        unroll, parts = inner_unroll(depth), acc.parts(depth)
+        with loop(em, parts) as part:
+            with loop(em, depth // parts // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
+                k = part * (depth // parts) + k0 * unroll + k1
+                for i in pixels:
+                    value = self.x.load_flat(tile.base[i] + shift + k * sc)
+                    if check:
+                        y, x = tile.top[i] + ky * spec.dh, tile.left[i] + kx * spec.dw
+                        valid = tir.all(y >= 0, y < self.h, x >= 0, x < self.wd)
+                        value = T.if_then_else(valid, value, em.f32(0.0))
+                    with T.unroll(em.i64(self.nv)) as v, T.vectorized(em.i64(self.lanes)) as j:
                         at = v * self.lanes + j
-                        term = value * self.w.load_flat(row + at)
-                        T.buffer_store(acc[i], acc[i][at] + term, [at])
+                        acc.add(i, at, value * self.w.load_flat(row + k * rj + at))
+            acc.flush(depth // parts, pixels)
 
-        with T.serial(kh_lo, kh_hi) as kh, loop(em, kw) as kx:
-            unroll = inner_unroll(depth)
-            with loop(em, depth // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
-                step(kh, kx, k0 * unroll + k1)
+
+class _Sums:
+    """The accumulators of a tile, and their totals where a sum is cut into shorter ones.
+
+    A plain sum of n products has a rounding error that grows like sqrt(n) beside its value's;
+    summing runs of some hundred terms first, as pairwise summation does, keeps the error of deep
+    convolutions several times smaller at a cost of a few instructions per run.
+    """
+
+    def __init__(self, em: Emitter, pixels: int, nv: int, lanes: int, cut: bool) -> None:
+        self.em, self.nv, self.lanes, self.cut = em, nv, lanes, cut
+        self.sums = [em.local(nv * lanes) for _ in range(pixels)]
+        self.totals = [em.local(nv * lanes) for _ in range(pixels)] if cut else self.sums
+        for buffer in (*self.sums, *(self.totals if cut else ())):
+            with T.unroll(em.i64(nv)) as v, T.vectorized(em.i64(lanes)) as j:
+                T.buffer_store(buffer, em.f32(0.0), [v * lanes + j])
+        self.pending = False
+
+    def add(self, pixel: int, at: Expr, term: Expr) -> None:
+        T.buffer_store(self.sums[pixel], self.sums[pixel][at] + term, [at])
+        self.pending = True
+
+    def parts(self, depth: int) -> int:
+        """Into how many equal sums a run of ``depth`` terms is cut."""
+        if not self.cut or depth < 2 * LONG_SUM:
+            return 1
+        step = inner_unroll(depth)
+        sizes = [d for d in range(step, depth + 1, step) if depth % d == 0]
+        return depth // min(sizes, key=lambda d: abs(math.log(d / LONG_SUM)))
+
+    def flush(self, terms: int, pixels: Iterable[int] | None = None) -> None:
+        """Ends the sums if they have many terms; with 0 terms, ends what is still pending."""
+        if not (self.cut and self.pending) or 0 < terms < LONG_SUM // 2:
+            return
+        for i in pixels if pixels is not None else range(len(self.sums)):
+            total, part = self.totals[i], self.sums[i]
+            with T.unroll(self.em.i64(self.nv)) as v, T.vectorized(self.em.i64(self.lanes)) as j:
+                at = v * self.lanes + j
+                T.buffer_store(total, total[at] + part[at], [at])
+                T.buffer_store(part, self.em.f32(0.0), [at])
+        self.pending = False
+
+    def result(self, pixel: int, at: Expr) -> Expr:
+        return self.totals[pixel][at]
 
 
 def inner_unroll(depth: int) -> int:
     """How many steps of the innermost loop to unroll."""
     if depth <= 8:
         return depth
-    return next(u for u in (4, 3, 2, 1) if depth % u == 0)
+    return next(u for u in (2, 3, 1) if depth % u == 0)
 
 
 def configs(spec: ConvSpec, io: IO, target: Target) -> list[dict[str, Any]]:
     """Configurations in the order of a cost model: cycles of all tiles, tails included."""
     lanes = lane_count(spec.og, target)
-    guarded = any(
-        have[side] < need[side]
-        for have, need in zip(halo_of(io[spec.x], spec.rank), spec.needed(), strict=True)
-        for side in (0, 1)
-    )
+    have, need = halo_of(io[spec.x], spec.rank), spec.needed()
+    guarded = any(h[side] < n[side] for h, n in zip(have, need, strict=True) for side in (0, 1))
     found: list[tuple[float, dict[str, Any]]] = []
-    for nv in range(1, 8):
-        if nv > 1 and (nv - 1) * lanes >= spec.og:
-            break
-        for ri in range(1, 17):
+    for nv in range(1, min(7, -(-spec.og // lanes)) + 1):
+        for ri in range(1, 18):
             if ri * nv + nv + 1 > target.vector_registers:
                 break
-            for tile in ("rows", "flat"):
-                cost = _cost(spec, lanes, ri, nv, tile, guarded)
-                if cost is not None:
-                    found.append((cost, {"kind": "direct", "tile": tile, "ri": ri, "nv": nv}))
-    found.sort(key=lambda f: (f[0], sorted(f[1].items(), key=str)))
+            for tile, split in (("rows", False), ("cols", False), ("rows", True), ("cols", True), ("flat", False)):  # fmt: skip
+                cost = _cost(spec, lanes, ri, nv, tile, split, guarded)
+                if ri * nv + nv + 3 > target.vector_registers:
+                    cost *= 1.02  # the register allocator may have to spill
+                if cost < math.inf:
+                    config = {"kind": "direct", "lanes": lanes, "tile": tile, "split": split}
+                    found.append((cost, config | {"ri": ri, "nv": nv}))
+    found.sort(key=lambda f: f[0])  # stable: simpler tiles first among equals
     result: list[dict[str, Any]] = []
     for cost, config in found[:4]:
         if cost > 1.25 * found[0][0]:
             break
-        result.append(config | _blocking(spec, lanes, config))
+        result.append(config | _blocking(spec, config))
     other = "pixel" if result[0]["order"] == "panel" else "panel"
     return [*result[:2], result[0] | {"order": other}, *result[2:]]
 
 
+def _tiles(spec: ConvSpec, kind: str, ri: int) -> Dim:
+    """How many tiles cover the output pixels; ValueError if the tile is longer than a line."""
+    if kind == "flat":
+        return ceil_div(spec.n * spec.oh * spec.ow, ri)
+    length, across = (spec.ow, spec.oh) if kind == "rows" else (spec.oh, spec.ow)
+    if not isinstance(length, int) or length < ri:
+        raise ValueError(f"{kind} tiles of {ri} pixels do not fit {length} pixels")
+    return spec.n * across * -(-length // ri)
+
+
+def _taps_done(size: Dim, out: Dim, kernel: int, stride: int, pad: int, dilation: int) -> float:
+    """The part of the taps along one dimension that does not fall into padding."""
+    if not (isinstance(size, int) and isinstance(out, int)) or out == 0:
+        return 1.0
+    hits = sum(
+        0 <= o * stride - pad + k * dilation < size for o in range(out) for k in range(kernel)
+    )
+    return hits / (out * kernel)
+
+
 def _cost(
-    spec: ConvSpec, lanes: int, ri: int, nv: int, tile: str, guarded: bool
-) -> float | None:
-    """Estimated cycles of the convolution, or None where the tiling does not apply.
+    spec: ConvSpec, lanes: int, ri: int, nv: int, tile: str, split: bool, guarded: bool
+) -> float:
+    """Estimated cycles of the convolution, infinite where the tiling does not apply.
 
-    Sizes known only at run time count as large; they leave only ``flat`` tiles, of few pixels.
+    Unknown sizes count as large.
     """
-    static = all(isinstance(d, int) for d in (spec.n, spec.oh, spec.ow))
-    vectors = len(vector_starts(spec.og, lanes, nv)) * spec.groups
-    if tile == "rows":
-        if not isinstance(spec.ow, int) or spec.ow < ri:
-            return None
-        tiles = -(-spec.ow // ri) * (spec.n * spec.oh if static else 1024)  # type: ignore[operator]
-        setup = 24.0
-    else:
-        tiles = -(-spec.n * spec.oh * spec.ow // ri) if static else 65536 / ri  # type: ignore[operator]
-        setup = 16.0 * ri + 2.0 * ri * spec.kh * spec.kw
     depth = spec.kh * spec.kw * spec.cg
-    # One multiply-add a cycle, one load a cycle beside it, and at least four chains in flight.
-    step = max(ri * nv, ri + nv, 6) + 0.04 * (ri + nv) + 0.5
-    if depth * nv * lanes * 4 > L1_BYTES // 2:
-        step = max(step, 2.5 * nv + 1)  # the weight panel comes from L2
-    if guarded and tile == "flat":
-        step += 6 * ri  # every input element is checked
-    return float(tiles) * (vectors // nv) * (depth * step + setup + 4 * ri * nv)
+    streams = depth * nv * lanes * 4 > L1_BYTES // 2  # the weight panel comes from L2
+
+    def cycles(pixels: int, taps: float, setup: float) -> float:
+        # A multiply-add a cycle beside a load a cycle, with enough independent chains.
+        step = max(pixels * nv, pixels + nv, 6) + 0.04 * (pixels + nv) + 0.5
+        if streams:
+            step = max(step, 2.5 * nv + 1)
+        if guarded and tile == "flat":
+            step += 6 * pixels  # every input element is checked
+        return depth * taps * step + setup + 4 * pixels * nv
+
+    n, oh, ow = (d if isinstance(d, int) else 64 for d in (spec.n, spec.oh, spec.ow))
+    if tile == "flat":
+        setup = 16.0 * ri + 2.0 * ri * spec.kh * spec.kw
+        total = -(-n * oh * ow // ri) * cycles(ri, 1.0, setup)
+    else:
+        rows = tile == "rows"
+        length, across = (spec.ow, oh) if rows else (spec.oh, ow)
+        if not isinstance(length, int) or length < ri:
+            return math.inf
+        if rows:
+            taps = _taps_done(spec.h, spec.oh, spec.kh, spec.sh, spec.ph, spec.dh)
+        else:
+            taps = _taps_done(spec.w, spec.ow, spec.kw, spec.sw, spec.pw, spec.dw)
+        if length == ri:  # taps in the padding along the line are left out, but not their loads
+            size, kernel, stride, pad, dilation = (
+                (spec.w, spec.kw, spec.sw, spec.pw, spec.dw)
+                if rows
+                else (spec.h, spec.kh, spec.sh, spec.ph, spec.dh)
+            )
+            taps *= _taps_done(size, length, kernel, stride, pad, dilation)
+        full, rest = divmod(length, ri)
+        if split and (rest == 0 or spec.kh * spec.kw * spec.cg < 64):
+            return math.inf
+        last = 0.0 if not rest else cycles(rest if split else ri, taps, 24.0)
+        total = n * across * (full * cycles(ri, taps, 24.0) + last) * (1.03 if split else 1.0)
+    return total * (len(vector_starts(spec.og, lanes, nv)) // nv) * spec.groups
 
 
-def _blocking(spec: ConvSpec, lanes: int, config: dict[str, Any]) -> dict[str, Any]:
+def _blocking(spec: ConvSpec, config: dict[str, Any]) -> dict[str, Any]:
     """Tiles per task and the order of tasks: what is read again should be what stays in cache."""
-    ri, nv = config["ri"], config["nv"]
+    ri, nv, lanes = config["ri"], config["nv"], config["lanes"]
     panels = len(vector_starts(spec.og, lanes, nv)) // nv * spec.groups
     depth = spec.kh * spec.kw * spec.cg
-    pixels = spec.n * spec.oh * spec.ow
-    if not isinstance(pixels, int):
+    tiles = _tiles(spec, config["tile"], ri)
+    if not isinstance(tiles, int) or not isinstance(spec.h, int) or not isinstance(spec.w, int):
         return {"chunk": 8, "order": "panel"}
-    per_row = -(-spec.ow // ri)  # type: ignore[operator]
-    tiles = spec.n * spec.oh * per_row if config["tile"] == "rows" else -(-pixels // ri)  # type: ignore[operator]
     wanted = TASK_FLOPS / (2 * ri * nv * lanes * depth)
     wanted = min(wanted, tiles * panels / MIN_TASKS)
     chunk = max(1, min(tiles, round(wanted)))
-    if config["tile"] == "rows" and chunk > per_row:
-        chunk = chunk // per_row * per_row
-    chunk = -(-tiles // -(-tiles // chunk))
+    if config["tile"] != "flat":  # whole lines, so that tasks are equal
+        length = spec.ow if config["tile"] == "rows" else spec.oh
+        per_line = -(-length // ri)  # type: ignore[operator]
+        chunk = chunk if chunk < per_line else chunk // per_line * per_line
+    chunk = -(-tiles // -(-tiles // chunk)) if tiles else 1
     chunks = -(-tiles // chunk)
     weights = 4 * panels * depth * nv * lanes
     source = 4 * spec.n * spec.c * spec.h * spec.w  # type: ignore[operator]
-    by_panel = weights + source * (panels // spec.groups if source > L2_BYTES // 2 else 1)
+    # Narrow groups use a part of every cache line, and come back for the rest.
+    again = panels // spec.groups * max(1, 32 // spec.cg if spec.groups > 1 else 1)
+    by_panel = weights + source * (again if source > L2_BYTES // 2 else 1)
     by_pixel = source + weights * (chunks if weights > L2_BYTES // 2 else 1)
     return {"chunk": chunk, "order": "panel" if by_panel <= by_pixel else "pixel"}

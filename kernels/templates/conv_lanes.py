@@ -11,6 +11,7 @@ input is used for every tap of the row of taps that it feeds, so that permutatio
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import tvm.tirx as tir
@@ -24,6 +25,8 @@ from ..target import Target
 from .conv_common import (
     Epilogue,
     ceil_div,
+    clip,
+    inside,
     compulsory_bytes,
     lane_count,
     symbol_names,
@@ -47,34 +50,49 @@ def covers(spec: ConvSpec, io: IO, target: Target) -> bool:
     )
 
 
+def skips_rows(spec: ConvSpec) -> bool:
+    """Whether leaving out rows of taps in the padding saves more than the loop bounds cost."""
+    rows = spec.oh if isinstance(spec.oh, int) else 1 << 20
+    return sum(spec.needed()[0]) > 0.04 * rows * spec.sh
+
+
 def configs(spec: ConvSpec, io: IO, target: Target) -> list[dict[str, Any]]:
     """Tile sizes ordered by estimated cycles."""
     lanes = lane_count(spec.oc, target)
-    vectors = -(-spec.oc // lanes)
     found: list[tuple[float, dict[str, Any]]] = []
-    for nv in range(1, min(4, vectors) + 1):
-        for ri in range(1, 15):
+    for nv in range(1, min(4, -(-spec.oc // lanes)) + 1):
+        for ri in range(1, 15 if isinstance(spec.ow, int) else 2):
             if isinstance(spec.ow, int) and ri > spec.ow:
                 break
-            kept = min(spec.kw * min(spec.cg, PERMUTED), 12) * nv
-            if ri * nv + kept + 2 > target.vector_registers:
-                break
-            width = spec.ow if isinstance(spec.ow, int) else 64
-            columns = (ri - 1) * spec.sw + (spec.kw - 1) * spec.dw + 1
-            columns = min(columns, ri * spec.kw)
-            adds = ri * spec.kw * spec.cg
-            loads = columns * (1 + (spec.cg if spec.cg > 1 else 0)) + spec.kw * spec.cg
-            step = nv * (max(adds, loads) + 0.3 * loads) + 4
-            work = -(-width // ri) * -(-vectors // nv) * (spec.kh * step + 20 + 6 * ri * nv)
-            if not isinstance(spec.ow, int) and ri > 1:
-                continue
-            found.append((work, {"kind": "lanes", "ri": ri, "nv": nv}))
-    found.sort(key=lambda f: (f[0], f[1]["ri"], f[1]["nv"]))
-    result = []
-    for cost, config in found[:6]:
-        if cost <= 1.3 * found[0][0]:
-            result.append(config | {"rows": _rows_per_task(spec, lanes, config)})
-    return result
+            cost = _cost(spec, lanes, ri, nv, target.vector_registers)
+            found.append((cost, {"kind": "lanes", "ri": ri, "nv": nv}))
+    found.sort(key=lambda f: f[0])
+    return [
+        config | {"rows": _rows_per_task(spec, lanes, config)}
+        for cost, config in found[:4]
+        if cost <= 1.3 * found[0][0]
+    ]
+
+
+def _cost(spec: ConvSpec, lanes: int, ri: int, nv: int, registers: int) -> float:
+    """Estimated cycles of one row over all channels; an unknown length counts as 64."""
+    width = spec.ow if isinstance(spec.ow, int) else 64
+    taps = range(ri * spec.kw)
+    if ri == spec.ow and isinstance(spec.w, int):
+        kept = [inside(ri, k, spec.sw, spec.pw, spec.dw, spec.w) for k in range(spec.kw)]
+        taps = range(sum(map(len, kept)))
+    columns = min((ri - 1) * spec.sw + (spec.kw - 1) * spec.dw + 1, len(taps))
+    together = math.gcd(spec.cg, PERMUTED)
+    weights = spec.kw * together
+    if not skips_rows(spec) and spec.kh * len(taps) * nv * spec.cg < 256:
+        weights *= spec.kh  # LLVM unrolls the rows of taps and keeps all their weights
+    # The inputs of a wide group are loaded once and live through all its channels.
+    live = ri * nv + weights * nv + 3 + (columns * nv if together < spec.cg else 0)
+    adds, loads = len(taps) * spec.cg, columns * (1 + (spec.cg if spec.cg > 1 else 0))
+    step = nv * (max(adds, loads) + 0.2 * loads + 0.5 * spec.kw * spec.cg) + 4
+    step += 5.0 * max(0, live - registers)  # spilled and filled for every row of taps
+    blocks = len(vector_starts(spec.oc, lanes, nv)) // nv
+    return -(-width // ri) * blocks * (spec.kh * step + 20 + 3 * ri * nv)
 
 
 def _rows_per_task(spec: ConvSpec, lanes: int, config: dict[str, Any]) -> int:
@@ -148,6 +166,8 @@ class _Body:
             h[0] < n[0] or h[1] < n[1] for h, n in zip(have, need, strict=True)
         )
         self.epilogue = Epilogue.of(em, group)
+        # A tile that is a whole row knows which taps fall into padding.
+        self.whole = self.ri == spec.ow and isinstance(spec.w, int)
         # Input channels that one vector of outputs needs, and for each channel of a group the
         # lane of those that every output lane takes.
         self.span = lanes // spec.og * spec.cg
@@ -171,12 +191,10 @@ class _Body:
         for v in range(self.nv):
             for i in range(self.ri):
                 with T.vectorized(em.i64(self.lanes)) as j:
-                    init = self.bias.load([first[v] + j]) if self.bias else em.f32(0.0)
-                    T.buffer_store(acc[i][v], init, [j])
+                    T.buffer_store(acc[i][v], em.f32(0.0), [j])
         kh_lo, kh_hi = em.i64(0), em.i64(spec.kh)
-        if self.guard_h:
-            kh_lo = T.bind(tir.max(kh_lo, tir.floordiv(-top + spec.dh - 1, spec.dh)))
-            kh_hi = T.bind(tir.min(kh_hi, tir.floordiv(self.h - top + spec.dh - 1, spec.dh)))
+        if self.guard_h or skips_rows(spec):
+            kh_lo, kh_hi = clip(top, spec.kh, spec.dh, self.h)
         weights = block * (spec.kh * spec.kw * spec.cg * rj)
 
         def taps(check: bool) -> None:
@@ -185,7 +203,7 @@ class _Body:
                 self._row_of_taps(acc, [b + at for b in bases], left,
                                   weights + kh * (spec.kw * spec.cg * rj), check)  # fmt: skip
 
-        if self.guard_w:
+        if self.guard_w and not self.whole:
             right = left + ((self.ri - 1) * spec.sw + (spec.kw - 1) * spec.dw)
             with T.If(tir.all(left >= 0, right < self.wd)):
                 with T.Then():
@@ -197,9 +215,10 @@ class _Body:
         for i in range(self.ri):
             for v in range(self.nv):
                 with T.vectorized(em.i64(self.lanes)) as j:
-                    self.epilogue.store(
-                        spec.out_index(n, first[v] + j, row, col + i), acc[i][v][j]
-                    )
+                    total = acc[i][v][j]
+                    if self.bias:
+                        total = total + self.bias.load([first[v] + j])
+                    self.epilogue.store(spec.out_index(n, first[v] + j, row, col + i), total)
 
     def _channel(self, block: Expr, v: int) -> Expr:
         start = block * (self.nv * self.lanes) + v * self.lanes
@@ -213,20 +232,23 @@ class _Body:
         """Adds one row of taps: every input column once, to all outputs that it feeds."""
         em, spec, rj = self.em, self.spec, self.nv * self.lanes
         feeds: dict[int, list[tuple[int, int]]] = {}
-        for i in range(self.ri):
-            for kx in range(spec.kw):
+        for kx in range(spec.kw):
+            some: Iterable[int] = range(self.ri)
+            if self.whole:
+                some = inside(self.ri, kx, spec.sw, spec.pw, spec.dw, spec.w)
+            for i in some:
                 feeds.setdefault(i * spec.sw + kx * spec.dw, []).append((i, kx))
-        some = math.gcd(spec.cg, PERMUTED)
-        depth = spec.cg // some
+        together = math.gcd(spec.cg, PERMUTED)
         # Channels are walked outermost so that the weights of a few stay in registers.
-        for c0 in range(depth):
+        for c0 in range(0, spec.cg, together):
             for column in sorted(feeds):
                 for v in range(self.nv):
                     source = self._source(bases[v], left, column, check)
-                    for c in range(c0 * some, (c0 + 1) * some):
+                    for c in range(c0, c0 + together):
                         value = source
                         if spec.cg > 1 or spec.og > 1:
-                            value = T.bind(tir.Shuffle([source], self.takes[c]))
+                            enough = [source] * -(-self.lanes // self.span)
+                            value = T.bind(tir.Shuffle(enough, self.takes[c]))
                         for i, kx in feeds[column]:
                             at = weights + ((kx * spec.cg + c) * rj + v * self.lanes)
                             weight = self.w.load_flat(tir.Ramp(at, em.i64(1), self.lanes))

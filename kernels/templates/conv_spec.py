@@ -11,14 +11,19 @@ import torch.fx as fx
 from ..abi import Dim, TensorArg
 from ..emit import Expr
 from ..group import IO, Group, Unsupported
+from .conv_common import check_epilogue
 
-CONVOLUTIONS = frozenset(
-    {
-        torch.ops.aten.conv1d.default,
-        torch.ops.aten.conv2d.default,
-        torch.ops.aten.convolution.default,
-    }
-)
+_COMMON = ("input", "weight", "bias", "stride", "padding", "dilation")
+_NAMES: dict[Any, tuple[str, ...]] = {
+    torch.ops.aten.conv1d.default: (*_COMMON, "groups"),
+    torch.ops.aten.conv2d.default: (*_COMMON, "groups"),
+    torch.ops.aten.conv1d.padding: (*_COMMON, "groups"),
+    torch.ops.aten.conv2d.padding: (*_COMMON, "groups"),
+    torch.ops.aten.convolution.default: (*_COMMON, "transposed", "output_padding", "groups"),
+    torch.ops.aten._convolution.default: (*_COMMON, "transposed", "output_padding", "groups"),
+}
+CONVOLUTIONS = frozenset(_NAMES)
+"""Operators that may be the anchor of a convolution group."""
 
 
 @dataclass(frozen=True)
@@ -87,28 +92,35 @@ def _reach(size: Dim, out: Dim, kernel: int, stride: int, pad: int, dilation: in
     if isinstance(size, int) and isinstance(out, int):
         last = (out - 1) * stride - pad + (kernel - 1) * dilation
         return pad, max(0, last - (size - 1))
-    return pad, pad
+    return pad, max(pad, (kernel - 1) * dilation - pad)
 
 
-def parse(node: fx.Node, io: IO, out: TensorArg) -> ConvSpec:
-    """Reads a convolution node whose result lies in memory as ``out``.
+def parse(group: Group, io: IO) -> ConvSpec:
+    """Reads the convolution a group is built around.
 
     Raises `Unsupported` for what no convolution template covers.
     """
+    node = group.anchor
+    assert node is not None
     args = _arguments(node)
-    weight, bias = io[args["weight"]], args.get("bias")
-    if not weight.const:
+    check_epilogue(group)
+    operands = [args["input"], args["weight"], *filter(None, [args.get("bias")])]
+    for operand in operands:
+        if operand not in io:
+            raise Unsupported("conv.prologue", f"{operand} is computed inside the group")
+        if io[operand].dtype != torch.float32:
+            raise Unsupported("conv.dtype", f"{io[operand].dtype} is left to the library")
+    if not io[args["weight"]].const:
         raise Unsupported("conv.weight-not-constant", "weights computed at run time are not packed")
-    for arg in (io[args["input"]], weight, out, *([io[bias]] if bias is not None else [])):
-        if arg.dtype != torch.float32:
-            raise Unsupported("conv.dtype", f"{arg.dtype} is left to the library")
-    return _spec(args, io[args["input"]].shape, weight.shape, out.shape)
+    out = io[group.outputs[0]]
+    return _spec(args, io[args["input"]].shape, io[args["weight"]].shape, out.shape)
 
 
 def parse_geometry(node: fx.Node) -> ConvSpec:
     """Reads a convolution node without knowing how its tensors lie in memory."""
     args = _arguments(node)
-    shapes = (tuple(_dim(d) for d in v.meta["val"].shape) for v in (args["input"], args["weight"], node))
+    tensors = (args["input"], args["weight"], node)
+    shapes = (tuple(_dim(d) for d in t.meta["val"].shape) for t in tensors)
     return _spec(args, *shapes)
 
 
@@ -116,8 +128,6 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     args = dict(zip(_NAMES[node.target], node.args, strict=False)) | dict(node.kwargs)
     if args.get("transposed", False):
         raise Unsupported("conv.transposed", "transposed convolution has no template")
-    if isinstance(args.get("padding", 0), str):
-        raise Unsupported("conv.padding-mode", "named padding has to be resolved first")
     return args
 
 
@@ -136,9 +146,14 @@ def _spec(
         value = value * rank if len(value) == 1 else value
         return (value[0], value[1]) if rank == 2 else (default, value[0])
 
-    (sh, sw), (ph, pw), (dh, dw) = pair("stride", 1), pair("padding", 0), pair("dilation", 1)
     taps = [_static(d, "weight shape") for d in weight]
     kh, kw = (taps[2], taps[3]) if rank == 2 else (1, taps[2])
+    (sh, sw), (dh, dw) = pair("stride", 1), pair("dilation", 1)
+    if isinstance(args.get("padding"), str):
+        same = args["padding"] == "same"  # what is odd is added after, where the output ends
+        ph, pw = ((dh * (kh - 1)) // 2, (dw * (kw - 1)) // 2) if same else (0, 0)
+    else:
+        ph, pw = pair("padding", 0)
     spec = ConvSpec(
         x=args["input"], weight=args["weight"], bias=args.get("bias"), rank=rank,
         n=x[0], c=_static(x[1], "channels"), h=x[2] if rank == 2 else 1, w=x[-1],
@@ -156,17 +171,6 @@ def _dim(value: Any) -> Dim:
     return value if isinstance(value, int) else value.node.expr
 
 
-def out_arg(group: Group, io: IO) -> TensorArg:
-    """The first output of the group; raises `Unsupported` unless all have the anchor's shape."""
-    anchor = group.anchor
-    assert anchor is not None
-    shape = tuple(anchor.meta["val"].shape)
-    for node in group.outputs:
-        if tuple(node.meta["val"].shape) != shape:
-            raise Unsupported("conv.epilogue-shape", f"{node.name} differs in shape from {anchor}")
-    return io[group.outputs[0]]
-
-
 def halo_of(arg: TensorArg, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The halo of an input as rows (before, after) and columns (before, after)."""
     return (arg.halo[2], arg.halo[3]) if rank == 2 else ((0, 0), arg.halo[2])
@@ -176,11 +180,3 @@ def _static(value: Any, what: str) -> int:
     if not isinstance(value, int):
         raise Unsupported("conv.symbolic-geometry", f"{what} {value} is not a constant")
     return value
-
-
-_COMMON = ("input", "weight", "bias", "stride", "padding", "dilation")
-_NAMES = {
-    torch.ops.aten.conv1d.default: (*_COMMON, "groups"),
-    torch.ops.aten.conv2d.default: (*_COMMON, "groups"),
-    torch.ops.aten.convolution.default: (*_COMMON, "transposed", "output_padding", "groups"),
-}

@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 import tvm.tirx as tir
+from tvm.script.ir_builder import tirx as T
+
 from plait.kernels import build as build_module
 from plait.kernels import loader
 from plait.kernels.abi import Kernel, TensorArg
 from plait.kernels.build import BuildError, build
 from plait.kernels.emit import Emitter
 from plait.kernels.target import host
-from tvm.script.ir_builder import tirx as T
 
 ROWS, LANES = 8, 16
 ARG = TensorArg(torch.float32, (ROWS, LANES), (LANES, 1))
@@ -105,20 +106,18 @@ def test_the_library_needs_nothing_of_tvm(tmp_path) -> None:
         "spec.loader.exec_module(m)\n"
         "assert m.load(sys.argv[1]).address('k') and not {'tvm', 'torch'} & set(sys.modules)\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", script, path, str(tmp_path), loader.__file__], check=True
-    )
+    subprocess.run([sys.executable, "-c", script, path, str(tmp_path), loader.__file__], check=True)
 
 
 def test_a_kernel_that_does_not_compile_spares_the_others() -> None:
-    em = Emitter("asserts", [ARG], [ARG])
+    em = Emitter("packed", [ARG], [ARG])
     with em.function() as task:
         T.evaluate(tir.call_packed("runtime.something", task))
-    bad = Kernel("asserts", em.finish(), (ARG,), (ARG,), (), ROWS)
+    bad = Kernel("packed", em.finish(), (ARG,), (ARG,), (), ROWS)
     bundle = build([scale("a", 2.0), bad, scale("b", 4.0)], host(), jobs=1)
-    assert bundle.symbols == ("a", "b") and list(bundle.failed) == ["asserts"]
+    assert bundle.symbols == ("a", "b") and list(bundle.failed) == ["packed"]
     check(bundle.address("b"), 4.0)
-    with pytest.raises(BuildError, match="none of 1 kernels compiled; asserts"):
+    with pytest.raises(BuildError, match="none of 1 kernels compiled; packed"):
         build([bad], host())
 
 
@@ -130,8 +129,13 @@ def test_heap_allocation_is_refused() -> None:
             T.buffer_store(big, em.inputs[0].load([task, j % LANES]), [j])
         em.outputs[0].store(big[task], [task, task])
     bad = Kernel("heap", em.finish(), (ARG,), (ARG,), (), ROWS)
-    with pytest.raises(BuildError, match="neither assert nor allocate"):
+    with pytest.raises(BuildError, match="none of 1 kernels compiled; heap"):
         build([bad], host())
+
+
+def test_code_that_needs_tvm_at_run_time_is_refused() -> None:
+    with pytest.raises(BuildError, match="neither assert nor allocate"):
+        build([scale("k", 2.0, call="TVMBackendParallelBarrier")], host())
 
 
 def test_multi_dimensional_and_bool_temporaries_take_the_full_pipeline() -> None:

@@ -14,7 +14,9 @@ def lifetimes(draw):
     for k in range(draw(st.integers(0, 25))):
         start = draw(st.integers(0, 20))
         symbolic = draw(st.booleans())
-        nbytes = draw(st.sampled_from(["4*s0", "8*s0*s1"])) if symbolic else draw(st.integers(0, 5000))
+        nbytes = (
+            draw(st.sampled_from(["4*s0", "8*s0*s1"])) if symbolic else draw(st.integers(0, 5000))
+        )
         result.append(Lifetime(f"b{k}", nbytes, start, start + draw(st.integers(0, 8))))
     return result
 

@@ -1,0 +1,54 @@
+"""What the machine can do at best, measured: the yardstick for a kernel's time.
+
+A kernel that does F FLOPs on B bytes cannot take less than max(F / peak, B / bandwidth) (the
+roofline of Williams et al., 2009). The peak is that of a large float32 matrix product in torch,
+the bandwidth that of copying more than the caches hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """FLOPs per second and bytes per second with the current number of threads."""
+
+    flops: float
+    bandwidth: float
+
+    def bound(self, flops: float, nbytes: float) -> float:
+        """The least seconds for this work."""
+        return max(flops / self.flops, nbytes / self.bandwidth)
+
+    def bound_by(self, flops: float, nbytes: float) -> str:
+        """Which of the two limits it: "compute" or "memory"."""
+        return "compute" if flops / self.flops >= nbytes / self.bandwidth else "memory"
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e9:.0f} GFLOP/s, {self.bandwidth / 1e9:.0f} GB/s"
+
+
+def measure_machine() -> Machine:
+    """Measures for about a second."""
+    n = 1024
+    a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+    product = _best(lambda: torch.mm(a, b, out=out))
+    source = torch.zeros(64 << 20, dtype=torch.uint8)
+    copy = torch.empty_like(source)
+    moved = _best(lambda: copy.copy_(source))
+    return Machine(2 * n**3 / product, 2 * source.numel() / moved)
+
+
+def _best(call: Callable[[], object], seconds: float = 0.4) -> float:
+    call()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best

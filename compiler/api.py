@@ -1,0 +1,125 @@
+"""`plait.compile`: the one entry point, as a function and as a decorator."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, overload
+
+from torch import nn
+
+from .compiled import Compiled
+from .errors import OptionError
+from .options import Options
+
+
+@overload
+def compile(
+    model: None = None,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    pipeline: str | None = None,
+    tune: str = "quick",
+) -> Callable[[Any], Any]: ...
+
+
+@overload
+def compile(
+    model: Callable[..., Any],
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    pipeline: str | None = None,
+    tune: str = "quick",
+) -> Compiled: ...
+
+
+def compile(
+    model: Callable[..., Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    pipeline: str | None = None,
+    tune: str = "quick",
+) -> Any:
+    """Compiles ``model``: a module, a function, or a module class (whose instances are compiled).
+
+    Compilation happens at the first call, or right away with ``example_inputs`` (a tuple of
+    positional or a dict of keyword arguments). ``dynamic_shapes`` is what `torch.export.export`
+    takes; without it a dimension becomes dynamic when a second size of it is seen. ``pipeline`` is
+    a pass pipeline as text, ``tune`` "off", "quick" or "full". Without ``model`` it returns a
+    decorator.
+
+    Raises OptionError for an option without meaning and InputError for wrong ``example_inputs`` or
+    ``dynamic_shapes``.
+    """
+    options = Options(pipeline=pipeline, tune=tune)
+    if pipeline is not None:
+        _check_pipeline(pipeline)
+    if model is None:
+        return functools.partial(
+            compile,
+            example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes,
+            pipeline=pipeline,
+            tune=tune,
+        )
+    if isinstance(model, Compiled):
+        model = model.original
+    if inspect.isclass(model):
+        if not issubclass(model, nn.Module):
+            raise OptionError(
+                "PLT-OPT-003", f"{model.__name__} is not a module class", "compile an instance"
+            )
+        if example_inputs is not None:
+            raise OptionError(
+                "PLT-OPT-004",
+                "example_inputs cannot be given for a class",
+                "call prepare(example_inputs) on an instance",
+            )
+        return _compile_class(model, options, dynamic_shapes)
+    if not callable(model):
+        kind = type(model).__name__
+        raise OptionError("PLT-OPT-003", f"a {kind} cannot be compiled", "give a module or function")
+    compiled = Compiled(model, options, dynamic_shapes)
+    return compiled if example_inputs is None else compiled.prepare(example_inputs)
+
+
+def _check_pipeline(text: str) -> None:
+    """Raises OptionError when ``text`` is no pipeline of known passes."""
+    from ..passes.pipeline_text import parse_pipeline
+
+    try:
+        parse_pipeline(text)
+    except (ValueError, LookupError) as error:
+        raise OptionError("PLT-OPT-002", str(error)) from None
+
+
+class _CompiledClass(type):
+    """Calling such a class makes an instance of ``_base`` and compiles it."""
+
+    _base: type[nn.Module]
+    _settings: tuple[Options, Any]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if "_base" not in vars(cls):  # a subclass of the compiled class is an ordinary class
+            return super().__call__(*args, **kwargs)
+        return Compiled(cls._base(*args, **kwargs), *cls._settings)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if isinstance(instance, Compiled) and "_base" in vars(cls):
+            return isinstance(instance.original, cls._base)
+        return super().__instancecheck__(instance)
+
+
+def _compile_class(model: type[nn.Module], options: Options, dynamic_shapes: Any) -> type:
+    body = {
+        "__doc__": model.__doc__,
+        "__module__": model.__module__,
+        "__qualname__": model.__qualname__,
+        "_base": model,
+        "_settings": (options, dynamic_shapes),
+    }
+    return _CompiledClass(model.__name__, (model,), body)

@@ -1,0 +1,247 @@
+"""The command line. Nothing heavy is imported before a command needs it.
+
+``MODEL`` is ``module:function`` or ``file.py:function`` (a function that returns a model, or a
+model and its example inputs; the model itself will do, too), or a file that `Compiled.save` wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_error import CliError
+
+app = typer.Typer(
+    name="plait",
+    help="Compiles PyTorch models that branch into fewer, fuller kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cache_app = typer.Typer(help="Look after the kernel database.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+_debug = False
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="module:function, file.py:function or a saved file.")
+]
+Inputs = Annotated[
+    list[str],
+    typer.Option("--input", "-i", help="An input as dtype[sizes], such as float32[1,3,224,224]."),
+]
+Pipeline = Annotated[
+    str | None, typer.Option("--pipeline", "-p", help="Passes, such as 'normalize,fuse-vertical'.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="Threads to use (torch's default).")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turns errors into one message and an exit code: 2 for the user's, 1 for plait's own."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except Exception as error:
+        if _debug:
+            raise
+        if isinstance(error, CliError) or _is_user_error(error):
+            _fail(str(error), 2)
+        _fail(f"{type(error).__name__}: {error}; --debug before the command shows where", 1)
+
+
+def _is_user_error(error: Exception) -> bool:
+    # By module, for the classes themselves cannot be imported without importing torch.
+    kinds = {f"{k.__module__.rpartition('.')[2]}.{k.__name__}" for k in type(error).__mro__}
+    return bool(kinds & {"errors.PlaitError", "pipeline_text.PipelineError", "plan.PlanError"})
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(f"plait: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(version("plait"))
+        except PackageNotFoundError:
+            print("unknown: plait is not installed, only importable")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del version  # its callback has answered
+    global _debug
+    _debug = debug
+
+
+@app.command()
+def check(model: Model, input: Inputs = []) -> None:  # noqa: B006 - typer copies it
+    """Capture MODEL and report what would run as kernels, what by library, and why.
+
+    Exits with 1 where the model cannot be captured whole.
+    """
+    with reported():
+        from . import cli_model
+
+        cli_model.check(cli_model.load(model, input))
+
+
+@app.command()
+def passes(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]")] = None,
+    pipeline: Pipeline = None,
+    input: Inputs = [],  # noqa: B006
+) -> None:
+    """List the passes; given MODEL, run a pipeline on it and print the graph after each pass."""
+    with reported():
+        from . import cli_passes
+
+        if model is None:
+            if pipeline is not None:
+                raise CliError("--pipeline needs a model", "plait passes MODEL --pipeline ...")
+            cli_passes.list_passes()
+        else:
+            cli_passes.run_pipeline(model, input, pipeline)
+
+
+@app.command()
+def run(
+    model: Model,
+    input: Inputs = [],  # noqa: B006
+    pipeline: Pipeline = None,
+    tune: Annotated[str, typer.Option(help="off, quick or full.")] = "quick",
+    rounds: Annotated[int, typer.Option("--rounds", "-n", min=1)] = 3,
+    threads: Threads = None,
+    save: Annotated[Path | None, typer.Option(help="Save the compiled model here.")] = None,
+) -> None:
+    """Compile MODEL, compare its answer with eager PyTorch's, and time both."""
+    with reported():
+        from . import cli_model
+
+        cli_model.run(cli_model.load(model, input), pipeline, tune, rounds, threads, save)
+
+
+@app.command()
+def explain(
+    model: Model,
+    input: Inputs = [],  # noqa: B006
+    pipeline: Pipeline = None,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Compile MODEL and show each step's kernel, time and bound, and every remark."""
+    with reported():
+        from . import cli_explain, cli_model
+
+        cli_explain.explain(cli_model.load(model, input), pipeline, threads, json)
+
+
+@app.command()
+def tune(
+    model: Model,
+    input: Inputs = [],  # noqa: B006
+    budget: Annotated[float, typer.Option("--budget", "-b", min=1, help="Seconds.")] = 300,
+    threads: Threads = None,
+) -> None:
+    """Search for better kernels for MODEL within a budget; continues where it was stopped."""
+    with reported():
+        from . import cli_tune
+
+        cli_tune.tune(model, input, budget, threads)
+
+
+@cache_app.command("path")
+def cache_path() -> None:
+    """Print where the database is."""
+    with reported():
+        from . import cli_cache
+
+        cli_cache.path()
+
+
+@cache_app.command("info")
+def cache_info() -> None:
+    """Show how many kernels there are and how much room they take."""
+    with reported():
+        from . import cli_cache
+
+        cli_cache.info()
+
+
+@cache_app.command("verify")
+def cache_verify() -> None:
+    """Check every entry; damaged ones are removed and built again when needed."""
+    with reported():
+        from . import cli_cache
+
+        cli_cache.verify()
+
+
+@cache_app.command("clear")
+def cache_clear(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove all kernels."""
+    with reported():
+        from . import cli_cache
+
+        cli_cache.clear(yes)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Workloads or groups (all).")] = None,
+    size: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
+    peers: Annotated[
+        str, typer.Option(help="Engines, comma-separated.")
+    ] = "plait,eager,eager-cl,compile,compile-freeze,compile-max,ort,openvino",
+    rounds: Annotated[int, typer.Option("--rounds", "-n", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Per engine and round.")] = 0.25,
+    threads: Threads = None,
+    json: Json = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Use and fill the real cache.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List workloads and engines.")] = False,
+) -> None:
+    """Measure registered workloads on plait and other engines, interleaved."""
+    with reported():
+        from . import cli_bench
+
+        if list_:
+            cli_bench.show_registry()
+        else:
+            cli_bench.bench(names or [], size, peers, rounds, seconds, threads, json, warm)
+
+
+def main() -> None:
+    """Entry point of the ``plait`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

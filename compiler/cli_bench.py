@@ -1,0 +1,86 @@
+"""``plait bench``: workloads by engines, results as tables and JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..bench import harness, peers, report, workloads
+from ..bench.environment import environment
+from .cli_error import CliError
+
+
+def show_registry() -> None:
+    """Prints what can be measured and by which engines."""
+    table = Table("workload", "groups", "what it is", title="workloads", title_justify="left")
+    for w in workloads.WORKLOADS.values():
+        table.add_row(w.name, ", ".join(w.groups), w.summary)
+    engines = Table("engine", "what it is", title="engines", title_justify="left")
+    for p in peers.PEERS.values():
+        engines.add_row(p.name, p.summary)
+    console = Console()
+    console.print(table)
+    console.print(engines)
+
+
+def bench(
+    names: list[str],
+    size: str,
+    engines: str,
+    rounds: int,
+    seconds: float,
+    threads: int | None,
+    output: Path | None,
+    warm: bool,
+) -> None:
+    """Measures and prints; a workload's table appears as soon as it is done.
+
+    Unless ``warm``, plait compiles into an empty cache that is thrown away afterwards.
+    """
+    if size not in workloads.SIZES:
+        raise CliError(f"unknown size {size!r}", f"use {' or '.join(workloads.SIZES)}")
+    if output is not None and not output.resolve().parent.is_dir():
+        raise CliError(f"folder {output.resolve().parent} does not exist", "make it first")
+    try:
+        chosen = workloads.select(names)
+        engaged = peers.select([p.strip() for p in engines.split(",") if p.strip()])
+    except ValueError as error:
+        raise CliError(str(error), "plait bench --list shows what there is") from None
+    if not engaged:
+        raise CliError("--peers names no engine", f"use some of {', '.join(peers.PEERS)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console, progress = Console(), Console(stderr=True)
+    header = environment()
+    console.print(report.header(header), highlight=False)
+    families = {p.name: p.family for p in engaged}
+    results: list[harness.Result] = []
+    with progress.status("") as status, contextlib.ExitStack() as stack:
+        if not warm:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="plait-bench-"))
+            os.environ["PLAIT_CACHE_DIR"] = folder
+        for workload in chosen:
+            rows = harness.run_workload(
+                workload,
+                engaged,
+                cast(workloads.Size, size),
+                rounds,
+                seconds,
+                lambda text, name=workload.name: status.update(f"{name}: {text}"),
+            )
+            results += rows
+            console.print(report.workload_table(rows))
+            if output is not None:  # after every workload: a long run that is stopped loses little
+                document = harness.document(results, families, header)
+                output.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    means = harness.summary(results, families)
+    if means:
+        console.print(report.summary_table(means))

@@ -1,0 +1,91 @@
+"""``plait explain``: every step of a compiled model with its time and bound, and every remark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..bench.bounds import Machine, measure_machine
+from ..passes.remarks import render
+from ..runtime.profile import StepTime, profile_steps
+from .capture_tree import flatten
+from .cli_error import CliError
+from .cli_model import Loaded, compile_loaded, newest
+
+
+def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: Path | None) -> None:
+    """Prints the steps in order, slowest marked, then totals and remarks; JSON where asked."""
+    console = Console()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    compiled = compile_loaded(loaded, pipeline, "quick", console)
+    program = newest(compiled)
+    executor = getattr(program.executable, "executor", None)
+    if executor is None:
+        raise CliError("the compiled program cannot be profiled", "compile it again")
+    leaves, _ = flatten((tuple(loaded.args), dict(loaded.kwargs)))
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    with torch.no_grad():
+        times = profile_steps(executor, [*tensors, *program.captured.states])
+    machine = measure_machine()
+    rows = [_row(program.executable.plan.steps[t.number], t, machine) for t in times]
+    total = sum(t.seconds for t in times)
+    console.print(_table(rows, total))
+    bound = sum(r["bound_seconds"] for r in rows)
+    console.print(
+        f"{len(rows)} steps, {total * 1e3:.3g} ms one by one; bound {bound * 1e3:.3g} ms "
+        f"({machine})",
+        markup=False,
+        highlight=False,
+    )
+    console.print(render(compiled.remarks), markup=False, highlight=False)
+    if output is not None:
+        remarks = [r.to_json() for r in compiled.remarks]
+        document = {"version": 1, "steps": rows, "seconds": total, "remarks": remarks}
+        output.write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+def _row(step: Any, time: StepTime, machine: Machine) -> dict[str, Any]:
+    return {
+        "step": time.number,
+        "name": time.name,
+        "kind": time.kind,
+        "kernel": getattr(step, "kernel", getattr(step, "target", "")),
+        "config": dict(getattr(step, "config", {}) or {}),
+        "seconds": time.seconds,
+        "bound_seconds": machine.bound(time.flops, time.bytes),
+        "bound_by": machine.bound_by(time.flops, time.bytes),
+        "flops": time.flops,
+        "bytes": time.bytes,
+    }
+
+
+def _table(rows: list[dict[str, Any]], total: float) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("step", overflow="fold")
+    table.add_column("kernel or library call", overflow="fold")
+    for name in ("us", "% time", "bound us", "bound by", "of bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in rows:
+        share = r["seconds"] / total if total else 0.0
+        reached = r["bound_seconds"] / r["seconds"] if r["seconds"] else 0.0
+        known = bool(r["flops"] or r["bytes"])
+        table.add_row(
+            str(r["step"]),
+            r["name"],
+            r["kernel"][:12] if r["kind"] == "kernel" else r["kernel"],
+            f"{r['seconds'] * 1e6:.4g}",
+            f"{share:.1%}",
+            f"{r['bound_seconds'] * 1e6:.3g}" if known else "-",
+            r["bound_by"] if known else "-",
+            f"{reached:.0%}" if known else "-",
+            style="bold" if share >= 0.05 else None,
+        )
+    return table

@@ -1,0 +1,269 @@
+"""Models named on the command line, and the commands that look at one: check and run."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..bench.harness import relative_error
+from ..bench.measure import interleave
+from ..bench.peers import tensors_of
+from ..kernels.ops import category, library_reason
+from ..passes.manager import PassManager
+from ..passes.remarks import render
+from .api import compile
+from .capture import capture
+from .capture_tree import unflatten
+from .captured import Captured
+from .cli_error import CliError
+from .compiled import Compiled, as_call
+from .errors import CaptureError
+from .pipeline import DEFAULT_PIPELINE
+from .program import Program
+
+_INPUT = re.compile(r"(\w+)\[([\d,\s]*)\]")
+_FREE_SIZE = 8  # what a dimension without a fixed size becomes in made-up inputs
+
+
+@dataclass
+class Loaded:
+    """A model from the command line with example arguments; ``saved`` where it came compiled."""
+
+    name: str
+    model: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    saved: bool = False
+
+
+def load(name: str, inputs: Sequence[str]) -> Loaded:
+    """The model that ``name`` stands for. Raises CliError saying what is wrong with it."""
+    given = tuple(_make_input(text) for text in inputs)
+    path = Path(name)
+    if ":" not in name or path.is_file():
+        if not path.is_file():
+            raise CliError(
+                f"{name!r} is neither a file nor module:function",
+                "write it as package.module:function, file.py:function or a saved file's path",
+            )
+        if path.suffix == ".py":
+            raise CliError(f"{name!r} names no function", f"write {name}:function")
+        from .serialize import load as load_file
+
+        compiled = load_file(path)
+        args, kwargs = example_arguments(newest(compiled).captured)
+        return Loaded(name, compiled, given or args, {} if given else kwargs, saved=True)
+    where, _, attribute = name.rpartition(":")
+    target = _attribute(_module(where), where, attribute)
+    if not isinstance(target, nn.Module) and callable(target):
+        try:
+            target = target()
+        except Exception as error:
+            raise CliError(
+                f"{name} raised {type(error).__name__}: {_line(error)}",
+                "it is called without arguments and returns a model, or (model, example_inputs)",
+            ) from error
+    example: Any = ()
+    if isinstance(target, tuple | list) and len(target) == 2:
+        target, example = target
+    if not callable(target):
+        raise CliError(
+            f"{name} gave a {type(target).__name__}, not a model",
+            "return a model, or (model, example_inputs)",
+        )
+    args, kwargs = (given, {}) if given else as_call(example)
+    if not args and not kwargs:
+        raise CliError(
+            f"{name} comes without example inputs",
+            "return (model, example_inputs), or give --input 'float32[1,3,224,224]'",
+        )
+    return Loaded(name, target, args, kwargs)
+
+
+def newest(compiled: Compiled) -> Program:
+    """The program that compiling made. Raises CliError with the reason where there is none."""
+    programs = compiled._dispatcher.programs
+    if not programs:
+        why = next((r.reason for r in reversed(compiled.remarks) if r.kind == "missed"), "unknown")
+        raise CliError(f"the model was not compiled ({why})", "plait check MODEL shows more")
+    return programs[-1]
+
+
+def example_arguments(captured: Captured) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Made-up arguments that a captured program accepts; free dimensions get a small size."""
+    sizes: dict[str, int] = {}
+    for name, (low, high) in captured.ranges.items():
+        sizes[name] = min(max(_FREE_SIZE, low), high if high is not None else _FREE_SIZE + low)
+    specs = iter(captured.inputs)
+    leaves = []
+    for leaf in captured.in_leaves:
+        if leaf is not None:
+            leaves.append(leaf[0])
+            continue
+        spec = next(specs)
+        shape = [
+            d if isinstance(d, int) else int(d.subs({s: sizes[s.name] for s in d.free_symbols}))  # type: ignore[union-attr]
+            for d in spec.shape
+        ]
+        leaves.append(_random(shape, spec.dtype).to(spec.device))
+    return unflatten(captured.in_tree, leaves)
+
+
+def check(loaded: Loaded) -> None:
+    """Prints inputs, operators by the kind of kernel that they get, library operators, remarks."""
+    console = Console()
+    if loaded.saved:
+        raise CliError(f"{loaded.name} is compiled already", "plait run or plait explain takes it")
+    try:
+        with torch.no_grad():
+            captured = capture(loaded.model, loaded.args, loaded.kwargs)
+            result = PassManager(DEFAULT_PIPELINE).run(captured.graph_module)
+    except CaptureError as error:
+        console.print(f"not captured: {error}", style="red", markup=False, highlight=False)
+        console.print("plait.compile would run the original model.")
+        sys.exit(1)
+    nodes = [n for n in result.graph_module.graph.nodes if n.op == "call_function"]
+    console.print(f"captured whole: {len(nodes)} operators after {DEFAULT_PIPELINE}")
+    for spec in captured.inputs[: captured.num_tensors]:
+        console.print(f"  input {spec.name}: {spec}", markup=False, highlight=False)
+    table = Table("kind of kernel", title="operators", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("count", justify="right")
+    for kind, count in Counter(category(n) for n in nodes).most_common():
+        table.add_row(kind, str(count))
+    console.print(table)
+    reasons = Counter((str(n.target), why) for n in nodes if (why := library_reason(n)))
+    if reasons:
+        table = Table("operator", title="run by library", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("count", justify="right")
+        table.add_column("why")
+        for (target, why), count in reasons.most_common():
+            table.add_row(target, str(count), why)
+        console.print(table)
+    remarks = [*captured.remarks, *result.remarks]
+    console.print(render(remarks), markup=False, highlight=False)
+
+
+def run(
+    loaded: Loaded,
+    pipeline: str | None,
+    tune: str,
+    rounds: int,
+    threads: int | None,
+    save: Path | None,
+) -> None:
+    """Compiles, checks against eager and prints times. Exits with 1 where the answers differ."""
+    console = Console()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    compiled = compile_loaded(loaded, pipeline, tune, console)
+    call = lambda: compiled(*loaded.args, **loaded.kwargs)  # noqa: E731 - one of two of a kind
+    with torch.no_grad():
+        calls = {"plait": call}
+        if not loaded.saved:
+            model = loaded.model
+            calls["eager"] = lambda: model(*loaded.args, **loaded.kwargs)
+            error = relative_error(tensors_of(call()), tensors_of(calls["eager"]()))
+            console.print(f"largest difference from eager: {error:.2g} (relative)")
+        timings = interleave(calls, rounds)
+    table = Table("", box=box.SIMPLE_HEAD)
+    for column in ("p50 ms", "p10", "p90"):
+        table.add_column(column, justify="right")
+    for name, timing in timings.items():
+        table.add_row(name, *[f"{timing.percentile(q) * 1e3:.4g}" for q in (0.5, 0.1, 0.9)])
+    console.print(table)
+    if save is not None:
+        compiled.save(save)
+        console.print(f"saved {save}", highlight=False)
+    if not loaded.saved and not error < 1e-2:
+        raise CliError("plait's answer differs from eager's", "please report it with the model")
+
+
+def compile_loaded(loaded: Loaded, pipeline: str | None, tune: str, console: Console) -> Compiled:
+    """Compiles (unless it came compiled) and says how long it took."""
+    if loaded.saved:
+        return loaded.model
+    start = time.perf_counter()
+    inputs = loaded.kwargs if loaded.kwargs and not loaded.args else tuple(loaded.args)
+    with torch.no_grad():
+        compiled = compile(loaded.model, example_inputs=inputs, pipeline=pipeline, tune=tune)
+    seconds = time.perf_counter() - start
+    plan = newest(compiled).executable.plan
+    steps = Counter("kernels" if hasattr(s, "kernel") else "library calls" for s in plan.steps)
+    parts = ", ".join(f"{count} {kind}" for kind, count in steps.items())
+    console.print(f"compiled in {seconds:.1f} s: {parts}")
+    return compiled
+
+
+def _make_input(text: str) -> torch.Tensor:
+    match = _INPUT.fullmatch(text.strip())
+    if match is None:
+        raise CliError(f"--input {text!r} is not understood", "write it as float32[1,3,224,224]")
+    dtype = getattr(torch, match[1], None)
+    if not isinstance(dtype, torch.dtype):
+        raise CliError(f"--input: torch has no dtype {match[1]!r}", "use float32, int64, ...")
+    shape = [int(d) for d in match[2].replace(" ", "").split(",") if d]
+    return _random(shape, dtype)
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Normal noise; for integers zeros and ones, which index any table of two rows."""
+    generator = torch.Generator().manual_seed(0)
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 2, tuple(shape), generator=generator).to(dtype)
+
+
+def _module(where: str) -> Any:
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        path = Path(where).resolve()
+        if not path.is_file():
+            raise CliError(f"there is no file {where}", "check the path")
+        sys.path.insert(0, str(path.parent))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+    except CliError:
+        raise
+    except Exception as error:
+        raise CliError(
+            f"importing {where!r} raised {type(error).__name__}: {_line(error)}",
+            "check the name, and that it imports from this folder",
+        ) from error
+
+
+def _attribute(module: Any, where: str, name: str) -> Any:
+    value = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            public = [n for n, v in vars(module).items() if callable(v) and n[0] != "_"]
+            near = difflib.get_close_matches(part, public, 1)
+            mend = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(public[:8])}"
+            raise CliError(f"{where} has no {name!r}", mend)
+        value = getattr(value, part)
+    return value
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

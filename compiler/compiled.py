@@ -1,0 +1,222 @@
+"""`Compiled`: what `plait.compile` returns. It looks and behaves like the module it was made from."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.fx as fx
+from torch import nn
+
+from ..passes.remarks import Remark, render
+from .dispatch import Dispatcher
+from .errors import InputError
+from .options import Options
+
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_OWN = ("_original", "_dispatcher", "_explicit")
+
+
+class Compiled(nn.Module):
+    """A compiled module or function.
+
+    Calling it gives the original's result for every input. Parameters, buffers, submodules and
+    attributes *are* the original's (not copies): training the original, loading a state dict or
+    moving it is seen at the next call. In training mode, or when an input requires gradients, the
+    original runs; results of compiled calls carry no gradients.
+
+    A call's Python numbers and texts, and attributes the forward reads, are constants of the
+    compiled program. Different arguments compile again by themselves; an attribute changed after
+    the first call needs `recompile`.
+    """
+
+    def __init__(
+        self,
+        original: Callable[..., Any] | None,
+        options: Options,
+        dynamic_shapes: Any = None,
+        shell: nn.Module | None = None,
+    ) -> None:
+        """Wraps ``original``; ``shell`` holds the weights of a loaded program, which has none."""
+        module = original if isinstance(original, nn.Module) else shell
+        vars(self)["_original"] = original if original is not None else shell
+        vars(self)["_dispatcher"] = Dispatcher(original, options, dynamic_shapes)
+        vars(self)["_explicit"] = dynamic_shapes
+        if module is None:
+            super().__init__()
+            vars(self).pop("training", None)
+            functools.update_wrapper(self, original)  # type: ignore[arg-type]
+        else:
+            for name in _SHARED:
+                vars(self)[name] = vars(module)[name]
+            vars(self)["__doc__"] = module.__doc__
+
+    # -- calling --------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's result for these arguments."""
+        return self._dispatcher(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as calling."""
+        return self._dispatcher(*args, **kwargs)
+
+    def prepare(self, example_inputs: Any) -> Compiled:
+        """Compiles for ``example_inputs`` now instead of at the first call, and returns self.
+
+        A tuple or list holds positional arguments, a dict keyword arguments, anything else is the
+        only argument. Raises InputError if the original cannot run on them.
+        """
+        args, kwargs = as_call(example_inputs)
+        try:
+            self._dispatcher(*args, **kwargs)
+        except InputError:
+            raise
+        except Exception as error:
+            text = str(error).strip().splitlines() or [""]
+            raise InputError(
+                "PLT-INP-005",
+                f"the model fails on example_inputs: {type(error).__name__}: {text[0]}",
+            ) from error
+        return self
+
+    def recompile(self) -> None:
+        """Forgets every compiled program; the next call captures again."""
+        self._dispatcher.forget()
+
+    # -- looking inside -------------------------------------------------------------------------
+
+    @property
+    def original(self) -> Any:
+        """What was compiled (for a loaded program: a module that only holds its weights)."""
+        return self._original
+
+    @property
+    def options(self) -> Options:
+        """The options it was compiled with."""
+        return self._dispatcher.options
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """What was done, or not done and why, oldest first."""
+        programs = self._dispatcher.programs
+        return (*self._dispatcher.remarks, *(r for p in programs for r in p.executable.remarks))
+
+    @property
+    def graph(self) -> fx.GraphModule | None:
+        """The graph of the newest program after all passes; None before the first call."""
+        programs = self._dispatcher.programs
+        return programs[-1].executable.graph if programs else None
+
+    @property
+    def plan(self) -> Any:
+        """The plan of the newest program; None before the first call."""
+        programs = self._dispatcher.programs
+        return programs[-1].executable.plan if programs else None
+
+    def explain(self) -> str:
+        """A text for people: programs, what they are specialised on, and remarks."""
+        lines = []
+        for number, program in enumerate(self._dispatcher.programs, 1):
+            captured = program.captured
+            shown = ", ".join(f"{s.name}: {s}" for s in captured.inputs[: captured.num_tensors])
+            lines.append(f"program {number}: ({shown})")
+            for name, (low, high) in captured.ranges.items():
+                lines.append(f"  {name}: {low} to {'any' if high is None else high}")
+            lines += [f"  needs {guard}" for guard in captured.guards]
+            operators = [n for n in captured.graph_module.graph.nodes if n.op == "call_function"]
+            lines.append(f"  captured: {len(operators)} operators")
+            if captured.mutations:
+                names = ", ".join(captured.inputs[m.input].name for m in captured.mutations)
+                lines.append(f"  written back: {names}")
+        if not lines:
+            lines.append("nothing compiled yet: the first call compiles")
+        return "\n".join([*lines, render(self.remarks)])
+
+    def save(self, path: str | Path) -> None:
+        """Writes every compiled program to one file that `plait.load` reads.
+
+        Raises FileError if nothing was compiled yet or the file cannot be written; an existing
+        file is then as it was.
+        """
+        from .serialize import save
+
+        save(self._dispatcher, Path(path))
+
+    # -- the original's interface ---------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OWN:
+            raise AttributeError(name)
+        return getattr(self._original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._original, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._original, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._original)})
+
+    def __repr__(self) -> str:
+        return f"Compiled({self._original!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        return Compiled(copy.deepcopy(self._original, memo), self.options, self._explicit)
+
+    def __reduce__(self) -> Any:
+        return Compiled, (self._original, self.options, self._explicit)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """A compiled function in a class body is a method, as a plain function is."""
+        if instance is None or isinstance(self._original, nn.Module):
+            return self
+        return functools.partial(self, instance)
+
+
+def as_call(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Arguments and keyword arguments that ``example_inputs`` stands for."""
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs,), {}
+
+
+def _delegate(name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(nn.Module, name))
+    def method(self: Compiled, *args: Any, **kwargs: Any) -> Any:
+        original = self._original
+        if not isinstance(original, nn.Module):
+            raise AttributeError(f"a compiled function has no {name}()")
+        result = getattr(original, name)(*args, **kwargs)
+        return self if result is original else result
+
+    return method
+
+
+_METHODS = """add_module apply bfloat16 buffers children cpu cuda double eval extra_repr float
+    get_buffer get_extra_state get_parameter get_submodule half ipu load_state_dict modules
+    mtia named_buffers named_children named_modules named_parameters parameters
+    register_backward_hook register_buffer register_forward_hook register_forward_pre_hook
+    register_full_backward_hook register_full_backward_pre_hook
+    register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+    register_parameter register_state_dict_post_hook register_state_dict_pre_hook
+    requires_grad_ set_extra_state set_submodule share_memory state_dict to to_empty train type
+    xpu zero_grad""".split()
+for _name in _METHODS:
+    if hasattr(nn.Module, _name):
+        setattr(Compiled, _name, _delegate(_name))

@@ -1,0 +1,512 @@
+"""From a Python call to the right specialisation: guards, dynamic shapes, fallbacks.
+
+A call's *key* holds everything a graph may have been specialised on: the structure of the arguments,
+numbers and texts by value, and of every tensor the shape and dtype. Known keys go straight to their
+program. An unknown key first tries the existing programs of the same structure (whose guards decide);
+then a new one is captured, with the dimensions that have been seen to vary left open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+from ..passes.remarks import Remark
+from .capture import SCALARS, argument_names, capture
+from .capture_tree import Tree, flatten
+from .captured import Captured, check_tensors
+from .dynamic import Declared, declared_dims
+from .errors import CaptureError, InputError, PlaitError
+from .options import Executable, Options
+from .program import Program
+from .watch import Structure
+
+MAX_PROGRAMS = 8
+"""Programs captured for one structure of arguments before the original runs instead."""
+MAX_KEYS = 4096
+"""Remembered keys; the table is emptied when full."""
+
+Tensor = torch.Tensor
+Parameter = nn.Parameter
+_FLOATS = (float, complex)
+_VALUES = frozenset(SCALARS)
+
+
+@dataclass
+class Bucket:
+    """Programs for one structure of arguments, and the shapes it was called with."""
+
+    programs: list[Program] = field(default_factory=list)
+    seen: list[list[torch.Size]] = field(default_factory=list)
+    hopeless: bool = False
+
+
+class Dispatcher:
+    """Runs ``target`` compiled where it can be, else as it is. Safe under threads."""
+
+    def __init__(
+        self,
+        target: Callable[..., Any] | None,
+        options: Options,
+        dynamic_shapes: Any = None,
+    ) -> None:
+        self.target, self.options, self.dynamic_shapes = target, options, dynamic_shapes
+        self.remarks: list[Remark] = []
+        self.modules = modules_of(target)
+        self._table: dict[Any, tuple[Program, list[int] | None] | None] = {}
+        self._buckets: dict[Any, Bucket] = {}
+        self._lock = threading.RLock()
+        self._said: set[str] = set()
+        self._structure = Structure(self.modules)
+        self._signature = _signature(target)
+
+    # -- the call -------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of ``target(*args, **kwargs)``."""
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+            leaf = args[0]
+            if not torch._C._is_any_autocast_enabled():
+                key = (leaf.shape, leaf.dtype, leaf.device)
+                return self._dispatch(key, [leaf], leaf.requires_grad, args, kwargs)
+        tensors: list[Tensor] = []
+        key: list[Any] = [len(args), *kwargs]
+        grad = False
+        for leaf in (*args, *kwargs.values()) if kwargs else args:
+            kind = type(leaf)
+            if kind is Tensor:
+                tensors.append(leaf)
+                key.append(leaf.shape)
+                key.append(leaf.dtype)
+                key.append(leaf.device)
+                if leaf.requires_grad:
+                    grad = True
+            elif kind is int or leaf is None or kind is bool:
+                key.append(kind)
+                key.append(leaf)
+            else:
+                return self._call_nested(args, kwargs)
+        if torch._C._is_any_autocast_enabled():
+            key.append(_autocast_key())
+        return self._dispatch(tuple(key), tensors, grad, args, kwargs)
+
+    def _call_nested(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call with containers, texts, floats or parameters among its arguments."""
+        tensors: list[Tensor] = []
+        grad = False
+        try:
+            leaves, tree = flatten((args, kwargs))
+            key: list[Any] = [tree]
+            for leaf in leaves:
+                kind = type(leaf)
+                if kind is Tensor or kind is Parameter:
+                    tensors.append(leaf)
+                    key += (leaf.shape, leaf.dtype, leaf.device)
+                    grad = grad or leaf.requires_grad
+                elif isinstance(leaf, Tensor):
+                    return self._original(args, kwargs)  # fake tensors, other tracers' proxies
+                elif kind in _FLOATS:
+                    key += (kind, repr(leaf))  # 0.0 and -0.0 differ, nan equals itself
+                elif kind in _VALUES:
+                    key += (kind, leaf)
+                else:
+                    return self._refuse(kind.__name__, args, kwargs)
+            if torch._C._is_any_autocast_enabled():
+                key.append(_autocast_key())
+            whole = tuple(key)
+            hash(whole)
+        except (TypeError, ValueError) as error:
+            return self._refuse(str(error), args, kwargs)
+        return self._dispatch(whole, tensors, grad, args, kwargs)
+
+    def _refuse(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the original on arguments that cannot be part of a key."""
+        self.say(
+            "PLT-CAP-009",
+            f"an argument cannot be compared between calls ({what}), so the original ran",
+            "pass tensors, numbers, texts and containers of them",
+        )
+        return self._original(args, kwargs)
+
+    def _dispatch(
+        self,
+        key: tuple[Any, ...],
+        tensors: list[Tensor],
+        grad: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if grad and torch.is_grad_enabled():
+            self.say(
+                "PLT-CAP-003",
+                "an input requires gradients, so the original ran",
+                "call under torch.no_grad() or torch.inference_mode()",
+            )
+            return self._original(args, kwargs)
+        if self._structure.changed():
+            self.forget()
+        if self._structure.training():
+            self.say(
+                "PLT-CAP-016",
+                "the model is in training mode, so the original ran",
+                "call .eval() first",
+            )
+            return self._original(args, kwargs)
+        found = self._table.get(key, self)
+        if found is self:
+            if torch.compiler.is_compiling():
+                return self._original(args, kwargs)
+            found = self._find(key, tensors, args, kwargs)
+        if found is None:
+            return self._original(args, kwargs)
+        program, order = found  # type: ignore[misc]
+        if program.watch is not None and program.watch.changed():
+            with self._lock:
+                fresh = self._refresh(program)
+            if not fresh:
+                if key not in self._table:
+                    return self._dispatch(key, tensors, grad, args, kwargs)
+                return self._original(args, kwargs)
+        if order is not None:
+            tensors = [tensors[i] for i in order]
+        return program(tensors)
+
+    def _original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.target is None:
+            raise InputError("PLT-INP-003", "a loaded program has no Python code to fall back on")
+        return self.target(*args, **kwargs)
+
+    # -- a key seen for the first time ----------------------------------------------------------
+
+    def _find(
+        self,
+        key: tuple[Any, ...],
+        tensors: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Program, list[int] | None] | None:
+        with self._lock:
+            if len(self._table) >= MAX_KEYS:
+                self._table.clear()
+            args, kwargs, order = self._canonical(args, kwargs)
+            if order is not None:
+                tensors = [tensors[i] for i in order]
+            program = self._program(tensors, args, kwargs)
+            found = None if program is None else (program, order)
+            self._table[key] = found
+            return found
+
+    def _canonical(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], list[int] | None]:
+        """The same call with arguments in the order of the signature, and how tensors moved."""
+        if self._signature is None:
+            return args, kwargs, None
+        spans: list[list[int]] = []
+        count = 0
+        for value in (*args, *kwargs.values()):
+            leaves = [x for x in flatten(value)[0] if isinstance(x, Tensor)]
+            spans.append(list(range(count, count + len(leaves))))
+            count += len(leaves)
+        slots = [*zip(args, spans, strict=False)]
+        named = dict(zip(kwargs, zip(kwargs.values(), spans[len(args) :], strict=True), strict=True))
+        try:
+            bound = self._signature.bind(*slots, **named)
+        except TypeError as error:
+            if self.target is None:
+                raise InputError("PLT-INP-001", str(error)) from None
+            self.target(*args, **kwargs)  # raises the error that the user expects
+            raise InputError("PLT-INP-001", str(error)) from None
+        order = [i for _, span in (*bound.args, *bound.kwargs.values()) for i in span]
+        moved = None if order == list(range(count)) else order
+        return (
+            tuple(v for v, _ in bound.args),
+            {k: v for k, (v, _) in bound.kwargs.items()},
+            moved,
+        )
+
+    def _program(
+        self, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Program | None:
+        leaves, tree = flatten((args, kwargs))
+        structure = structure_key(leaves, tree, self.target is not None)
+        bucket = self._buckets.setdefault(structure, Bucket())
+        shapes = [t.shape for t in tensors]
+        for program in bucket.programs:
+            if program.matches(shapes):
+                return program
+        if self.target is None:
+            raise self._misfit(bucket, tensors, tree)
+        if bucket.hopeless:
+            return None
+        if len(bucket.programs) >= MAX_PROGRAMS:
+            self.say(
+                "PLT-CAP-013",
+                f"{MAX_PROGRAMS} programs exist already for this structure of arguments, so the "
+                "original runs for other sizes",
+                "declare the varying dimensions by dynamic_shapes=",
+            )
+            return None
+        bucket.seen.append(shapes)
+        program = self._specialise(bucket, tensors, args, kwargs, tree)
+        if program is None:
+            bucket.hopeless = True
+        else:
+            bucket.programs.append(program)
+        return program
+
+    def _specialise(
+        self,
+        bucket: Bucket,
+        tensors: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tree: Tree,
+    ) -> Program | None:
+        declared = declared_dims(self.dynamic_shapes, self._signature, args, kwargs, tensors)
+        names = argument_names(tree, _positional(self._signature))
+        automatic = _varying(bucket.seen, declared)
+        attempts: list[list[dict[int, Any]]] = []
+        if any(declared) or any(automatic):
+            attempts.append([{**a, **d.open()} for a, d in zip(automatic, declared, strict=True)])
+            attempts.append([dict.fromkeys(dims, Dim.AUTO) for dims in attempts[0]])
+            if attempts[0] == attempts[1]:
+                attempts.pop()
+        attempts.append([])
+        failure: CaptureError | None = None
+        for dims in attempts:
+            try:
+                captured = capture(self.target, args, kwargs, dims or None)  # type: ignore[arg-type]
+            except CaptureError as error:
+                failure = error
+                if dims and error.remark == "PLT-CAP-001":
+                    self._note("PLT-CAP-004", f"a dimension could not be left open: {error.reason}")
+                    continue
+                break
+            if dims and any(automatic):
+                where = ", ".join(
+                    f"{n}[{d}]"
+                    for n, a in zip(_tensor_names(names, args, kwargs), automatic, strict=True)
+                    for d in a
+                )
+                self._note("PLT-CAP-002", f"more than one size was seen of {where}", kind="done")
+            return self._compile(captured, args, kwargs)
+        assert failure is not None
+        self.target(*args, **kwargs)  # wrong arguments raise here, before anything is said
+        self.say(failure.remark, f"{failure.reason}; the original runs", failure.hint)
+        return None
+
+    def _compile(
+        self, captured: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Program | None:
+        try:
+            executable = build(captured, self.options)
+        except (PlaitError, ValueError, LookupError):
+            raise
+        except Exception as error:
+            text = str(error).strip().splitlines() or [""]
+            reason = f"{type(error).__name__}: {text[0]}"[:300]
+            self.say("PLT-CAP-015", f"code generation failed ({reason}); the original runs")
+            return None
+        return Program(captured, executable, self.modules)
+
+    def _refresh(self, program: Program) -> bool:
+        """Prepares ``program`` again from the weights of now; False if that is no use."""
+        if program.watch is None or not program.watch.changed():
+            return True  # another thread did it
+        if program.restless():
+            self.say(
+                "PLT-CAP-017",
+                "weights change at almost every call, so the original runs",
+                "make what changes an input of the model",
+            )
+            return False
+        if not program.adopt_weights():
+            self.forget()
+            return False
+        program.executable = build(program.captured, self.options)
+        program.ready()
+        self._note("PLT-CAP-014", "weights changed; they were prepared again", kind="note")
+        return True
+
+    def forget(self) -> None:
+        """Drops every program: the next call captures again."""
+        with self._lock:
+            self._table.clear()
+            self._buckets.clear()
+            self._structure.snapshot()
+
+    # -- words ----------------------------------------------------------------------------------
+
+    def _note(self, remark: str, reason: str, hint: str = "", kind: Any = "missed") -> bool:
+        note = Remark(remark, kind, "capture", (), reason, hint)
+        if note in self.remarks:
+            return False
+        self.remarks.append(note)
+        return True
+
+    def say(self, remark: str, reason: str, hint: str = "") -> None:
+        """Records why something did not happen; warns the first time."""
+        if remark + reason not in self._said:
+            self._said.add(remark + reason)
+            self._note(remark, reason, hint)
+            warnings.warn(f"plait: {remark}: {reason}" + f" ({hint})" * bool(hint), stacklevel=4)
+
+    def _misfit(self, bucket: Bucket, tensors: list[Tensor], tree: Tree) -> InputError:
+        """What to tell someone who calls a loaded program with arguments it has no graph for."""
+        if bucket.programs:
+            wrong = check_tensors(bucket.programs[0].captured, tensors)
+            text = "; ".join(f"argument {n!r}: {why}" for n, why in wrong.items())
+            return InputError("PLT-INP-002", text or "no saved graph fits these sizes")
+        known = [p.captured for b in self._buckets.values() for p in b.programs]
+        got = argument_names(tree, _positional(self._signature))
+        for captured in known:
+            if captured.num_tensors == len(tensors):
+                wrong = check_tensors(captured, tensors)
+                if wrong:
+                    text = "; ".join(f"argument {n!r}: {why}" for n, why in wrong.items())
+                    return InputError("PLT-INP-002", text)
+        wants = " or ".join(
+            "(" + ", ".join(f"{s.name}: {s}" for s in c.inputs[: c.num_tensors]) + ")" for c in known
+        )
+        return InputError("PLT-INP-001", f"expected {wants}, got ({', '.join(got)})")
+
+    @property
+    def programs(self) -> list[Program]:
+        """Every program, oldest first."""
+        return [p for b in self._buckets.values() for p in b.programs]
+
+    def adopt(self, program: Program) -> None:
+        """Adds a program made elsewhere (loaded from a file)."""
+        captured = program.captured
+        leaves = [
+            torch.empty(0) if leaf is None else leaf[0] for leaf in captured.in_leaves
+        ]
+        specs = iter(captured.inputs)
+        fixed = [
+            next(specs) if slot is None else leaf
+            for slot, leaf in zip(captured.in_leaves, leaves, strict=True)
+        ]
+        structure = structure_key(fixed, captured.in_tree, False)
+        self._buckets.setdefault(structure, Bucket()).programs.append(program)
+
+
+def build(captured: Captured, options: Options) -> Executable:
+    """Compiles outside of whatever modes the caller happens to be in."""
+    from .pipeline import compile_graph
+
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        return compile_graph(captured, options)
+
+
+def structure_key(leaves: Sequence[Any], tree: Tree, modes: bool) -> tuple[Any, ...]:
+    """What programs of one bucket share: everything of a call but sizes.
+
+    With ``modes``, also whether autocast is on, which a capture bakes in.
+    """
+    key: list[Any] = [_plain(tree)]
+    for leaf in leaves:
+        if hasattr(leaf, "dtype"):
+            key.append((leaf.dtype, leaf.device, len(leaf.shape)))
+        else:
+            key.append((type(leaf), repr(leaf) if isinstance(leaf, _FLOATS) else leaf))
+    if modes and torch._C._is_any_autocast_enabled():
+        key.append(_autocast_key())
+    return tuple(key)
+
+
+def _plain(tree: Tree) -> Tree:
+    """The tree with classes by name, as a saved program knows them."""
+    cls = tree.cls
+    if isinstance(cls, type):
+        cls = f"{cls.__module__}:{cls.__qualname__}"
+    return Tree(tree.kind, tree.keys, tuple(_plain(c) for c in tree.children), cls)
+
+
+def modules_of(target: Any) -> list[nn.Module]:
+    """The modules that calling ``target`` may use: itself, its owner, what its closure holds."""
+    if isinstance(target, nn.Module):
+        return [target]
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+
+    def visit(value: Any, depth: int) -> None:
+        if id(value) in seen or depth > 4:
+            return
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item, depth + 1)
+        elif isinstance(value, dict):
+            visit(list(value.values()), depth)
+        elif inspect.ismethod(value):
+            visit(value.__self__, depth)
+            visit(value.__func__, depth)
+        elif inspect.isfunction(value):
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # a cell may still be empty
+                    visit(cell.cell_contents, depth + 1)
+            for name in value.__code__.co_names:
+                visit(value.__globals__.get(name), depth + 1)
+        elif hasattr(value, "func") and hasattr(value, "keywords"):
+            visit([value.func, value.args, value.keywords], depth)
+
+    visit(target, 0)
+    return found
+
+
+def _signature(target: Any) -> inspect.Signature | None:
+    function = target.forward if isinstance(target, nn.Module) else target
+    try:
+        return inspect.signature(function) if function is not None else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _positional(signature: inspect.Signature | None) -> list[str]:
+    if signature is None:
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in signature.parameters.values() if p.kind in kinds]
+
+
+def _tensor_names(names: list[str], args: Any, kwargs: Any) -> list[str]:
+    leaves = flatten((args, kwargs))[0]
+    return [n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)]
+
+
+def _varying(seen: list[list[torch.Size]], declared: Sequence[Declared]) -> list[dict[int, Any]]:
+    """Dimensions to leave open: more than one size was seen and the present one is above 1."""
+    out: list[dict[int, Any]] = []
+    for i, last in enumerate(seen[-1]):
+        open_dims = {
+            d: Dim.AUTO
+            for d, size in enumerate(last)
+            if size > 1
+            and d not in declared[i].fixed
+            and any(shapes[i][d] != size for shapes in seen)
+        }
+        out.append(open_dims)
+    return out
+
+
+def _autocast_key() -> tuple[Any, ...]:
+    return tuple(
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        for kind in ("cpu", "cuda")
+    )

@@ -1,0 +1,156 @@
+"""One specialisation, ready to run: a captured graph, its executable and what surrounds a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+
+from .capture_tree import unflatten
+from .captured import Captured
+from .options import Executable
+from .watch import Watch, locate
+
+Tensor = torch.Tensor
+_inference = torch.is_inference_mode_enabled
+_autocast = torch._C._is_any_autocast_enabled
+
+
+class Program:
+    """Call it with the user's tensors; it returns the user's result.
+
+    ``modules`` are where weights are watched for changes (none for a loaded program).
+    """
+
+    def __init__(
+        self, captured: Captured, executable: Executable, modules: Sequence[nn.Module] = ()
+    ) -> None:
+        self.captured, self.executable, self.modules = captured, executable, tuple(modules)
+        self.matches = captured.matcher()
+        self._sizes = captured.binder()
+        self._symbolic = any(isinstance(x, sympy.Basic) for x in captured.out_leaves)
+        self._single = captured.out_tree.kind == "leaf" and captured.out_leaves == [0]
+        self._calls = 0
+        self._history: list[int] = []
+        self.watch: Watch | None = None
+        self.ready()
+
+    # -- running --------------------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """Call after `executable` was replaced."""
+        self._run: Callable[[Sequence[Tensor]], list[Tensor]] = self.executable.run
+        self._simple = self._single and not self.captured.mutations
+        where = self._places()
+        self.watch = Watch(where) if where else None
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        """The result for ``tensors``, whose sizes satisfy `matches`."""
+        self._calls += 1
+        if _inference() or _autocast():
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                results = self._run([*tensors, *self.captured.states])
+            return self._result(tensors, results)
+        if self._simple:
+            return self._run(tensors)[0]
+        return self._result(tensors, self._run([*tensors, *self.captured.states]))
+
+    def _result(self, tensors: list[Tensor], results: list[Tensor]) -> Any:
+        captured = self.captured
+        if captured.mutations:
+            results = self._write_back([*tensors, *captured.states], results)
+        sizes = iter(self._sizes([t.shape for t in tensors])) if self._symbolic else iter(())
+        leaves = [
+            results[x] if type(x) is int else x[0] if type(x) is tuple else next(sizes)
+            for x in captured.out_leaves
+        ]
+        return unflatten(captured.out_tree, leaves)
+
+    def _write_back(self, inputs: list[Tensor], results: list[Tensor]) -> list[Tensor]:
+        """Copies the new values of changed inputs into them, after saving what shares memory."""
+        mutations = self.captured.mutations
+        places = {_storage(inputs[m.input]) for m in mutations}
+        results = [r.clone() if _storage(r) in places else r for r in results]
+        with torch.no_grad():
+            for mutation in mutations:
+                inputs[mutation.input].copy_(results[mutation.output])
+        return results
+
+    # -- weights --------------------------------------------------------------------------------
+
+    def _places(self) -> dict[str, tuple[dict[str, Any], str]]:
+        """Where the weights live that the graph holds as constants, by the model's name."""
+        self._attribute: dict[str, str] = {}
+        where: dict[str, tuple[dict[str, Any], str]] = {}
+        if not self.modules:
+            return where
+        used = self.captured.constants()
+        by_memory: dict[Any, tuple[dict[str, Any], str]] | None = None
+        names = [(own, a) for a, own in self.captured.names.items()]
+        for name, attribute in [*names, *self.captured.aliases.items()]:
+            if attribute not in used:
+                continue
+            tensor = used[attribute]
+            found = next((p for p in (locate(m, name) for m in self.modules) if p), None)
+            if found is None or not _same_memory(found[0][found[1]], tensor):
+                if by_memory is None:
+                    by_memory = _index(self.modules)
+                # Made during capture or met outside any module: watch the tensor itself.
+                found = by_memory.get(_memory(tensor), ({"": tensor}, ""))
+            where[name] = found
+            self._attribute[name] = attribute
+        return where
+
+    def restless(self) -> bool:
+        """Whether the last eight preparations, this one included, served hardly a call each."""
+        self._history = [*self._history[-7:], self._calls]
+        self._calls = 0
+        return len(self._history) == 8 and sum(self._history) <= 16
+
+    def adopt_weights(self) -> bool:
+        """Takes the weights of now into the graph.
+
+        False if that cannot be: one changed its shape, dtype or device, is gone, or tied weights
+        no longer are.
+        """
+        assert self.watch is not None
+        module = self.captured.graph_module
+        adopted: dict[str, Tensor] = {}
+        for name, new in self.watch.now().items():
+            attribute = self._attribute[name]
+            old = getattr(module, attribute)
+            if not isinstance(new, Tensor):
+                return False
+            if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
+                return False
+            if _memory(adopted.setdefault(attribute, new.detach())) != _memory(new):
+                return False
+        for attribute, tensor in adopted.items():
+            setattr(module, attribute, tensor)
+        return True
+
+
+def _index(modules: Sequence[nn.Module]) -> dict[Any, tuple[dict[str, Any], str]]:
+    """Parameters and buffers by where they lie in memory."""
+    found: dict[Any, tuple[dict[str, Any], str]] = {}
+    for module in (m for root in modules for m in root.modules()):
+        for place in (module._parameters, module._buffers):
+            for key, tensor in place.items():
+                if tensor is not None:
+                    found.setdefault(_memory(tensor), (place, key))
+    return found
+
+
+def _memory(tensor: Tensor) -> Any:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return _memory(a) == _memory(b)

@@ -1,0 +1,158 @@
+"""Naming intermediate values, and computing what several nodes read only once per element.
+
+Values compose as functions, so a value with two readers would be written out twice, and a chain of
+such values exponentially often. `bind` names an expression by a variable of the innermost open
+loop. Inside ``with sharing():`` the first load of a shared value at an index binds it and later
+loads at that index reuse the variable. What is computed under a condition (`guarded`) is bound
+under it too, never hoisted above it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch.fx as fx
+import tvm
+import tvm.tirx as tir
+import tvm_ffi
+from tvm.script.ir_builder import tirx as T
+
+from ..emit import Expr, expr_dtype
+from ..value import Value
+
+_FLOATS = ("float32", "float64")
+
+_NAMED = "plait.named"
+_UPDATES_STATE = 3  # CallEffectKind::kUpdateState
+
+
+def _define_named() -> tvm.ir.Op:
+    """Defines an operator that returns its argument and that TVM takes to have effects.
+
+    TVM's simplifier copies a pure value back into every use of its variable, which makes
+    exponentially much code of a long chain; the vectoriser scalarises loops around LLVM intrinsics
+    that have effects. This operator is neither copied nor scalarised and lowers to nothing.
+    """
+    tvm.ir._ffi_api.RegisterOp(_NAMED, "The argument, evaluated once.")
+    tvm.ir.register_op_attr(_NAMED, "TVectorizable", True)
+    tvm.ir.register_op_attr(_NAMED, "TCallEffectKind", _UPDATES_STATE)
+    tir.register_intrin_lowering(_NAMED, "default", f=lambda call: call.args[0])
+    return tvm.ir.Op.get(_NAMED)
+
+
+_named = _define_named()
+
+
+class _Scope:
+    """What is bound so far: by statements, or (``lets`` given) by a chain of Let expressions."""
+
+    def __init__(self, outer: _Scope | None, lets: list[tuple[Expr, Expr]] | None) -> None:
+        self.outer, self.lets = outer, lets
+        self.memo: dict[tuple[Any, int], list[tuple[list[Expr], Expr]]] = {}
+
+    def find(self, key: tuple[Any, int], index: list[Expr]) -> Expr | None:
+        scope: _Scope | None = self
+        while scope is not None:
+            for other, value in scope.memo.get(key, ()):
+                if all(tvm_ffi.structural_equal(a, b) for a, b in zip(index, other, strict=True)):
+                    return value
+            scope = scope.outer
+        return None
+
+
+_stack: list[_Scope] = []
+
+
+def opaque(value: Expr) -> Expr:
+    """``value``, hidden from TVM's simplifier.
+
+    The simplifier applies the algebra of real numbers to floats: ``(x + c) - c`` becomes ``x`` and
+    ``x - x`` becomes 0, which is wrong for rounding tricks, infinities and NaN. LLVM sees through
+    this and keeps to IEEE 754.
+    """
+    dtype = expr_dtype(value)
+    return tir.reinterpret(dtype, tir.reinterpret(_BITS[dtype], value))
+
+
+_BITS = {"float32": "int32", "float64": "int64", "float16": "int16", "bfloat16": "int16"}
+
+
+def bind(value: Expr) -> Expr:
+    """A cheap expression equal to ``value``, which is evaluated once, here.
+
+    TVM's code generator fails on variables that are integer vectors made from comparisons, so all
+    is bound as floats of the same bits.
+    """
+    dtype = expr_dtype(value)
+    if dtype in _FLOATS:
+        return _bind(value)
+    if dtype == "bool":
+        flags = _bind(tir.reinterpret("float32", tir.Cast("int32", value)))
+        return tir.reinterpret("int32", flags) != tir.IntImm("int32", 0)
+    if dtype in _BITS:
+        return tir.reinterpret(dtype, bind(tir.reinterpret("int16", value)))
+    wide = "64" if dtype.endswith("64") else "32"
+    bits = _bind(tir.reinterpret(f"float{wide}", _cast(f"int{wide}", value)))
+    return _cast(dtype, tir.reinterpret(f"int{wide}", bits))
+
+
+def _cast(dtype: str, value: Expr) -> Expr:
+    return value if expr_dtype(value) == dtype else tir.Cast(dtype, value)
+
+
+def _bind(value: Expr) -> Expr:
+    lets = _stack[-1].lets if _stack else None
+    value = tir.call_intrin(expr_dtype(value), _named, value)
+    if lets is None:
+        return T.bind(value)
+    var = tir.Var("v", expr_dtype(value))
+    lets.append((var, value))
+    return var
+
+
+@contextlib.contextmanager
+def sharing() -> Iterator[None]:
+    """Within it, shared values are bound once per index, in the innermost open loop."""
+    _stack.append(_Scope(None, None))
+    try:
+        yield
+    finally:
+        _stack.pop()
+
+
+def guarded(condition: Expr, then: Callable[[], Expr], otherwise: Callable[[], Expr]) -> Expr:
+    """``then()`` where ``condition`` holds, else ``otherwise()``; only that one is evaluated."""
+    return tir.if_then_else(condition, _nested(then), _nested(otherwise))
+
+
+def _nested(load: Callable[[], Expr]) -> Expr:
+    lets: list[tuple[Expr, Expr]] = []
+    _stack.append(_Scope(_stack[-1] if _stack else None, lets))
+    try:
+        value = load()
+    finally:
+        _stack.pop()
+    for var, bound in reversed(lets):
+        value = tir.Let(var, bound, value)
+    return value
+
+
+def share(node: fx.Node, value: Any) -> Any:
+    """``value``, bound once per index while `sharing` if ``node`` has several readers."""
+    if isinstance(value, (tuple, list)) or len(node.users) < 2:
+        return value
+
+    def load(index: Sequence[Expr]) -> Expr:
+        if not _stack:
+            return value.load(index)
+        own = [tir.IntImm("int64", i) if isinstance(i, int) else i for i in index]
+        key = (node, hash(tuple(tvm_ffi.structural_hash(i) for i in own)))
+        found = _stack[-1].find(key, own)
+        if found is None:
+            found = bind(value.load(own))
+            _stack[-1].memo.setdefault(key, []).append((own, found))
+        return found
+
+    return Value(value.shape, value.dtype, load)

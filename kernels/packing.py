@@ -1,0 +1,45 @@
+"""Reorderings of constant tensors done once, before the first call. Pure torch, no TVM.
+
+`PACKERS` maps the name in an `abi.Pack` to a function ``(tensor, **params) -> tensor`` whose result
+is contiguous; its memory is what the kernel's pointer then addresses. The functions depend on
+nothing but their arguments, so a saved plan can pack its weights when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from . import packing_conv
+from .abi import Pack
+
+
+def gemm_panels(weight: torch.Tensor, *, width: int, transposed: bool) -> torch.Tensor:
+    """Cuts the right factor of a matrix product into panels of ``width`` columns.
+
+    ``weight`` is ``[*batch, N, K]`` if ``transposed`` (as `torch.nn.Linear` keeps it), else
+    ``[*batch, K, N]``; any dtype, any strides. The result is ``[*batch, P, K, width]`` with
+    ``P = ceil(N / width)``; columns past ``N`` are zero. A kernel that holds ``width`` columns of
+    the result in registers reads one panel from front to back (Goto and van de Geijn, "Anatomy of
+    High-Performance Matrix Multiplication", TOMS 2008).
+    """
+    rows = weight if transposed else weight.transpose(-1, -2)
+    *batch, n, k = rows.shape
+    panels = -(-n // width)
+    padded = weight.new_zeros(*batch, panels * width, k)
+    padded[..., :n, :] = rows
+    return padded.view(*batch, panels, width, k).transpose(-1, -2).contiguous()
+
+
+PACKERS: dict[str, Callable[..., torch.Tensor]] = {
+    "gemm_panels": gemm_panels,
+    **packing_conv.PACKERS,
+}
+
+
+def apply(pack: Pack, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` reordered as ``pack`` says; raises KeyError for a pack that does not exist."""
+    if pack.op not in PACKERS:
+        raise KeyError(f"unknown pack {pack.op!r}; known: {', '.join(sorted(PACKERS))}")
+    return PACKERS[pack.op](tensor, **dict(pack.params))

@@ -1,0 +1,285 @@
+"""The loops of one matrix-product task.
+
+A task is one panel of columns times one block of rows of one product of the batch. Inside it, the
+inner dimension is cut into blocks; for each block, register tiles of ``ri`` rows by ``nv`` vectors
+run down the rows while the panel's block stays in the second-level cache (Goto and van de Geijn,
+TOMS 2008; the left factor is read where it lies, because a row block of it is used by one panel
+only). Sums between blocks, and on their way to the epilogue, lie in a small scratch on the stack.
+
+The right factor's panel is either packed ahead (a weight), or copied into scratch block by block:
+rows of vectors where columns are neighbours in memory, transposed squares of vectors where the
+inner dimension is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tvm.tirx as tir
+from tvm.script.ir_builder import tirx as T
+
+from ..emit import Emitter, Expr, Ref
+from .gemm_epilogue import Epilogue
+from .gemm_spec import GemmSpec, ceil_div, unravel
+
+LoadPanel = Callable[[Expr, Expr], Expr]
+"""(step along the block, column within the panel) -> element."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sizes of the loops: ``ri`` rows by ``nv`` vectors of ``lanes`` columns in registers,
+    ``mc`` rows (a multiple of ``ri``) in a task, ``kc`` steps in a block."""
+
+    ri: int
+    nv: int
+    mc: int
+    kc: int
+    lanes: int
+
+    @property
+    def width(self) -> int:
+        """Columns of a panel."""
+        return self.nv * self.lanes
+
+
+class Body:
+    """Emits the work of one task."""
+
+    def __init__(
+        self, em: Emitter, spec: GemmSpec, tiling: Tiling, epilogue: Epilogue, a: Ref, b: Ref
+    ) -> None:
+        self.em, self.spec, self.t, self.epilogue, self.a, self.b = em, spec, tiling, epilogue, a, b
+        self.m, self.n, self.k = em.dim(spec.m), em.dim(spec.n), em.dim(spec.k)
+        self.blocked = not isinstance(spec.k, int) or spec.k > tiling.kc
+        rows = tiling.mc if self.blocked else tiling.ri
+        self.sums = em.local(rows * tiling.width)
+        # One set of registers for tiles of all heights: TVM would merge several sets that are not
+        # live at once into heap allocations.
+        self.acc = [em.local(tiling.width) for _ in range(tiling.ri)]
+        self.panel = None if spec.b_const else em.local(tiling.kc * tiling.width)
+
+    def task(self, number: Expr) -> None:
+        """All rows of a block; row blocks of one panel are neighbouring tasks."""
+        em, spec, t = self.em, self.spec, self.t
+        row_blocks, panels = em.dim(ceil_div(spec.m, t.mc)), em.dim(ceil_div(spec.n, t.width))
+        row0 = T.bind(tir.floormod(number, row_blocks) * t.mc)
+        rest = T.bind(tir.floordiv(number, row_blocks))
+        panel = T.bind(tir.floormod(rest, panels))
+        column0 = T.bind(panel * t.width)
+        sizes = [em.dim(d) for d in spec.batch]
+        batch = [T.bind(i) for i in unravel(tir.floordiv(rest, panels), sizes)]
+        strides = [em.dim(s) for s in spec.a_strides]
+        a0 = T.bind(row0 * strides[-2] + _dot(batch, strides))
+        rows, tails = self._rows(row0)
+        if not self.blocked:
+            load = self._block(batch, panel, column0, em.i64(0), self.k)
+
+            def tile(first: Expr, count: int) -> None:
+                zero = em.i64(0)
+                self._multiply(count, a0 + first * strides[-2], zero, self.k, load, first=True)
+                self._finish(batch, row0 + first, zero, column0, em.i64(count))
+
+            self._tiles(rows, tails, tile)
+            return
+        with T.serial(rows * t.nv) as i, T.vectorized(em.i64(t.lanes)) as j:
+            T.buffer_store(self.sums, em.f32(0.0), [i * t.lanes + j])
+        with T.serial(tir.floordiv(self.k + (t.kc - 1), t.kc)) as block:
+            k0 = T.bind(block * t.kc)
+            depth = T.bind(tir.min(em.i64(t.kc), self.k - k0))
+            load = self._block(batch, panel, column0, k0, depth)
+
+            def partial(first: Expr, count: int) -> None:
+                start = a0 + first * strides[-2] + k0 * strides[-1]
+                self._multiply(count, start, first * t.width, depth, load, first=False)
+
+            self._tiles(rows, tails, partial)
+        self._finish(batch, row0, em.i64(0), column0, rows)
+
+    def _rows(self, row0: Expr) -> tuple[Expr, list[int]]:
+        """(rows of this task, sizes that the last, smaller tile can have)."""
+        m, t = self.spec.m, self.t
+        if not isinstance(m, int):
+            return T.bind(tir.min(self.em.i64(t.mc), self.m - row0)), list(range(1, t.ri))
+        tails = [m % t.ri] if m % t.ri else []
+        if m <= t.mc or m % t.mc == 0:
+            return self.em.i64(min(m, t.mc)), tails
+        return T.bind(tir.min(self.em.i64(t.mc), self.m - row0)), tails
+
+    def _tiles(self, rows: Expr, tails: list[int], emit: Callable[[Expr, int], None]) -> None:
+        """``emit(first row, rows)`` for the full tiles in a loop, then for the smaller one."""
+        ri = self.t.ri
+        full = tir.floordiv(rows, ri)
+        with T.serial(full) as i:
+            emit(i * ri, ri)
+        for tail in tails:
+            with T.If(tir.floormod(rows, ri) == tail), T.Then():
+                emit(full * ri, tail)
+
+    # -- the register tile --------------------------------------------------------------------
+
+    def _multiply(
+        self, rows: int, a0: Expr, sums0: Expr, depth: Expr, load: LoadPanel, first: bool
+    ) -> None:
+        """``sums += a @ panel`` for one tile; ``first`` starts from zero."""
+        em, t = self.em, self.t
+        stride_m, stride_k = (em.dim(s) for s in self.spec.a_strides[-2:])
+        start = [T.bind(a0 + i * stride_m) for i in range(rows)]
+        acc = self.acc
+        for i in range(rows):
+            with T.unroll(em.i64(t.nv)) as v, T.vectorized(em.i64(t.lanes)) as j:
+                at = v * t.lanes + j
+                init = em.f32(0.0) if first else self.sums[sums0 + i * t.width + at]
+                T.buffer_store(acc[i], init, [at])
+
+        def step(k: Expr) -> None:
+            for i in range(rows):
+                value = _f32(self.a.load_flat(start[i] + k * stride_k))
+                with T.unroll(em.i64(t.nv)) as v, T.vectorized(em.i64(t.lanes)) as j:
+                    at = v * t.lanes + j
+                    T.buffer_store(acc[i], acc[i][at] + value * _f32(load(k, at)), [at])
+
+        # Few accumulators leave the loop's own instructions in the way; many fill a step.
+        unroll = max(1, min(8, 16 // (rows * t.nv)))
+        with T.serial(tir.floordiv(depth, unroll)) as k0, T.unroll(em.i64(unroll)) as k1:
+            step(k0 * unroll + k1)
+        if not (isinstance(depth, tir.IntImm) and int(depth) % unroll == 0):
+            with T.serial(tir.floordiv(depth, unroll) * unroll, depth) as k:
+                step(k)
+        for i in range(rows):
+            with T.unroll(em.i64(t.nv)) as v, T.vectorized(em.i64(t.lanes)) as j:
+                at = v * t.lanes + j
+                T.buffer_store(self.sums, acc[i][at], [sums0 + i * t.width + at])
+
+    # -- the right factor ---------------------------------------------------------------------
+
+    def _block(
+        self, batch: list[Expr], panel: Expr, column0: Expr, k0: Expr, depth: Expr
+    ) -> LoadPanel:
+        """Makes steps ``k0 .. k0 + depth`` of a panel readable."""
+        em, spec, t = self.em, self.spec, self.t
+        if self.panel is None:
+            panels = -(-spec.n // t.width)  # type: ignore[operator]
+            sizes = spec.b_batch
+            own = batch[len(batch) - len(sizes) :]
+            matrix: Expr = em.i64(0)
+            for i, size in zip(own, sizes, strict=True):
+                matrix = matrix * size + (em.i64(0) if size == 1 else i)
+            start = T.bind(((matrix * panels + panel) * self.k + k0) * t.width)
+            return lambda k, j: self.b.load_flat(start + k * t.width + j)
+        strides = [em.dim(s) for s in spec.b_strides]
+        origin = T.bind(
+            _dot(batch, strides) + k0 * strides[-2] + column0 * strides[-1]
+        )
+        limit = T.bind(tir.min(em.i64(t.width), self.n - column0))
+        if spec.b_strides[-1] == 1 or spec.b_strides[-2] != 1:
+            self._copy_block(origin, depth, limit)
+        else:
+            self._transpose_block(origin, depth, limit)
+        scratch = self.panel
+        return lambda k, j: scratch[k * t.width + j]
+
+    def _copy_block(self, origin: Expr, depth: Expr, limit: Expr) -> None:
+        """Copies a block whose columns are neighbours in memory (or nothing is)."""
+        em, t = self.em, self.t
+        whole = tir.floordiv(limit, t.lanes)
+        with T.serial(depth) as k:
+            with T.serial(whole) as v, T.vectorized(em.i64(t.lanes)) as j:
+                self._put(origin, k, v * t.lanes + j)
+            self._edge(origin, k, whole, limit)
+
+    def _transpose_block(self, origin: Expr, depth: Expr, limit: Expr) -> None:
+        """Copies a block whose steps are neighbours, in squares turned by vector shuffles."""
+        em, t = self.em, self.t
+        whole, squares = tir.floordiv(limit, t.lanes), tir.floordiv(depth, t.lanes)
+        stride_n = em.dim(self.spec.b_strides[-1])
+        one = em.i64(1)
+        with T.serial(whole) as v:
+            with T.serial(squares) as s:
+                corner = T.bind(origin + v * t.lanes * stride_n + s * t.lanes)
+                rows = []
+                for i in range(t.lanes):
+                    ramp = tir.Ramp(corner + i * stride_n, one, t.lanes)
+                    rows.append(T.bind(_f32(self.b.buffer[ramp])))
+                for i, row in enumerate(_transposed(rows)):
+                    at = (s * t.lanes + i) * t.width + v * t.lanes
+                    T.buffer_store(self.panel, row, [tir.Ramp(at, one, t.lanes)])
+            with T.serial(squares * t.lanes, depth) as k, T.serial(em.i64(t.lanes)) as j:
+                self._put(origin, k, v * t.lanes + j)
+        with T.serial(depth) as k:
+            self._edge(origin, k, whole, limit)
+
+    def _edge(self, origin: Expr, k: Expr, whole: Expr, limit: Expr) -> None:
+        """Columns past the last whole vector, and zeros up to the panel's width."""
+        t = self.t
+        if isinstance(self.spec.n, int) and self.spec.n % t.width == 0:
+            return
+        with T.serial(whole * t.lanes, limit) as j:
+            self._put(origin, k, j)
+        with T.serial(limit, self.em.i64(t.width)) as j:
+            T.buffer_store(self.panel, self.em.f32(0.0), [k * t.width + j])
+
+    def _put(self, origin: Expr, k: Expr, j: Expr) -> None:
+        stride_k, stride_n = (self.em.dim(s) for s in self.spec.b_strides[-2:])
+        value = self.b.load_flat(origin + k * stride_k + j * stride_n)
+        T.buffer_store(self.panel, _f32(value), [k * self.t.width + j])
+
+    # -- the result -----------------------------------------------------------------------------
+
+    def _finish(
+        self, batch: list[Expr], row0: Expr, sums0: Expr, column0: Expr, rows: Expr
+    ) -> None:
+        """Runs the epilogue over finished sums and stores the outputs."""
+        em, spec, t = self.em, self.spec, self.t
+        lanes = self.epilogue.lanes
+        sizes = [em.dim(d) for d in spec.rows]
+        with T.serial(rows) as i:
+            index = [T.bind(x) for x in unravel(row0 + i, sizes)]
+            sums = sums0 + i * t.width
+
+            def vector(at: Expr, width: int) -> None:
+                self.epilogue.store(
+                    batch, index, T.bind(column0 + at), width, lambda j: self.sums[sums + at + j]
+                )
+
+            if isinstance(spec.n, int) and spec.n % t.width == 0:
+                limit: Expr = em.i64(t.width)
+            else:
+                limit = tir.min(em.i64(t.width), self.n - column0)
+            whole = tir.floordiv(limit, lanes)
+            static = spec.n if isinstance(spec.n, int) else None
+            if lanes > 1 and (static is None or static >= lanes):
+                with T.serial(whole) as v:
+                    vector(v * lanes, lanes)
+            if lanes == 1 or static is None or static % lanes:
+                with T.serial(whole * lanes if lanes > 1 else em.i64(0), limit) as j:
+                    vector(j, 1)
+
+
+def _f32(value: Expr) -> Expr:
+    lanes = str(value.ty.dtype).partition("x")[2]
+    if str(value.ty.dtype).startswith("float32"):
+        return value
+    return tir.Cast(f"float32x{lanes}" if lanes else "float32", value)
+
+
+def _dot(index: list[Expr], strides: list[Expr]) -> Expr:
+    total: Expr = tir.IntImm("int64", 0)
+    for i, s in zip(index, strides, strict=False):
+        total = total + i * s
+    return total
+
+
+def _transposed(rows: list[Expr]) -> list[Expr]:
+    """The transpose of a square of vectors: log2(lanes) perfect shuffles of pairs of rows."""
+    lanes = len(rows)
+    half, rounds = lanes // 2, lanes.bit_length() - 1
+    for _ in range(rounds):
+        mixed = []
+        for row in range(lanes):
+            pair = [rows[row // 2], rows[row // 2 + half]]
+            order = [lanes * (i % 2) + i // 2 + half * (row % 2) for i in range(lanes)]
+            mixed.append(T.bind(tir.Shuffle(pair, order)))
+        rows = mixed
+    return rows

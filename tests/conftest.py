@@ -1,0 +1,25 @@
+"""What all tests share: one thread pool size, and a kernel cache of their own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+# Before torch starts: idle OpenMP threads of parallel test processes must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache() -> Iterator[str]:
+    """An empty cache directory for the whole run of one test process."""
+    before = os.environ.get("PLAIT_CACHE_DIR")
+    with tempfile.TemporaryDirectory(prefix="plait-test-") as folder:
+        os.environ["PLAIT_CACHE_DIR"] = folder
+        yield folder
+    if before is None:
+        del os.environ["PLAIT_CACHE_DIR"]
+    else:
+        os.environ["PLAIT_CACHE_DIR"] = before

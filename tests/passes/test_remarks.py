@@ -1,0 +1,89 @@
+"""Remarks: stable IDs, JSON in and out, text."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plait.passes import remarks
+from plait.passes.remarks import Remark
+
+ROOT = Path(remarks.__file__).parent.parent
+text = st.text(max_size=12)
+any_remark = st.builds(
+    Remark,
+    id=st.from_regex(r"PLT-[A-Z]{3}-\d{3}", fullmatch=True).filter(str.isascii),
+    kind=st.sampled_from(("done", "missed", "note")),
+    pass_name=text,
+    nodes=st.lists(text, max_size=3).map(tuple),
+    reason=text,
+    hint=text,
+    predicted_gain=st.none() | st.floats(allow_nan=False),
+)
+
+
+@given(st.lists(any_remark, max_size=4))
+def test_json_round_trip_keeps_everything(items):
+    assert remarks.loads(remarks.dumps(items)) == tuple(items)
+
+
+def test_every_id_used_by_a_pass_is_in_the_catalogue():
+    used = set()
+    for path in (ROOT / "passes").rglob("*.py"):
+        used |= set(re.findall(r'"(PLT-[A-Z]{3}-\d{3})"', path.read_text()))
+    assert used and used <= set(remarks.CATALOGUE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id": "PLT-1"}, "not of the form PLT-ABC-123"),
+        ({"kind": "lost"}, "not one of done, missed, note"),
+        ({"nodes": "conv"}, "tuple of names"),
+    ],
+)
+def test_malformed_fields_are_refused(fields, message):
+    good = {"id": "PLT-FUS-001", "kind": "done", "pass_name": "p", "nodes": (), "reason": ""}
+    with pytest.raises(ValueError, match=message):
+        Remark(**{**good, **fields})
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", '"version": 1'),
+        ('{"version": 2, "remarks": []}', '"version": 1'),
+        ('{"version": 1}', 'a list under "remarks"'),
+        ('{"version": 1, "remarks": [3]}', "JSON object"),
+        ('{"version": 1, "remarks": [{"idd": 3}]}', "unknown field of a remark: idd"),
+        ('{"version": 1, "remarks": [{"id": 3}]}', "must be strings"),
+        ('{"version": 1, "remarks": [{"nodes": [1]}]}', "list of names"),
+        ('{"version": 1, "remarks": [{"predicted_gain": "1"}]}', "number or null"),
+    ],
+)
+def test_bad_documents_say_what_is_wrong(document, message):
+    with pytest.raises(ValueError, match=message):
+        remarks.loads(document)
+
+
+def test_text_merges_equal_remarks_and_counts_kinds():
+    items = [
+        Remark("PLT-FUS-002", "missed", "fuse-vertical", (name,), "no lowering", "wait", 2e-6)
+        for name in ("a", "b", "c", "d")
+    ]
+    items.append(Remark("PLT-NRM-008", "done", "normalize", ("e",), "gone"))
+    assert remarks.render(items) == (
+        "- PLT-FUS-002 fuse-vertical [a, b, c and 1 more]: no lowering (predicted +8.0 us)\n"
+        "    hint: wait\n"
+        "+ PLT-NRM-008 normalize [e]: gone\n"
+        "1 done, 4 missed, 0 note"
+    )
+    assert remarks.render(items, kinds=["done"]).startswith("+ PLT-NRM-008")
+
+
+def test_explain_knows_ids_and_names_them_when_asked_for_another():
+    assert "library" in remarks.explain("PLT-FUS-002")
+    with pytest.raises(KeyError, match="PLT-FUS-001"):
+        remarks.explain("PLT-XXX-999")
