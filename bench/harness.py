@@ -31,9 +31,9 @@ FORMAT = 1
 class Result:
     """One engine on one workload. ``status``: OK, WRONG, SKIPPED or BASELINE_ERROR.
 
-    Times in seconds, memory in bytes. ``compile_seconds`` includes the first call;
-    ``warm_seconds`` is the same again with plait's cache filled. ``error_ratio`` is the error over that of float32 eager,
-    ``ratio`` how many times faster than this engine plait is.
+    Times in seconds, memory in bytes. ``compile_seconds`` includes the first call,
+    ``warm_seconds`` is the same again with plait's cache filled. ``error_ratio`` is the error over
+    that of float32 eager, ``ratio`` how many times faster than this engine plait is.
     """
 
     workload: str

@@ -130,7 +130,11 @@ def _openvino(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
 def _plait(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
     from ..compiler.api import compile
 
-    compiled = compile(model, example_inputs=inputs)
+    with _quiet():
+        compiled = compile(model, example_inputs=inputs)
+    if compiled.plan is None:  # the original would run, and nothing of ours be measured
+        why = next((r.reason for r in reversed(compiled.remarks) if r.kind == "missed"), "")
+        raise RuntimeError(f"not compiled: {why}")
     return lambda: compiled(*inputs)
 
 

@@ -39,19 +39,19 @@ def header(environment: dict[str, Any]) -> str:
 def workload_table(results: Sequence[Result]) -> Group:
     """The engines on one workload, the fastest in bold; below, what went wrong with whom.
 
-    "plait" is how many times faster plait is; "compile s" includes the first call; "MiB" is the
-    growth of the resident set meanwhile; "of eager" is the error over that of float32 eager.
+    "plait" is how many times faster plait is, "compile" seconds including the first call, "MiB"
+    the growth of the resident set meanwhile, "eager" the error over that of float32 eager.
     """
     first = results[0]
     table = Table(
         title=f"{first.workload} ({first.size})",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1),
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     table.add_column("engine", no_wrap=True)
-    for name in ("p50 ms", "p10", "p90", "plait", "compile s", "MiB", "error", "of eager"):
+    for name in ("p50 ms", "p10", "p90", "plait", "compile", "MiB", "error", "eager"):
         table.add_column(name, justify="right", no_wrap=True)
     best = min((r.p50 for r in results if r.p50), default=None)
     notes = []

@@ -82,7 +82,9 @@ def compile(
         return _compile_class(model, options, dynamic_shapes)
     if not callable(model):
         kind = type(model).__name__
-        raise OptionError("PLT-OPT-003", f"a {kind} cannot be compiled", "give a module or function")
+        raise OptionError(
+            "PLT-OPT-003", f"a {kind} cannot be compiled", "give a module or function"
+        )
     compiled = Compiled(model, options, dynamic_shapes)
     return compiled if example_inputs is None else compiled.prepare(example_inputs)
 

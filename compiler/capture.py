@@ -9,6 +9,10 @@ kinds need no registration.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import io
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +29,9 @@ from .capture_tree import Tree, flatten, leaf_names, unflatten
 from .captured import Captured, InputSpec, Mutation
 from .errors import CaptureError
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Export swaps a module's weights for fakes while it traces, and patches torch."""
+
 Dynamic = Mapping[int, Any]
 """Dimension number -> `torch.export.Dim` (or ``Dim.AUTO``) of one tensor."""
 
@@ -38,8 +45,9 @@ def capture(
     """The graph of ``target(*args, **kwargs)``.
 
     ``dynamic`` has one entry per tensor among the leaves of ``(args, kwargs)``; without it all
-    sizes are constants. A symbol's smallest size is never below 2, for sizes 0 and 1 change how
-    torch broadcasts: such calls need a capture of their own.
+    sizes are constants. Open dimensions must have a size of at least 2 in the example, and a
+    symbol's smallest size is never below 2, for sizes 0 and 1 change how torch broadcasts: such
+    calls need a capture of their own.
 
     Raises CaptureError with torch's reason in one line.
     """
@@ -47,14 +55,15 @@ def capture(
     _check_inputs(leaves, tree)
     traced = _Traced(target, leaves, tree)
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    examples = _enlarge(tensors, dynamic) if dynamic else tensors
     shapes = (tuple(dict(d) or None for d in dynamic),) if dynamic else None
     try:
-        with _quiet():
+        with _ONE_AT_A_TIME, _quiet():
             program = torch.export.export(
-                traced, tuple(examples), dynamic_shapes=shapes, strict=False
+                traced, tuple(tensors), dynamic_shapes=shapes, strict=False
             )
-            program = program.run_decompositions(capture_ops.decompositions())
+            # Autocast's conversions appear only when the program is traced through again.
+            if torch._C._is_any_autocast_enabled() or capture_ops.needs_decomposition(program):
+                program = program.run_decompositions(capture_ops.decompositions())
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many kinds, all of them mean the same here
@@ -144,24 +153,30 @@ def argument_names(tree: Tree, positional: Sequence[str] = ()) -> list[str]:
     return names
 
 
-def _enlarge(tensors: list[torch.Tensor], dynamic: Sequence[Dynamic]) -> list[torch.Tensor]:
-    """Examples whose dynamic dimensions are at least 2: export fixes dimensions of size 0 and 1."""
-    out = []
-    for tensor, dims in zip(tensors, dynamic, strict=True):
-        for d in dims:
-            if tensor.shape[d] < 2:
-                shape = [*tensor.shape[:d], 2, *tensor.shape[d + 1 :]]
-                tensor = tensor.expand(shape).clone() if tensor.shape[d] else tensor.new_zeros(shape)
-        out.append(tensor)
-    return out
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences warnings of export about its own internals."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        yield
+    """Silences what export says of its own internals: warnings, and graphs printed on failure."""
+    before = sys.stderr
+    sys.stderr = _Muted(before)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.stderr = before
+
+
+class _Muted(io.TextIOBase):
+    """An error stream that drops what the thread that made it writes, and passes on the rest."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() != self._thread and self._stream is not None:
+            self._stream.write(text)
+        return len(text)
 
 
 def _first_line(error: BaseException) -> str:
@@ -300,7 +315,9 @@ class _Flat:
             elif node.target not in checks and not self._proven(node):
                 new = self.graph.node_copy(node, lambda n: self.env[n])
                 new.meta = {
-                    k: v for k, v in node.meta.items() if k in ("val", "stack_trace", "nn_module_stack")
+                    k: v
+                    for k, v in node.meta.items()
+                    if k in ("val", "stack_trace", "nn_module_stack")
                 }
                 self.env[node] = new
 
@@ -320,7 +337,9 @@ class _Flat:
         position_of = {t: len(user) + i for i, t in enumerate(state)}
         results: list[Any] = []
         changed: list[tuple[Any, int]] = []
-        for spec, node in zip(self.program.graph_signature.output_specs, output.args[0], strict=True):
+        for spec, node in zip(
+            self.program.graph_signature.output_specs, output.args[0], strict=True
+        ):
             if spec.kind == OutputKind.USER_OUTPUT:
                 results.append(self.env[node])
             elif spec.kind == OutputKind.USER_INPUT_MUTATION:
@@ -408,8 +427,6 @@ def _unique(name: str, taken: Mapping[str, Any]) -> str:
 
 def _parameters(target: Any) -> list[str]:
     """Names of the positional parameters of ``target``."""
-    import inspect
-
     function = target.forward if isinstance(target, nn.Module) else target
     try:
         parameters = inspect.signature(function).parameters.values()

@@ -81,6 +81,41 @@ def aten(name: str) -> Any:
     return getattr(getattr(torch.ops.aten, packet), overload)
 
 
+WHOLE = frozenset(
+    f"aten.{name}"
+    for name in (
+        *KEEP,
+        "_adaptive_avg_pool2d.default", "adaptive_avg_pool2d.default", "add.Tensor",
+        "avg_pool2d.default", "batch_norm.default", "cat.default", "clamp.default",
+        "constant_pad_nd.default", "div.Tensor", "dropout.default", "flatten.using_ints",
+        "gelu.default", "hardtanh.default", "mean.dim", "mul.Tensor", "permute.default",
+        "relu.default", "reshape.default", "select.int", "sigmoid.default", "slice.Tensor",
+        "softmax.int", "sub.Tensor", "tanh.default", "transpose.int", "unsqueeze.default",
+        "view.default",
+    )
+)  # fmt: skip
+"""Operators as export writes them that are as good as what decomposing would make of them."""
+
+
+def needs_decomposition(program: torch.export.ExportedProgram) -> bool:
+    """Whether ``program`` must be traced again to be functional and in the operators we know.
+
+    Tracing costs as much as the export. A program of static sizes whose operators are all in `WHOLE`
+    (none of them mutates or depends on the mode) is already what decomposing would return.
+    """
+    signature = program.graph_signature
+    if program.range_constraints or signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        return True
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target) not in WHOLE:
+            return True
+        if str(node.target) == "aten.batch_norm.default" and node.args[5]:
+            return True
+        if str(node.target) == "aten.dropout.default" and node.args[2]:
+            return True
+    return False
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """A fresh table for `torch.export.ExportedProgram.run_decompositions`."""
     table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()  # type: ignore[assignment]

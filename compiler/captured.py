@@ -105,7 +105,9 @@ class Captured:
                 if not (isinstance(dim, sympy.Symbol) and self.symbols.get(dim.name) == (i, d)):
                     conditions.append(f"shapes[{i}][{d}] == {_code(dim)}")
         for name, (low, high) in self.ranges.items():
-            conditions.append(f"{name} >= {low}" + ("" if high is None else f" and {name} <= {high}"))
+            conditions.append(
+                f"{name} >= {low}" + ("" if high is None else f" and {name} <= {high}")
+            )
         conditions += [f"({_code(g)})" for g in self.guards]
         return self._function(" and ".join(conditions) or "True")
 

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from .. import __version__
 from .cli_error import CliError
 
 app = typer.Typer(
@@ -79,12 +80,7 @@ def _fail(message: str, code: int) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(version("plait"))
-        except PackageNotFoundError:
-            print("unknown: plait is not installed, only importable")
+        print(__version__)
         raise typer.Exit
 
 

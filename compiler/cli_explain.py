@@ -34,7 +34,10 @@ def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: P
     with torch.no_grad():
         times = profile_steps(executor, [*tensors, *program.captured.states])
     machine = measure_machine()
-    rows = [_row(program.executable.plan.steps[t.number], t, machine) for t in times]
+    lowered = getattr(program.executable, "lowered", None)  # a loaded program has none
+    configs = {s.hash: s.config for s in lowered.selected.values()} if lowered else {}
+    steps = program.executable.plan.steps
+    rows = [_row(steps[t.number], t, machine, configs) for t in times]
     total = sum(t.seconds for t in times)
     console.print(_table(rows, total))
     bound = sum(r["bound_seconds"] for r in rows)
@@ -51,13 +54,15 @@ def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: P
         output.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
-def _row(step: Any, time: StepTime, machine: Machine) -> dict[str, Any]:
+def _row(
+    step: Any, time: StepTime, machine: Machine, configs: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "step": time.number,
         "name": time.name,
         "kind": time.kind,
         "kernel": getattr(step, "kernel", getattr(step, "target", "")),
-        "config": dict(getattr(step, "config", {}) or {}),
+        "config": configs.get(getattr(step, "kernel", ""), {}),
         "seconds": time.seconds,
         "bound_seconds": machine.bound(time.flops, time.bytes),
         "bound_by": machine.bound_by(time.flops, time.bytes),
@@ -80,7 +85,7 @@ def _table(rows: list[dict[str, Any]], total: float) -> Table:
         table.add_row(
             str(r["step"]),
             r["name"],
-            r["kernel"][:12] if r["kind"] == "kernel" else r["kernel"],
+            _text(r),
             f"{r['seconds'] * 1e6:.4g}",
             f"{share:.1%}",
             f"{r['bound_seconds'] * 1e6:.3g}" if known else "-",
@@ -89,3 +94,11 @@ def _table(rows: list[dict[str, Any]], total: float) -> Table:
             style="bold" if share >= 0.05 else None,
         )
     return table
+
+
+def _text(row: dict[str, Any]) -> str:
+    """A kernel by the start of its hash and its configuration, a library call by its operator."""
+    if row["kind"] != "kernel":
+        return row["kernel"]
+    config = " ".join(f"{k}={v}" for k, v in row["config"].items())
+    return f"{row['kernel'][:8]} {config}".strip()

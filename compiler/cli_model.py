@@ -9,11 +9,12 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich import box
@@ -200,8 +201,10 @@ def compile_loaded(loaded: Loaded, pipeline: str | None, tune: str, console: Con
         return loaded.model
     start = time.perf_counter()
     inputs = loaded.kwargs if loaded.kwargs and not loaded.args else tuple(loaded.args)
-    with torch.no_grad():
-        compiled = compile(loaded.model, example_inputs=inputs, pipeline=pipeline, tune=tune)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a model that is not compiled is told of below
+        model = cast("Callable[..., Any]", loaded.model)
+        compiled = compile(model, example_inputs=inputs, pipeline=pipeline, tune=tune)
     seconds = time.perf_counter() - start
     plan = newest(compiled).executable.plan
     steps = Counter("kernels" if hasattr(s, "kernel") else "library calls" for s in plan.steps)

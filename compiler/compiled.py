@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ class Compiled(nn.Module):
 
     A call's Python numbers and texts, and attributes the forward reads, are constants of the
     compiled program. Different arguments compile again by themselves; an attribute changed after
-    the first call needs `recompile`.
+    the first call needs `recompile`, and so do weights changed in place through ``.data``, which
+    torch does not count. While a call captures, no other thread may run the original itself.
     """
 
     def __init__(
@@ -48,16 +50,23 @@ class Compiled(nn.Module):
         options: Options,
         dynamic_shapes: Any = None,
         shell: nn.Module | None = None,
+        signature: inspect.Signature | None = None,
     ) -> None:
-        """Wraps ``original``; ``shell`` holds the weights of a loaded program, which has none."""
+        """Wraps ``original``.
+
+        A loaded program has none: ``shell`` holds its weights and ``signature`` its arguments.
+        """
         module = original if isinstance(original, nn.Module) else shell
         vars(self)["_original"] = original if original is not None else shell
-        vars(self)["_dispatcher"] = Dispatcher(original, options, dynamic_shapes)
+        vars(self)["_dispatcher"] = Dispatcher(original, options, dynamic_shapes, signature)
         vars(self)["_explicit"] = dynamic_shapes
         if module is None:
             super().__init__()
             vars(self).pop("training", None)
-            functools.update_wrapper(self, original)  # type: ignore[arg-type]
+            for name in functools.WRAPPER_ASSIGNMENTS:
+                if hasattr(original, name):
+                    vars(self)[name] = getattr(original, name)
+            vars(self)["__wrapped__"] = original
         else:
             for name in _SHARED:
                 vars(self)[name] = vars(module)[name]
@@ -167,6 +176,18 @@ class Compiled(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         delattr(self._original, name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._original[key]
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._original)
+
+    def __bool__(self) -> bool:
+        return True
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._original)})

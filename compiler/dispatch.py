@@ -22,8 +22,8 @@ from torch.export import Dim
 
 from ..passes.remarks import Remark
 from .capture import SCALARS, argument_names, capture
-from .capture_tree import Tree, flatten
-from .captured import Captured, check_tensors
+from .capture_tree import Tree, flatten, unflatten
+from .captured import Captured, check_tensors, describe
 from .dynamic import Declared, declared_dims
 from .errors import CaptureError, InputError, PlaitError
 from .options import Executable, Options
@@ -58,6 +58,7 @@ class Dispatcher:
         target: Callable[..., Any] | None,
         options: Options,
         dynamic_shapes: Any = None,
+        signature: inspect.Signature | None = None,
     ) -> None:
         self.target, self.options, self.dynamic_shapes = target, options, dynamic_shapes
         self.remarks: list[Remark] = []
@@ -67,7 +68,7 @@ class Dispatcher:
         self._lock = threading.RLock()
         self._said: set[str] = set()
         self._structure = Structure(self.modules)
-        self._signature = _signature(target)
+        self.signature = _signature(target) if signature is None else signature
 
     # -- the call -------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class Dispatcher:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], list[int] | None]:
         """The same call with arguments in the order of the signature, and how tensors moved."""
-        if self._signature is None:
+        if self.signature is None:
             return args, kwargs, None
         spans: list[list[int]] = []
         count = 0
@@ -218,9 +219,11 @@ class Dispatcher:
             spans.append(list(range(count, count + len(leaves))))
             count += len(leaves)
         slots = [*zip(args, spans, strict=False)]
-        named = dict(zip(kwargs, zip(kwargs.values(), spans[len(args) :], strict=True), strict=True))
+        named = dict(
+            zip(kwargs, zip(kwargs.values(), spans[len(args) :], strict=True), strict=True)
+        )
         try:
-            bound = self._signature.bind(*slots, **named)
+            bound = self.signature.bind(*slots, **named)
         except TypeError as error:
             if self.target is None:
                 raise InputError("PLT-INP-001", str(error)) from None
@@ -245,7 +248,7 @@ class Dispatcher:
             if program.matches(shapes):
                 return program
         if self.target is None:
-            raise self._misfit(bucket, tensors, tree)
+            raise self._misfit(bucket, tensors, tree, leaves)
         if bucket.hopeless:
             return None
         if len(bucket.programs) >= MAX_PROGRAMS:
@@ -256,28 +259,50 @@ class Dispatcher:
                 "declare the varying dimensions by dynamic_shapes=",
             )
             return None
+        declared = declared_dims(self.dynamic_shapes, self.signature, args, kwargs, tensors)
         bucket.seen.append(shapes)
-        program = self._specialise(bucket, tensors, args, kwargs, tree)
+        program = self._specialise(tree, args, kwargs, declared, _varying(bucket.seen, declared))
         if program is None:
             bucket.hopeless = True
-        else:
-            bucket.programs.append(program)
+            return None
+        bucket.programs.append(program)
+        if any(d.small for d in declared):
+            self._add_open(bucket, tree, args, kwargs, declared)
         return program
+
+    def _add_open(
+        self,
+        bucket: Bucket,
+        tree: Tree,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        declared: list[Declared],
+    ) -> None:
+        """Besides the program for a size of 0 or 1, the one for the larger sizes that were declared."""
+        leaves, _ = flatten((args, kwargs))
+        entries = iter(declared)
+        larger = [_enlarged(x, next(entries).small) if isinstance(x, Tensor) else x for x in leaves]
+        shapes = [x.shape for x in larger if isinstance(x, Tensor)]
+        if any(p.matches(shapes) for p in bucket.programs):
+            return
+        opened = [Declared({**d.dims, **d.small}) for d in declared]
+        args, kwargs = unflatten(tree, larger)
+        program = self._specialise(tree, args, kwargs, opened, [{} for _ in opened])
+        if program is not None:
+            bucket.programs.append(program)
 
     def _specialise(
         self,
-        bucket: Bucket,
-        tensors: list[Tensor],
+        tree: Tree,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        tree: Tree,
+        declared: Sequence[Declared],
+        automatic: Sequence[dict[int, Any]],
     ) -> Program | None:
-        declared = declared_dims(self.dynamic_shapes, self._signature, args, kwargs, tensors)
-        names = argument_names(tree, _positional(self._signature))
-        automatic = _varying(bucket.seen, declared)
+        names = argument_names(tree, _positional(self.signature))
         attempts: list[list[dict[int, Any]]] = []
         if any(declared) or any(automatic):
-            attempts.append([{**a, **d.open()} for a, d in zip(automatic, declared, strict=True)])
+            attempts.append([{**a, **d.dims} for a, d in zip(automatic, declared, strict=True)])
             attempts.append([dict.fromkeys(dims, Dim.AUTO) for dims in attempts[0]])
             if attempts[0] == attempts[1]:
                 attempts.pop()
@@ -299,15 +324,13 @@ class Dispatcher:
                     for d in a
                 )
                 self._note("PLT-CAP-002", f"more than one size was seen of {where}", kind="done")
-            return self._compile(captured, args, kwargs)
-        assert failure is not None
+            return self._compile(captured)
+        assert failure is not None and self.target is not None
         self.target(*args, **kwargs)  # wrong arguments raise here, before anything is said
         self.say(failure.remark, f"{failure.reason}; the original runs", failure.hint)
         return None
 
-    def _compile(
-        self, captured: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Program | None:
+    def _compile(self, captured: Captured) -> Program | None:
         try:
             executable = build(captured, self.options)
         except (PlaitError, ValueError, LookupError):
@@ -361,24 +384,24 @@ class Dispatcher:
             self._note(remark, reason, hint)
             warnings.warn(f"plait: {remark}: {reason}" + f" ({hint})" * bool(hint), stacklevel=4)
 
-    def _misfit(self, bucket: Bucket, tensors: list[Tensor], tree: Tree) -> InputError:
+    def _misfit(
+        self, bucket: Bucket, tensors: list[Tensor], tree: Tree, leaves: list[Any]
+    ) -> InputError:
         """What to tell someone who calls a loaded program with arguments it has no graph for."""
-        if bucket.programs:
-            wrong = check_tensors(bucket.programs[0].captured, tensors)
+        near = [p.captured for p in bucket.programs]
+        known = near or [p.captured for p in self.programs]
+        found = [check_tensors(c, tensors) for c in known if c.num_tensors == len(tensors)]
+        wrong = min((w for w in reversed(found) if w), key=len, default=None)
+        if wrong:
             text = "; ".join(f"argument {n!r}: {why}" for n, why in wrong.items())
-            return InputError("PLT-INP-002", text or "no saved graph fits these sizes")
-        known = [p.captured for b in self._buckets.values() for p in b.programs]
-        got = argument_names(tree, _positional(self._signature))
-        for captured in known:
-            if captured.num_tensors == len(tensors):
-                wrong = check_tensors(captured, tensors)
-                if wrong:
-                    text = "; ".join(f"argument {n!r}: {why}" for n, why in wrong.items())
-                    return InputError("PLT-INP-002", text)
+            return InputError("PLT-INP-002", text)
         wants = " or ".join(
-            "(" + ", ".join(f"{s.name}: {s}" for s in c.inputs[: c.num_tensors]) + ")" for c in known
+            "(" + ", ".join(f"{s.name}: {s}" for s in c.inputs[: c.num_tensors]) + ")"
+            for c in known
         )
-        return InputError("PLT-INP-001", f"expected {wants}, got ({', '.join(got)})")
+        names = argument_names(tree, _positional(self.signature))
+        got = ", ".join(f"{n}: {describe(x)}" for n, x in zip(names, leaves, strict=True))
+        return InputError("PLT-INP-001", f"expected {wants}, got ({got})")
 
     @property
     def programs(self) -> list[Program]:
@@ -388,14 +411,8 @@ class Dispatcher:
     def adopt(self, program: Program) -> None:
         """Adds a program made elsewhere (loaded from a file)."""
         captured = program.captured
-        leaves = [
-            torch.empty(0) if leaf is None else leaf[0] for leaf in captured.in_leaves
-        ]
         specs = iter(captured.inputs)
-        fixed = [
-            next(specs) if slot is None else leaf
-            for slot, leaf in zip(captured.in_leaves, leaves, strict=True)
-        ]
+        fixed = [next(specs) if slot is None else slot[0] for slot in captured.in_leaves]
         structure = structure_key(fixed, captured.in_tree, False)
         self._buckets.setdefault(structure, Bucket()).programs.append(program)
 
@@ -488,6 +505,12 @@ def _positional(signature: inspect.Signature | None) -> list[str]:
 def _tensor_names(names: list[str], args: Any, kwargs: Any) -> list[str]:
     leaves = flatten((args, kwargs))[0]
     return [n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)]
+
+
+def _enlarged(tensor: Tensor, dims: Mapping[int, Any]) -> Tensor:
+    """A tensor like ``tensor`` with size 2 where ``dims`` has an entry."""
+    shape = [2 if d in dims else size for d, size in enumerate(tensor.shape)]
+    return tensor.expand(shape).clone() if tensor.numel() else tensor.new_zeros(shape)
 
 
 def _varying(seen: list[list[torch.Size]], declared: Sequence[Declared]) -> list[dict[int, Any]]:

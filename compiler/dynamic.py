@@ -23,17 +23,18 @@ Tensor = torch.Tensor
 
 @dataclass
 class Declared:
-    """What was declared of one tensor: open dimensions, and ones that must stay constants."""
+    """What was declared of one tensor.
+
+    ``dims`` are dimensions to leave open, ``small`` those among the declared ones whose size is 0
+    or 1 now (such a call gets a program of its own), ``fixed`` those that must stay constants.
+    """
 
     dims: dict[int, Any] = field(default_factory=dict)
+    small: dict[int, Any] = field(default_factory=dict)
     fixed: set[int] = field(default_factory=set)
 
     def __bool__(self) -> bool:
         return bool(self.dims)
-
-    def open(self) -> dict[int, Any]:
-        """The open dimensions as export takes them."""
-        return {d: Dim.AUTO if dim is Dim.DYNAMIC else dim for d, dim in self.dims.items()}
 
 
 def declared_dims(
@@ -45,7 +46,7 @@ def declared_dims(
 ) -> list[Declared]:
     """One entry per tensor of ``(args, kwargs)``.
 
-    Sizes 0 and 1 are never left open. Raises InputError for names and dimensions that do not exist
+    Raises InputError for names and dimensions that do not exist
     and for sizes outside a declared range.
     """
     if spec is None:
@@ -126,6 +127,5 @@ def _tensor(name: str, tensor: Tensor, spec: Any) -> Declared:
                 "PLT-INP-002",
                 f"argument {name!r}: expected dimension {d} to be {limits}, got {size}",
             )
-        if size > 1 or low <= 1:
-            declared.dims[d] = dim
+        (declared.dims if size > 1 else declared.small)[d] = Dim.AUTO if dim is Dim.DYNAMIC else dim
     return declared

@@ -22,7 +22,7 @@ from ..passes.remarks import Remark
 from ..runtime import library
 from ..runtime.plan import Buffer, KernelStep, LibraryStep, Plan, TensorRef
 from . import sizes
-from .select import Kernels, Selected, missed
+from .select import Choice, Kernels, Selected, missed
 from .storage import Place, Storage, buffer_bytes, fake, is_tensor, split_concats
 
 aten = torch.ops.aten
@@ -81,8 +81,10 @@ class _Lowering:
         return group.kind == "library" or group.nodes[0] in self.forced
 
     def run(self) -> Lowered:
-        selected = self._settle()
-        self.kernels.finish()
+        chosen = self._settle()
+        while not self.kernels.finish():
+            chosen = self._settle()
+        selected = {k: self.kernels.resolve(c) for k, c in chosen.items()}
         steps = self._steps(selected)
         memory = self._buffers(steps)
         plan = Plan(
@@ -102,7 +104,7 @@ class _Lowering:
 
     # -- which groups are kernels -----------------------------------------------------------
 
-    def _settle(self) -> dict[int, Selected]:
+    def _settle(self) -> dict[int, Choice]:
         while True:
             self.storage = Storage(
                 self.graph_module, self.groups, self.is_library, self.kernels.halo_of
@@ -110,7 +112,7 @@ class _Lowering:
             if self.storage.copies:
                 self._add_copies(self.storage.copies)
                 continue
-            selected: dict[int, Selected] = {}
+            selected: dict[int, Choice] = {}
             declined = False
             for k, group in enumerate(self.groups):
                 if self.is_library(group) or not self._has_step(group):
@@ -134,7 +136,7 @@ class _Lowering:
     def _as_kernel_group(group: Group) -> Group:
         return replace(group, kind="pointwise") if group.kind == "view" else group
 
-    def _select(self, group: Group) -> Selected | Remark:
+    def _select(self, group: Group) -> Choice | Remark:
         nodes = tuple(n.name for n in group.nodes)
         io: dict[fx.Node, TensorArg] = {}
         for node in (*group.inputs, *group.outputs):

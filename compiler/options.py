@@ -28,7 +28,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.tune not in TUNE_LEVELS:
             levels = ", ".join(repr(t) for t in TUNE_LEVELS)
-            raise OptionError("PLT-OPT-001", f"tune={self.tune!r} is unknown", f"use one of {levels}")
+            raise OptionError(
+                "PLT-OPT-001", f"tune={self.tune!r} is unknown", f"use one of {levels}"
+            )
         if self.pipeline is not None and not isinstance(self.pipeline, str):
             kind = type(self.pipeline).__name__
             raise OptionError("PLT-OPT-002", f"pipeline is a {kind}", "give the pipeline as text")

@@ -21,7 +21,6 @@ from ..runtime.plan import Plan
 from . import lower, select
 from .capture import Captured
 from .options import Options
-from .store import KernelStore
 
 DEFAULT_PIPELINE = "normalize,fuse-vertical"
 
@@ -62,7 +61,7 @@ def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
         graph = result.graph_module
         lap("passes")
         groups = groups_of(graph)
-        kernels = select.Kernels(targets.host(), KernelStore.open(), options.tune)
+        kernels = select.Kernels(targets.host(), select.database(), options.tune)
         lowered = lower.lower(graph, groups, kernels, captured.symbols)
         lap("lower")
     seconds = {

@@ -10,20 +10,27 @@ import functools
 import importlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from ..kernels import race
 from ..kernels.abi import Kernel, Pack, TensorArg
+from ..kernels.build import BuildError, build
+from ..kernels.database import Database, Entry, Measured
 from ..kernels.group import Group, Unsupported
 from ..kernels.target import Target
 from ..passes.remarks import Remark
 from . import sizes
 from .spec import Spec
+from .trial import Trial, numbers
 
 TEMPLATES = ("pointwise", "rows", "reduce", "gemm", "conv", "pool", "attention")
+HEAVY = ("gemm", "conv", "attention")
+CANDIDATES = {"off": 1, "quick": 3, "full": 6}
+RACE_FLOPS = 2_000_000  # below some 20 us candidates hardly differ
 
 
 @dataclass(frozen=True)
@@ -46,74 +53,180 @@ def template(kind: str) -> Any:
     return importlib.import_module(f"..kernels.templates.{kind}", __package__)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A kernel still to be built: ``key`` in the database, and this graph's names of its symbols."""
+
+    key: str
+    symbols: Mapping[str, str]
+
+
+@dataclass
+class _Pending:
+    """Candidates of one kernel that the database lacks."""
+
+    group: Group
+    io: Mapping[fx.Node, TensorArg]
+    kernels: list[Kernel]
+    entries: list[Entry]
+    failures: list[str] = field(default_factory=list)
+
+
+@functools.cache
+def database() -> Database:
+    """The kernel database of this process."""
+    return Database()
+
+
 class Kernels:
     """The kernels of one compilation.
 
     ``functions`` maps content hashes to addresses once `finish` has run; ``libraries`` keeps the
-    loaded code alive.
+    loaded code alive; ``raced`` counts races.
     """
 
-    def __init__(self, target: Target, store: Any, tune: str = "quick") -> None:
+    def __init__(self, target: Target, store: Database, tune: str = "quick") -> None:
         self.target, self.store, self.tune = target, store, tune
         self.functions: dict[str, int] = {}
         self.libraries: list[Any] = []
+        self.raced = 0
+        self.built = 0
         self._context = (target.key(), store.version)
-        self._known: dict[str, dict[str, Any]] = {}  # hash -> record
+        self._known: dict[str, Entry] = {}
         self._declined: dict[str, Unsupported] = {}
-        self._pending: dict[str, Kernel] = {}
+        self._pending: dict[str, _Pending] = {}
 
     # -- questions of the layout ------------------------------------------------------------
 
     @staticmethod
     def halo_of(node: fx.Node) -> tuple[tuple[int, int], ...]:
-        """The zero halo that a convolution or pooling node wants around its input."""
-        if "pool" in str(node.target):
-            return ()  # poolings clip their windows, which costs them nothing
+        """The zero halo that a convolution node wants around its input."""
         return template("conv").required_halo(node)
 
     # -- selection --------------------------------------------------------------------------
 
-    def select(self, group: Group, io: Mapping[fx.Node, TensorArg]) -> Selected | Remark:
+    def select(self, group: Group, io: Mapping[fx.Node, TensorArg]) -> Choice | Remark:
         """The kernel for ``group``, or why there is none."""
         if group.kind not in TEMPLATES:
             return self._remark(group, "PLT-KER-001", f"no template for {group.kind} groups", "")
         spec = Spec(group, io)
         key = spec.hash(*self._context)
-        record = self._known.get(key) or self.store.lookup(key)
-        if record is None:
-            declined = self._declined.get(key)
-            if declined is None:
+        if key not in self._known and key not in self._pending and key not in self._declined:
+            entry = self.store.lookup(key)
+            if entry is not None:
+                self._known[key] = entry
+            else:
                 try:
-                    record = self._lower(group, io, key, spec)
+                    self._pending[key] = self._lower(group, io, key, spec)
                 except Unsupported as error:
-                    declined = self._declined[key] = error
-            if declined is not None:
-                return self._remark(group, declined.remark, declined.reason, declined.hint)
-        assert record is not None
-        self._known[key] = record
-        return _selected(key, record, {v: k for k, v in spec.rename.items()})
+                    self._declined[key] = error
+                except NotImplementedError as error:
+                    self._declined[key] = Unsupported("PLT-KER-004", str(error))
+        if key in self._declined:
+            why = self._declined[key]
+            return self._remark(group, why.remark, why.reason, why.hint)
+        return Choice(key, {v: k for k, v in spec.rename.items()})
+
+    def resolve(self, choice: Choice) -> Selected:
+        """What was built for a choice; call after `finish`."""
+        return _selected(choice.key, self._known[choice.key].record, choice.symbols)
 
     def _lower(
         self, group: Group, io: Mapping[fx.Node, TensorArg], key: str, spec: Spec
-    ) -> dict[str, Any]:
+    ) -> _Pending:
         module = template(group.kind)
         configs = module.candidates(group, io, self.target)
         if not configs:
             raise Unsupported("PLT-KER-002", f"the {group.kind} template has no candidate")
-        kernel = module.lower(group, io, self.target, configs[0], name=f"plait_{key}")
-        self._pending[key] = kernel
-        return _record(_describe(group), kernel, spec.rename)
+        wanted = CANDIDATES[self.tune] if group.kind in HEAVY else 1
+        kernels, entries = [], []
+        for number, config in enumerate(configs[:wanted]):
+            name = f"plait_{key}_{number}"
+            kernel = module.lower(group, io, self.target, config, name=name)
+            if number and not _worth_racing(kernel):
+                break
+            kernels.append(kernel)
+            entries.append(Entry(key, name, _record(_describe(group), kernel, spec.rename)))
+        return _Pending(group, io, kernels, entries)
 
-    def finish(self) -> None:
-        """Compiles what is pending and loads everything that was selected."""
-        if self._pending:
-            records = {key: self._known[key] for key in self._pending}
-            self.store.build(self._pending, records, self.target)
-            self._pending = {}
-        needed = {key: self._known[key] for key in self._known if key not in self.functions}
-        functions, libraries = self.store.load(needed)
-        self.functions.update(functions)
-        self.libraries.extend(libraries)
+    def finish(self) -> bool:
+        """Compiles, races and loads what was selected; False if some group must be chosen anew.
+
+        A kernel that the code generator rejects is declined from then on.
+        """
+        pending, self._pending = self._pending, {}
+        if pending:
+            self._build(pending)
+        if any(key in self._declined for key in pending):
+            return False
+        for key, entry in self._known.items():
+            if key not in self.functions:
+                self.functions[key] = self.store.address(entry)
+        self.libraries = list({e.object: self.store.library(e.object) for e in self._known.values()}.values())
+        return True
+
+    def _build(self, pending: Mapping[str, _Pending]) -> None:
+        kernels = [k for p in pending.values() for k in p.kernels]
+        try:
+            bundle = build(kernels, self.target)
+        except BuildError as error:
+            for key in pending:
+                self._declined[key] = Unsupported("PLT-KER-003", f"code generation failed: {error}")
+            return
+        self.built += len(kernels)
+        winners: list[Entry] = []
+        measured: list[Measured] = []
+        for key, item in pending.items():
+            usable = [
+                (k, e)
+                for k, e in zip(item.kernels, item.entries, strict=True)
+                if k.name not in bundle.failed
+            ]
+            if not usable:
+                why = bundle.failed[item.kernels[0].name]
+                self._declined[key] = Unsupported("PLT-KER-003", f"code generation failed: {why}")
+                continue
+            best = usable[0][1]
+            if len(usable) > 1:
+                best, results = self._race(item, usable, bundle)
+                measured += results
+            winners.append(best)
+        for entry in self.store.store(winners, bundle.data, bundle.library, measured):
+            self._known[entry.key] = entry
+
+    def _race(
+        self, item: _Pending, usable: Sequence[tuple[Kernel, Entry]], bundle: Any
+    ) -> tuple[Entry, list[Measured]]:
+        """The fastest correct candidate on one thread; the first where none could be measured."""
+        trial = Trial(item.group, item.io, {})
+        candidates = [
+            race.Candidate.kernel(
+                k.name,
+                bundle.address(k.name),
+                numbers([k.tasks], {})[0],
+                list(trial.words(k, [p for p in k.packs])),
+                config=k.config,
+                keep=trial,
+            )
+            for k, _ in usable
+        ]
+        half = any(t.dtype != torch.float32 for t in trial.outputs)
+        results = race.race(
+            candidates,
+            check=trial.error,
+            tolerance=4e-2 if half else 1e-4,
+            reset=trial.spoil,
+            rounds=5,
+            margin=1.1,
+            budget=0.5,
+        )
+        self.raced += 1
+        best = race.fastest(results)
+        number = results.index(best) if best is not None else 0
+        key = usable[0][1].key
+        measured = [Measured(key, r.candidate.config, r.seconds, r.error, r.note) for r in results]
+        entry = usable[number][1]
+        return replace(entry, seconds=best and best.seconds, effort=len(results)), measured
 
     @staticmethod
     def pack(tensor: torch.Tensor, pack: Pack) -> torch.Tensor:
@@ -125,6 +238,12 @@ class Kernels:
     @staticmethod
     def _remark(group: Group, remark: str, reason: str, hint: str) -> Remark:
         return missed(remark, tuple(n.name for n in group.nodes), reason, hint)
+
+
+def _worth_racing(kernel: Kernel) -> bool:
+    """Whether a race tells something: known sizes, and long enough to differ."""
+    static = not kernel.symbols and isinstance(kernel.tasks, int) and kernel.tasks > 0
+    return static and isinstance(kernel.flops, int) and kernel.flops > RACE_FLOPS
 
 
 def missed(remark: str, nodes: Sequence[str], reason: str, hint: str = "") -> Remark:

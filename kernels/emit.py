@@ -106,8 +106,7 @@ class Emitter:
                 self._vars[symbol] = T.arg(symbol, T.int64())
             T.func_attr({"global_symbol": self.name, "tirx.noalias": True, "calling_conv": 1})
             refs = [
-                Ref(self, a, d)
-                for a, d in zip(self._inputs + self._outputs, data, strict=True)
+                Ref(self, a, d) for a, d in zip(self._inputs + self._outputs, data, strict=True)
             ]
             self.inputs = refs[: len(self._inputs)]
             self.outputs = refs[len(self._inputs) :]

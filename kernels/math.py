@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import tvm.tirx as tir
 
 from .emit import Expr, expr_dtype
-from .ops.scope import bind, opaque
+from .ops.scope import bind, define_operator, opaque
 
 INF = float("inf")
 _SIGN = -(1 << 31)
@@ -97,7 +97,26 @@ def clamp(x: Expr, low: float, high: float) -> Expr:
 def libm(name: str, *args: Expr) -> Expr:
     """A call of the C library's function for the arguments' dtype (float32 or float64)."""
     dtype = expr_dtype(args[0])
-    return tir.call_pure_extern(dtype, name if dtype == "float64" else name + "f", *args)
+    operator = _libm_operator(name if dtype == "float64" else name + "f")
+    return tir.call_intrin(dtype, operator, *(bind(a) for a in args))
+
+
+@functools.cache
+def _libm_operator(symbol: str) -> object:
+    """An operator that calls a C function once per lane."""
+
+    def lower(call: Expr) -> Expr:
+        dtype = expr_dtype(call)
+        lanes = int((str(call.ty.dtype).split("x") + ["1"])[1])
+        if lanes == 1:
+            return tir.call_pure_extern(dtype, symbol, *call.args)
+        each = [
+            tir.call_pure_extern(dtype, symbol, *(tir.Shuffle([a], [i]) for a in call.args))
+            for i in range(lanes)
+        ]
+        return tir.Shuffle(each, list(range(lanes)))
+
+    return define_operator(f"plait.libm.{symbol}", lower, pure=True)
 
 
 def _elementary(function: Callable[..., Expr]) -> Callable[..., Expr]:

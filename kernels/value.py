@@ -46,7 +46,9 @@ class Value:
 
         def load(index: Sequence[Expr]) -> Expr:
             own = index[pad:]
-            return self.load([_zero() if _is_one(d) else i for i, d in zip(own, self.shape, strict=True)])
+            return self.load(
+                [_zero() if _is_one(d) else i for i, d in zip(own, self.shape, strict=True)]
+            )
 
         return Value(tuple(shape), self.dtype, load)
 

@@ -69,9 +69,14 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in graph_module.graph.nodes:
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
     graph.set_codegen(copy.copy(graph_module.graph._codegen))
+    return with_graph(graph_module, graph)
+
+
+def with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module that runs ``graph`` on the attributes of ``graph_module`` that the graph reads."""
     result = fx.GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
     result.meta = copy.copy(graph_module.meta)
-    result.train(graph_module.training)
+    result.training = graph_module.training
     return result
 
 

@@ -10,7 +10,17 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 
 from .base import allow
-from .ir import Aliases, Rewriter, alias_source, aten, is_pure
+from .ir import (
+    Aliases,
+    Rewriter,
+    alias_source,
+    argument,
+    aten,
+    is_call,
+    is_pure,
+    same_shape,
+    shape_of,
+)
 from .remarks import Remark
 
 _FILL = aten.full.default
@@ -57,6 +67,36 @@ def fold_constants(rewriter: Rewriter, limit: int) -> tuple[list[str], list[Rema
         done.append(node.name)
         rewriter.replace(node, rewriter.constant(result, node.name, node))
     return done, remarks
+
+
+def drop_masks(rewriter: Rewriter) -> list[str]:
+    """``attention(q, k, v, mask)`` → ``attention(q, k, v)`` where a constant mask is all True.
+
+    Returns the names of the nodes changed.
+    """
+    aliases = Aliases(rewriter.graph)
+    done: list[str] = []
+    for node in list(rewriter.graph.nodes):
+        if not is_call(node, aten.scaled_dot_product_attention.default):
+            continue
+        mask = argument(node, 3, "attn_mask")
+        if not isinstance(mask, fx.Node) or aliases.is_mutated(mask):
+            continue
+        value = rewriter.value(mask)
+        if value is None or value.dtype != torch.bool or isinstance(value, FakeTensor):
+            continue
+        if value.is_meta or not bool(value.all()):
+            continue
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
+        args = (*node.args[:3], None, *node.args[4:])
+        new = rewriter.call(node.target, args, kwargs, like=node)  # type: ignore[arg-type]
+        same = same_shape(shape_of(new), shape_of(node))
+        if same and allow("drop mask", [node]):
+            done.append(node.name)
+            rewriter.replace(node, new)
+        else:
+            rewriter.graph.erase_node(new)
+    return done
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

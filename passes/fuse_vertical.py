@@ -151,8 +151,10 @@ class _Fuser:
 
     def merge(self, kind: str, *nodes: int) -> None:
         """Make one group of the groups of ``nodes``, which `fits` has approved."""
-        groups = {self.group(i): None for i in nodes}
-        members = [i for group in groups for i in self.members.pop(group)]
+        groups = {self.group(i) for i in nodes}
+        members, *others = sorted((self.members.pop(g) for g in groups), key=len, reverse=True)
+        for other in others:
+            members += other
         group = self.contraction.merge(*nodes)
         self.members[group] = members
         self.kind[group] = kind

@@ -19,6 +19,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from .annotations import annotate
+from .base import with_graph
 
 aten = torch.ops.aten
 
@@ -285,13 +286,8 @@ class Rewriter:
         self.graph.erase_node(old)
 
     def finish(self) -> fx.GraphModule:
-        """The graph module, recompiled, without the tensors that no node reads any more."""
-        used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
-        for name in [n for n in self.graph_module._buffers if n.startswith("_plait_")]:
-            if name not in used:
-                del self.graph_module._buffers[name]
-        self.graph_module.recompile()
-        return self.graph_module
+        """The graph as a module of its own, without attributes that no node reads any more."""
+        return with_graph(self.graph_module, self.graph)
 
 
 def fake_result(node: fx.Node, mode: FakeTensorMode) -> Any:

@@ -5,7 +5,7 @@ step                                   before → after
 =====================================  ===========================================================
 `passes.canonical`                     many spellings of an operation → one
 `passes.identities`                    ``dropout(x)`` in inference, ``x * 1``, copies → ``x``
-`passes.constants`                     operators on constants → constants
+`passes.constants`                     operators on constants → constants; all-True masks → none
 `passes.batch_norm`                    ``batch_norm(conv(x))`` → ``conv(x)``, or scale and shift
 `passes.cse`                           equal computations → one; unread ones → none
 =====================================  ===========================================================
@@ -25,7 +25,7 @@ import torch.fx as fx
 from .base import Pass, PassResult, copy_graph
 from .batch_norm import fold_batch_norm
 from .canonical import canonicalise
-from .constants import fold_constants
+from .constants import drop_masks, fold_constants
 from .cse import drop_dead, merge_equal
 from .identities import drop_identities
 from .ir import Rewriter, attribute
@@ -93,6 +93,7 @@ class Normalize(Pass):
         if self.fold_constants:
             names, notes = fold_constants(rewriter, self.max_constant)
             done["PLT-NRM-004"] += names
+            done["PLT-NRM-007"] += drop_masks(rewriter)
             found += notes
         if self.fold_batch_norm:
             found += fold_batch_norm(rewriter)

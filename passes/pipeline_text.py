@@ -1,4 +1,4 @@
-"""Pipelines as text: ``normalize,fuse-vertical{max_nodes=40},plan-memory``.
+"""Pipelines as text: ``normalize{fold_constants=false},fuse-vertical{max_nodes=40}``.
 
 Grammar (blanks may stand between any two tokens)::
 

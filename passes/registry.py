@@ -17,7 +17,6 @@ from .suggest import did_you_mean
 _BUILT_IN: dict[str, str] = {
     "normalize": "normalize:Normalize",
     "fuse-vertical": "fuse_vertical:FuseVertical",
-    "plan-memory": "plan_memory:PlanMemory",
 }
 _registered: dict[str, str | type[Pass]] = {}
 

@@ -52,7 +52,8 @@ def build(size: str = "cpu") -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Batch 1, 128 tokens; 4 layers ("cpu") or 12 ("paper")."""
     model = BertLayers(12 if size == "paper" else 4)
     generator = torch.Generator().manual_seed(SEED)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:  # the paper's own initialisation, a little wider
-            nn.init.normal_(parameter, std=0.03, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # the paper's own initialisation, a little wider
+            nn.init.normal_(module.weight, std=0.03, generator=generator)
+            nn.init.uniform_(module.bias, -0.1, 0.1, generator=generator)
     return model.eval(), (torch.randn(1, TOKENS, HIDDEN, generator=generator),)

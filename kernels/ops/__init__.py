@@ -8,6 +8,7 @@ a whole group. Converters register themselves with `converter` and are imported 
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ __all__ = [
 
 Converter = Callable[[fx.Node, "Context"], Any]
 
-_MODULES = ("unary", "binary", "select", "create", "views", "move", "index")
+_MODULES = ("unary", "binary", "choose", "create", "views", "move", "index")
 _registry: dict[str, Converter] = {}
 
 
@@ -78,8 +79,6 @@ def evaluate(nodes: Iterable[fx.Node], ctx: Context) -> None:
     Parts of a tuple whose producer is in the environment are looked up; symbolic nodes are left
     out (sizes come from ``meta["val"]``).
     """
-    import operator
-
     from .scope import share
 
     for node in nodes:

@@ -24,25 +24,20 @@ from ..value import Value
 
 _FLOATS = ("float32", "float64")
 
-_NAMED = "plait.named"
-_UPDATES_STATE = 3  # CallEffectKind::kUpdateState
+
+def define_operator(name: str, lower: Callable[[Expr], Expr], *, pure: bool) -> Any:
+    """A TVM operator that vectorises lane by lane and becomes ``lower(call)`` just before LLVM."""
+    tvm.ir._ffi_api.RegisterOp(name, "See plait.kernels.ops.scope.")  # type: ignore[attr-defined]
+    effect = tir.CallEffectKind.Pure if pure else tir.CallEffectKind.UpdateState
+    tvm.ir.register_op_attr(name, "TVectorizable", True)
+    tvm.ir.register_op_attr(name, "TCallEffectKind", int(effect.value))
+    tir.register_intrin_lowering(name, "default", f=lower)
+    return tvm.ir.Op.get(name)
 
 
-def _define_named() -> tvm.ir.Op:
-    """Defines an operator that returns its argument and that TVM takes to have effects.
-
-    TVM's simplifier copies a pure value back into every use of its variable, which makes
-    exponentially much code of a long chain; the vectoriser scalarises loops around LLVM intrinsics
-    that have effects. This operator is neither copied nor scalarised and lowers to nothing.
-    """
-    tvm.ir._ffi_api.RegisterOp(_NAMED, "The argument, evaluated once.")
-    tvm.ir.register_op_attr(_NAMED, "TVectorizable", True)
-    tvm.ir.register_op_attr(_NAMED, "TCallEffectKind", _UPDATES_STATE)
-    tir.register_intrin_lowering(_NAMED, "default", f=lambda call: call.args[0])
-    return tvm.ir.Op.get(_NAMED)
-
-
-_named = _define_named()
+# Returns its argument. TVM's simplifier copies a pure value back into every use of its variable,
+# which makes exponentially much code of a long chain, so this operator claims to have effects.
+_named = define_operator("plait.named", lambda call: call.args[0], pure=False)
 
 
 class _Scope:
@@ -63,6 +58,7 @@ class _Scope:
 
 
 _stack: list[_Scope] = []
+_conditions: list[list[Expr]] = []
 
 
 def opaque(value: Expr) -> Expr:
@@ -123,8 +119,30 @@ def sharing() -> Iterator[None]:
 
 
 def guarded(condition: Expr, then: Callable[[], Expr], otherwise: Callable[[], Expr]) -> Expr:
-    """``then()`` where ``condition`` holds, else ``otherwise()``; only that one is evaluated."""
+    """``then()`` where ``condition`` holds, else ``otherwise()``; only that one is evaluated.
+
+    A condition that differs between the lanes of a vectorised loop makes TVM's vectoriser emit
+    wrong code around `bind`: such a loop must be a serial one (`rehearsal` finds the conditions).
+    """
+    for seen in _conditions:
+        seen.append(condition)
     return tir.if_then_else(condition, _nested(then), _nested(otherwise))
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[list[Expr]]:
+    """Lets values be loaded only to look at them: nothing is emitted.
+
+    Yields the list that receives the conditions of `guarded` loads.
+    """
+    seen: list[Expr] = []
+    _stack.append(_Scope(None, []))
+    _conditions.append(seen)
+    try:
+        yield seen
+    finally:
+        _conditions.pop()
+        _stack.pop()
 
 
 def _nested(load: Callable[[], Expr]) -> Expr:

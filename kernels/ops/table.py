@@ -20,12 +20,12 @@ tanh trunc fix logical_not bitwise_not isnan isinf isposinf isneginf isfinite si
 hardsigmoid hardswish log_sigmoid selu deg2rad rad2deg positive sinc logit round.decimals
 special_expit special_log1p special_exp2 special_expm1 special_erf special_sinc
 gelu elu celu leaky_relu hardtanh softplus softshrink hardshrink threshold _prelu_kernel
-prelu log_sigmoid_forward glu
+prelu glu
 add.Tensor sub.Tensor rsub.Tensor mul.Tensor div.Tensor div.Tensor_mode add.Scalar sub.Scalar
 rsub.Scalar mul.Scalar div.Scalar div.Scalar_mode true_divide.Tensor floor_divide
 floor_divide.Scalar remainder.Tensor remainder.Scalar fmod.Tensor fmod.Scalar
 pow.Tensor_Tensor pow.Tensor_Scalar pow.Scalar float_power.Tensor_Scalar maximum minimum fmax fmin
-atan2 hypot copysign.Tensor copysign.Scalar logaddexp xlogy.Tensor square.default
+atan2 hypot copysign.Tensor copysign.Scalar logaddexp xlogy.Tensor
 eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor
 eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar
 logical_and logical_or logical_xor
@@ -40,8 +40,8 @@ lerp.Scalar lerp.Tensor addcmul addcdiv
 _to_copy to.dtype to.dtype_layout to.device to.other type_as clone contiguous fill.Scalar
 fill.Tensor full full_like zeros zeros_like ones ones_like new_zeros new_ones new_full new_empty
 empty.memory_format empty_like scalar_tensor arange arange.start arange.start_step eye
-linspace batch_norm native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm
-one_hot isclose
+linspace batch_norm native_batch_norm _native_batch_norm_legit_no_training
+one_hot isclose upsample_bilinear2d upsample_bilinear2d.vec
 """.split()
 
 VIEW = """
@@ -52,17 +52,17 @@ chunk unsafe_chunk unsafe_split.Tensor unbind.int movedim.int movedim.intlist sw
 diagonal unfold
 alias detach lift_fresh_copy lift_fresh lift detach_ dropout feature_dropout alpha_dropout
 _conj conj resolve_conj resolve_neg
-flip roll cat stack hstack vstack concat repeat repeat_interleave.self_int tile constant_pad_nd pad
+flip roll cat stack concat repeat repeat_interleave.self_int tile constant_pad_nd pad
 pixel_shuffle pixel_unshuffle channel_shuffle tril triu reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d embedding index_select gather index.Tensor _unsafe_index.Tensor
 upsample_nearest1d upsample_nearest1d.vec upsample_nearest2d upsample_nearest2d.vec
-upsample_bilinear2d upsample_bilinear2d.vec select_scatter slice_scatter take_along_dim
+select_scatter slice_scatter take_along_dim
 """.split()
 
 REDUCE = """
 sum sum.dim_IntList mean mean.dim amax amin max min max.dim min.dim prod prod.dim_int any any.dim
-any.dims all all.dim all.dims argmax argmin var.correction var.dim var_mean.correction std.correction
-std.dim linalg_vector_norm norm.ScalarOpt_dim count_nonzero count_nonzero.dim_IntList
+any.dims all all.dim all.dims argmax argmin var.correction var.dim var_mean.correction
+std.correction std.dim linalg_vector_norm norm.ScalarOpt_dim count_nonzero count_nonzero.dim_IntList
 """.split()
 
 ROWS = """
@@ -230,3 +230,94 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
                 return node.args[position]
             return spec.default_value if spec.has_default_value() else default
     return default
+
+
+@check("pow.Tensor_Tensor", "pow.Scalar", "pow.Tensor_Scalar")
+def _check_pow(node: fx.Node) -> str | None:
+    exponent = node.args[1]
+    if not node.meta["val"].dtype.is_floating_point and isinstance(exponent, fx.Node):
+        return "integer powers known only at run time"
+    return None
+
+
+@check("isclose")
+def _check_isclose(node: fx.Node) -> str | None:
+    dtypes = {t.dtype.is_floating_point for t in _input_tensors(node)}
+    return None if dtypes == {True} else "tolerances of integers"
+
+
+@check("index.Tensor", "_unsafe_index.Tensor")
+def _check_index(node: fx.Node) -> str | None:
+    indices: Any = [i for i in node.args[1] if i is not None]  # type: ignore[union-attr]
+    if not indices:
+        return "no index tensor"
+    if any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
+        return "a mask selects a number of elements known only at run time"
+    return None
+
+
+@check("take_along_dim")
+def _check_take_along_dim(node: fx.Node) -> str | None:
+    return "no dimension" if argument(node, "dim") is None else None
+
+
+@check("batch_norm", "native_batch_norm")
+def _check_batch_norm(node: fx.Node) -> str | None:
+    if argument(node, "training") or argument(node, "train"):
+        return "training mode"
+    missing = argument(node, "running_mean") is None or argument(node, "running_var") is None
+    return "no running statistics" if missing else None
+
+
+@check("dropout", "feature_dropout", "alpha_dropout")
+def _check_dropout(node: fx.Node) -> str | None:
+    train = argument(node, "train")
+    return "training mode" if train and argument(node, "p") != 0 else None
+
+
+@check("view.dtype")
+def _check_bitcast(node: fx.Node) -> str | None:
+    sizes = {t.dtype.itemsize for t in [node.meta["val"], *_input_tensors(node)]}
+    return None if len(sizes) == 1 else "the element size changes"
+
+
+@check("linspace")
+def _check_linspace(node: fx.Node) -> str | None:
+    if any(isinstance(a, fx.Node) for a in node.args[:3]):
+        return "limits known only at run time"
+    return None if node.meta["val"].dtype.is_floating_point else "integer elements"
+
+
+@check("pad")
+def _check_pad(node: fx.Node) -> str | None:
+    return (
+        None
+        if argument(node, "value") is None or argument(node, "mode") == "constant"
+        else ("a value with a mode that needs none")
+    )
+
+
+@check("one_hot")
+def _check_one_hot(node: fx.Node) -> str | None:
+    return "the number of classes is data" if argument(node, "num_classes") == -1 else None
+
+
+@check(
+    "fill.Scalar",
+    "full",
+    "full_like",
+    "new_full",
+    "scalar_tensor",
+    "arange",
+    "arange.start",
+    "arange.start_step",
+    "masked_fill.Scalar",
+    "add.Scalar",
+    "mul.Scalar",
+    "div.Scalar",
+)
+def _check_scalars(node: fx.Node) -> str | None:
+    kinds = (torch.SymFloat, torch.SymBool)
+    if any(isinstance(n.meta.get("val"), kinds) for n in node.all_input_nodes):
+        return "a scalar that is no integer is known only at run time"
+    return None

@@ -19,7 +19,7 @@ from ..abi import Dim, TensorArg
 from ..emit import Emitter, Expr
 from ..group import Group, Unsupported
 from ..ops import category, evaluate
-from ..ops.scope import sharing
+from ..ops.scope import bind, sharing
 from ..target import Target
 from ..value import Context, Value
 
@@ -101,15 +101,18 @@ def clip(first: Expr, taps: int, dilation: int, size: Expr) -> tuple[Expr, Expr]
     zero, step = tir.IntImm("int64", 0), dilation
     begin = tir.max(zero, tir.floordiv(-first + (step - 1), step))
     end = tir.min(tir.IntImm("int64", taps), tir.floordiv(size - first + (step - 1), step))
-    return T.bind(begin), T.bind(tir.max(begin, end))
+    return bind(begin), bind(tir.max(begin, end))
 
 
-def inside(
-    pixels: int, tap: int, stride: int, pad: int, dilation: int, size: Dim
-) -> list[int]:
+def inside(pixels: int, tap: int, stride: int, pad: int, dilation: int, size: Dim) -> list[int]:
     """The first ``pixels`` outputs of a line for which ``tap`` does not fall into padding."""
     assert isinstance(size, int)
     return [i for i in range(pixels) if 0 <= i * stride - pad + tap * dilation < size]
+
+
+def within(index: Expr, size: Expr) -> Expr:
+    """Whether ``0 <= index < size``, as one comparison."""
+    return tir.Cast("uint64", index) < tir.Cast("uint64", size)
 
 
 def ceil_div(value: Dim, by: int) -> Dim:

@@ -34,6 +34,7 @@ from tvm.script.ir_builder import tirx as T
 from ..abi import Dim, Kernel, Pack
 from ..emit import Emitter, Expr
 from ..group import IO, Group
+from ..ops.scope import bind
 from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import (
@@ -45,6 +46,7 @@ from .conv_common import (
     lane_count,
     loop,
     symbol_names,
+    within,
 )
 from .conv_spec import ConvSpec, halo_of
 
@@ -93,7 +95,7 @@ def lower(
             panel, first = tir.floordiv(task, count), tir.floormod(task, count)
         else:  # consecutive tasks share input pixels
             panel, first = tir.floormod(task, panels), tir.floordiv(task, panels)
-        panel, first = T.bind(panel), T.bind(first * chunk)
+        panel, first = bind(panel), bind(first * chunk)
         limit = em.dim(tiles)
         exact = isinstance(tiles, int) and tiles % chunk == 0
         extent = em.i64(chunk) if exact else tir.min(em.i64(chunk), limit - first)
@@ -145,7 +147,7 @@ class _Body:
         em, spec = self.em, self.spec
         grp = tir.floordiv(panel, self.blocks) if spec.groups > 1 else em.i64(0)
         block = tir.floormod(panel, self.blocks) if spec.groups > 1 else panel
-        first = [T.bind(self._channel(grp, block, v)) for v in range(self.nv)]
+        first = [bind(self._channel(grp, block, v)) for v in range(self.nv)]
         weights = panel * (spec.kh * spec.kw * spec.cg * self.nv * self.lanes)
         if self.kind == "flat":
             self._compute(self._flat(number, grp), first, weights, self.guard[0] or self.guard[1])
@@ -153,8 +155,8 @@ class _Body:
         length = spec.ow if self.kind == "rows" else spec.oh
         assert isinstance(length, int)
         per_line, rest = -(-length // self.ri), length % self.ri
-        line = T.bind(tir.floordiv(number, per_line))
-        part = T.bind(tir.floormod(number, per_line))
+        line = bind(tir.floordiv(number, per_line))
+        part = bind(tir.floormod(number, per_line))
         if rest and self.split and per_line > 1:
             with T.If(part < per_line - 1):
                 with T.Then():
@@ -199,11 +201,11 @@ class _Body:
         spec, (sn, sc, sh, sw), steps = self.spec, self.xs, range(count)
         rows = self.kind == "rows"
         across = self.oh if rows else self.ow
-        n, fixed = T.bind(tir.floordiv(line, across)), T.bind(tir.floormod(line, across))
-        start = T.bind(start)
+        n, fixed = bind(tir.floordiv(line, across)), bind(tir.floormod(line, across))
+        start = bind(start)
         row, col = (fixed, start) if rows else (start, fixed)
-        top, left = T.bind(row * spec.sh - spec.ph), T.bind(col * spec.sw - spec.pw)
-        base = T.bind(n * sn + top * sh + left * sw + grp * spec.cg * sc)
+        top, left = bind(row * spec.sh - spec.ph), bind(col * spec.sw - spec.pw)
+        base = bind(n * sn + top * sh + left * sw + grp * spec.cg * sc)
         if rows:
             return _Tile(
                 [(n, row, col + i) for i in steps],
@@ -228,12 +230,12 @@ class _Body:
             p = number * self.ri + i
             if not (isinstance(pixels, int) and pixels % self.ri == 0):
                 p = tir.min(p, last)
-            p = T.bind(p)
-            line, col = T.bind(tir.floordiv(p, self.ow)), T.bind(tir.floormod(p, self.ow))
-            n, row = T.bind(tir.floordiv(line, self.oh)), T.bind(tir.floormod(line, self.oh))
-            top, left = T.bind(row * spec.sh - spec.ph), T.bind(col * spec.sw - spec.pw)
+            p = bind(p)
+            line, col = bind(tir.floordiv(p, self.ow)), bind(tir.floormod(p, self.ow))
+            n, row = bind(tir.floordiv(line, self.oh)), bind(tir.floormod(line, self.oh))
+            top, left = bind(row * spec.sh - spec.ph), bind(col * spec.sw - spec.pw)
             tile.pixel.append((n, row, col))
-            tile.base.append(T.bind(n * sn + top * sh + left * sw + grp * spec.cg * sc))
+            tile.base.append(bind(n * sn + top * sh + left * sw + grp * spec.cg * sc))
             tile.top.append(top)
             tile.left.append(left)
         return tile
@@ -244,7 +246,9 @@ class _Body:
         The bias comes last: partial sums stay small, and with them their rounding errors.
         """
         em, lanes = self.em, self.lanes
-        acc = _Sums(em, len(tile.base), self.nv, lanes, self.spec.kh * self.spec.kw * self.spec.cg > CUT_SUM)
+        acc = _Sums(
+            em, len(tile.base), self.nv, lanes, self.spec.kh * self.spec.kw * self.spec.cg > CUT_SUM
+        )
         self._taps(acc, tile, weights, check)
         for i, (n, row, col) in enumerate(tile.pixel):
             for v in range(self.nv):
@@ -310,20 +314,25 @@ class _Body:
         shift = ky * (spec.dh * sh) + kx * (spec.dw * sw)
         row = weights + (ky * spec.kw + kx) * (spec.cg * rj)
         pixels = list(pixels)
+        at = {i: tile.base[i] + shift for i in pixels}
+        valid: dict[int, Expr] = {}
+        if check:  # outside the input, read any element of it and then ignore it
+            for i in pixels:
+                y, x = tile.top[i] + ky * spec.dh, tile.left[i] + kx * spec.dw
+                valid[i] = bind(tir.And(within(y, self.h), within(x, self.wd)))
+                at[i] = bind(tir.Select(valid[i], at[i], em.i64(0)))
         # Where a run is itself long, it is cut into sums of some hundred terms.
         unroll, parts = inner_unroll(depth), acc.parts(depth)
         with loop(em, parts) as part:
             with loop(em, depth // parts // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
                 k = part * (depth // parts) + k0 * unroll + k1
                 for i in pixels:
-                    value = self.x.load_flat(tile.base[i] + shift + k * sc)
+                    value = self.x.load_flat(at[i] + k * sc)
                     if check:
-                        y, x = tile.top[i] + ky * spec.dh, tile.left[i] + kx * spec.dw
-                        valid = tir.all(y >= 0, y < self.h, x >= 0, x < self.wd)
-                        value = T.if_then_else(valid, value, em.f32(0.0))
+                        value = tir.Select(valid[i], bind(value), em.f32(0.0))
                     with T.unroll(em.i64(self.nv)) as v, T.vectorized(em.i64(self.lanes)) as j:
-                        at = v * self.lanes + j
-                        acc.add(i, at, value * self.w.load_flat(row + k * rj + at))
+                        lane = v * self.lanes + j
+                        acc.add(i, lane, value * self.w.load_flat(row + k * rj + lane))
             acc.flush(depth // parts, pixels)
 
 
@@ -385,8 +394,10 @@ def configs(spec: ConvSpec, io: IO, target: Target) -> list[dict[str, Any]]:
     have, need = halo_of(io[spec.x], spec.rank), spec.needed()
     guarded = any(h[side] < n[side] for h, n in zip(have, need, strict=True) for side in (0, 1))
     found: list[tuple[float, dict[str, Any]]] = []
+    # Every pixel of a checked tile has a condition of its own.
+    longest = 17 if not guarded else 14
     for nv in range(1, min(7, -(-spec.og // lanes)) + 1):
-        for ri in range(1, 18):
+        for ri in range(1, longest + 1):
             if ri * nv + nv + 1 > target.vector_registers:
                 break
             for tile, split in (("rows", False), ("cols", False), ("rows", True), ("cols", True), ("flat", False)):  # fmt: skip

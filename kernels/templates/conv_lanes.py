@@ -20,6 +20,7 @@ from tvm.script.ir_builder import tirx as T
 from ..abi import Kernel, Pack
 from ..emit import Emitter, Expr
 from ..group import IO, Group
+from ..ops.scope import bind
 from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import (
@@ -122,13 +123,13 @@ def lower(
     em = Emitter(name, inputs, outputs, symbol_names(inputs + outputs))
     with em.function() as task:
         body = _Body(em, spec, group, io, config, lanes)
-        block = T.bind(tir.floormod(task, blocks))
-        first = T.bind(tir.floordiv(task, blocks) * chunk)
+        block = bind(tir.floormod(task, blocks))
+        first = bind(tir.floordiv(task, blocks) * chunk)
         limit = em.dim(rows)
         exact = isinstance(rows, int) and rows % chunk == 0
         extent = em.i64(chunk) if exact else tir.min(em.i64(chunk), limit - first)
         with T.serial(em.i64(0), extent) as r:
-            line = T.bind(first + r)
+            line = bind(first + r)
             with T.serial(em.i64(0), em.dim(ceil_div(spec.ow, config["ri"]))) as wt:
                 body.tile(block, line, wt)
     pack = Pack("conv_direct", (("groups", 1), ("lanes", lanes), ("vectors", nv)))
@@ -158,9 +159,7 @@ class _Body:
         self.x, self.w = refs[spec.x], refs[spec.weight]
         self.bias = refs[spec.bias] if spec.bias is not None else None
         self.xs = [em.dim(s) for s in spec.strides(io[spec.x])]
-        self.h, self.wd, self.oh, self.ow = (
-            em.dim(d) for d in (spec.h, spec.w, spec.oh, spec.ow)
-        )
+        self.h, self.wd, self.oh, self.ow = (em.dim(d) for d in (spec.h, spec.w, spec.oh, spec.ow))
         have, need = halo_of(io[spec.x], spec.rank), spec.needed()
         self.guard_h, self.guard_w = (
             h[0] < n[0] or h[1] < n[1] for h, n in zip(have, need, strict=True)
@@ -171,22 +170,20 @@ class _Body:
         # Input channels that one vector of outputs needs, and for each channel of a group the
         # lane of those that every output lane takes.
         self.span = lanes // spec.og * spec.cg
-        self.takes = [
-            [j // spec.og * spec.cg + c for j in range(lanes)] for c in range(spec.cg)
-        ]
+        self.takes = [[j // spec.og * spec.cg + c for j in range(lanes)] for c in range(spec.cg)]
 
     def tile(self, block: Expr, line: Expr, wt: Expr) -> None:
         em, spec, (sn, _, sh, sw) = self.em, self.spec, self.xs
         rj = self.nv * self.lanes
-        first = [T.bind(self._channel(block, v)) for v in range(self.nv)]
+        first = [bind(self._channel(block, v)) for v in range(self.nv)]
         col = wt * self.ri
         if not (isinstance(spec.ow, int) and spec.ow % self.ri == 0):
             col = tir.min(col, self.ow - self.ri)
-        col = T.bind(col)
-        n, row = T.bind(tir.floordiv(line, self.oh)), T.bind(tir.floormod(line, self.oh))
-        top, left = T.bind(row * spec.sh - spec.ph), T.bind(col * spec.sw - spec.pw)
-        base = T.bind(n * sn + top * sh + left * sw)
-        bases = [T.bind(base + tir.floordiv(f, spec.og) * spec.cg) for f in first]
+        col = bind(col)
+        n, row = bind(tir.floordiv(line, self.oh)), bind(tir.floormod(line, self.oh))
+        top, left = bind(row * spec.sh - spec.ph), bind(col * spec.sw - spec.pw)
+        base = bind(n * sn + top * sh + left * sw)
+        bases = [bind(base + tir.floordiv(f, spec.og) * spec.cg) for f in first]
         acc = [[em.local(self.lanes) for _ in range(self.nv)] for _ in range(self.ri)]
         for v in range(self.nv):
             for i in range(self.ri):

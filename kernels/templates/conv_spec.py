@@ -88,7 +88,9 @@ class ConvSpec:
         )
 
 
-def _reach(size: Dim, out: Dim, kernel: int, stride: int, pad: int, dilation: int) -> tuple[int, int]:
+def _reach(
+    size: Dim, out: Dim, kernel: int, stride: int, pad: int, dilation: int
+) -> tuple[int, int]:
     if isinstance(size, int) and isinstance(out, int):
         last = (out - 1) * stride - pad + (kernel - 1) * dilation
         return pad, max(0, last - (size - 1))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tvm.script.ir_builder import tirx as T
+
 from ..abi import Dim, Kernel, Pack, TensorArg
 from ..emit import Emitter
 from ..group import IO, Group, Unsupported
@@ -45,10 +47,14 @@ def lower(
     outputs = tuple(io[n] for n in group.outputs)
     symbols = symbol_names((*inputs, *outputs))
     em = Emitter(name, inputs, outputs, symbols)
+    tasks = spec.batches * ceil_div(spec.m, tiling.mc) * ceil_div(spec.n, tiling.width)
     with em.function() as task:
         epilogue = Epilogue(em, spec, group, tiling.lanes)
         refs = dict(zip(group.inputs, em.inputs, strict=True))
-        Body(em, spec, tiling, epilogue, refs[spec.a], refs[spec.b]).task(task)
+        if tasks == 0:
+            T.evaluate(0)
+        else:
+            Body(em, spec, tiling, epilogue, refs[spec.a], refs[spec.b]).task(task)
     pack = Pack("gemm_panels", (("width", tiling.width), ("transposed", spec.b_transposed)))
     return Kernel(
         name=name,
@@ -56,7 +62,7 @@ def lower(
         inputs=inputs,
         outputs=outputs,
         symbols=symbols,
-        tasks=spec.batches * ceil_div(spec.m, tiling.mc) * ceil_div(spec.n, tiling.width),
+        tasks=tasks,
         packs=tuple(pack if spec.b_const and n is spec.b else None for n in group.inputs),
         flops=spec.flops,
         bytes=_bytes((*inputs, *outputs)),

@@ -53,23 +53,28 @@ class Body:
         self.em, self.spec, self.t, self.epilogue, self.a, self.b = em, spec, tiling, epilogue, a, b
         self.m, self.n, self.k = em.dim(spec.m), em.dim(spec.n), em.dim(spec.k)
         self.blocked = not isinstance(spec.k, int) or spec.k > tiling.kc
-        rows = tiling.mc if self.blocked else tiling.ri
+        # Finish tile by tile while sums are in the first-level cache, unless tiles of many heights
+        # would each bring their copy of the epilogue.
+        self.at_once = not self.blocked and isinstance(spec.m, int)
+        rows = tiling.ri if self.at_once else tiling.mc
         self.sums = em.local(rows * tiling.width)
         # One set of registers for tiles of all heights: TVM would merge several sets that are not
         # live at once into heap allocations.
         self.acc = [em.local(tiling.width) for _ in range(tiling.ri)]
         self.panel = None if spec.b_const else em.local(tiling.kc * tiling.width)
+        self.turns = not spec.b_const and spec.b_strides[-2] == 1 and spec.b_strides[-1] != 1
+        self.square = em.local(tiling.lanes * tiling.lanes) if self.turns else None
 
     def task(self, number: Expr) -> None:
         """All rows of a block; row blocks of one panel are neighbouring tasks."""
         em, spec, t = self.em, self.spec, self.t
         row_blocks, panels = em.dim(ceil_div(spec.m, t.mc)), em.dim(ceil_div(spec.n, t.width))
-        row0 = T.bind(tir.floormod(number, row_blocks) * t.mc)
-        rest = T.bind(tir.floordiv(number, row_blocks))
-        panel = T.bind(tir.floormod(rest, panels))
+        row0 = T.bind(tir.truncmod(number, row_blocks) * t.mc)
+        rest = T.bind(tir.truncdiv(number, row_blocks))
+        panel = T.bind(tir.truncmod(rest, panels))
         column0 = T.bind(panel * t.width)
         sizes = [em.dim(d) for d in spec.batch]
-        batch = [T.bind(i) for i in unravel(tir.floordiv(rest, panels), sizes)]
+        batch = [T.bind(i) for i in unravel(tir.truncdiv(rest, panels), sizes)]
         strides = [em.dim(s) for s in spec.a_strides]
         a0 = T.bind(row0 * strides[-2] + _dot(batch, strides))
         rows, tails = self._rows(row0)
@@ -77,15 +82,18 @@ class Body:
             load = self._block(batch, panel, column0, em.i64(0), self.k)
 
             def tile(first: Expr, count: int) -> None:
-                zero = em.i64(0)
-                self._multiply(count, a0 + first * strides[-2], zero, self.k, load, first=True)
-                self._finish(batch, row0 + first, zero, column0, em.i64(count))
+                at = em.i64(0) if self.at_once else first * t.width
+                self._multiply(count, a0 + first * strides[-2], at, self.k, load, first=True)
+                if self.at_once:
+                    self._finish(batch, row0 + first, at, column0, em.i64(count))
 
             self._tiles(rows, tails, tile)
+            if not self.at_once:
+                self._finish(batch, row0, em.i64(0), column0, rows)
             return
         with T.serial(rows * t.nv) as i, T.vectorized(em.i64(t.lanes)) as j:
             T.buffer_store(self.sums, em.f32(0.0), [i * t.lanes + j])
-        with T.serial(tir.floordiv(self.k + (t.kc - 1), t.kc)) as block:
+        with T.serial(tir.truncdiv(self.k + (t.kc - 1), t.kc)) as block:
             k0 = T.bind(block * t.kc)
             depth = T.bind(tir.min(em.i64(t.kc), self.k - k0))
             load = self._block(batch, panel, column0, k0, depth)
@@ -110,11 +118,11 @@ class Body:
     def _tiles(self, rows: Expr, tails: list[int], emit: Callable[[Expr, int], None]) -> None:
         """``emit(first row, rows)`` for the full tiles in a loop, then for the smaller one."""
         ri = self.t.ri
-        full = tir.floordiv(rows, ri)
+        full = tir.truncdiv(rows, ri)
         with T.serial(full) as i:
             emit(i * ri, ri)
         for tail in tails:
-            with T.If(tir.floormod(rows, ri) == tail), T.Then():
+            with T.If(tir.truncmod(rows, ri) == tail), T.Then():
                 emit(full * ri, tail)
 
     # -- the register tile --------------------------------------------------------------------
@@ -142,10 +150,10 @@ class Body:
 
         # Few accumulators leave the loop's own instructions in the way; many fill a step.
         unroll = max(1, min(8, 16 // (rows * t.nv)))
-        with T.serial(tir.floordiv(depth, unroll)) as k0, T.unroll(em.i64(unroll)) as k1:
+        with T.serial(tir.truncdiv(depth, unroll)) as k0, T.unroll(em.i64(unroll)) as k1:
             step(k0 * unroll + k1)
         if not (isinstance(depth, tir.IntImm) and int(depth) % unroll == 0):
-            with T.serial(tir.floordiv(depth, unroll) * unroll, depth) as k:
+            with T.serial(tir.truncdiv(depth, unroll) * unroll, depth) as k:
                 step(k)
         for i in range(rows):
             with T.unroll(em.i64(t.nv)) as v, T.vectorized(em.i64(t.lanes)) as j:
@@ -161,29 +169,23 @@ class Body:
         em, spec, t = self.em, self.spec, self.t
         if self.panel is None:
             panels = -(-spec.n // t.width)  # type: ignore[operator]
-            sizes = spec.b_batch
-            own = batch[len(batch) - len(sizes) :]
-            matrix: Expr = em.i64(0)
-            for i, size in zip(own, sizes, strict=True):
-                matrix = matrix * size + (em.i64(0) if size == 1 else i)
+            matrix = _dot(batch, [em.dim(s) for s in spec.b_matrix_strides])
             start = T.bind(((matrix * panels + panel) * self.k + k0) * t.width)
             return lambda k, j: self.b.load_flat(start + k * t.width + j)
         strides = [em.dim(s) for s in spec.b_strides]
-        origin = T.bind(
-            _dot(batch, strides) + k0 * strides[-2] + column0 * strides[-1]
-        )
+        origin = T.bind(_dot(batch, strides) + k0 * strides[-2] + column0 * strides[-1])
         limit = T.bind(tir.min(em.i64(t.width), self.n - column0))
-        if spec.b_strides[-1] == 1 or spec.b_strides[-2] != 1:
-            self._copy_block(origin, depth, limit)
-        else:
+        if self.turns:
             self._transpose_block(origin, depth, limit)
+        else:
+            self._copy_block(origin, depth, limit)
         scratch = self.panel
         return lambda k, j: scratch[k * t.width + j]
 
     def _copy_block(self, origin: Expr, depth: Expr, limit: Expr) -> None:
         """Copies a block whose columns are neighbours in memory (or nothing is)."""
         em, t = self.em, self.t
-        whole = tir.floordiv(limit, t.lanes)
+        whole = tir.truncdiv(limit, t.lanes)
         with T.serial(depth) as k:
             with T.serial(whole) as v, T.vectorized(em.i64(t.lanes)) as j:
                 self._put(origin, k, v * t.lanes + j)
@@ -192,16 +194,20 @@ class Body:
     def _transpose_block(self, origin: Expr, depth: Expr, limit: Expr) -> None:
         """Copies a block whose steps are neighbours, in squares turned by vector shuffles."""
         em, t = self.em, self.t
-        whole, squares = tir.floordiv(limit, t.lanes), tir.floordiv(depth, t.lanes)
+        whole, squares = tir.truncdiv(limit, t.lanes), tir.truncdiv(depth, t.lanes)
         stride_n = em.dim(self.spec.b_strides[-1])
         one = em.i64(1)
         with T.serial(whole) as v:
             with T.serial(squares) as s:
                 corner = T.bind(origin + v * t.lanes * stride_n + s * t.lanes)
-                rows = []
-                for i in range(t.lanes):
-                    ramp = tir.Ramp(corner + i * stride_n, one, t.lanes)
-                    rows.append(T.bind(_f32(self.b.buffer[ramp])))
+                for i in range(t.lanes):  # fp32 first: TVM converts bf16 only in such loops
+                    with T.vectorized(em.i64(t.lanes)) as j:
+                        value = _f32(self.b.load_flat(corner + i * stride_n + j))
+                        T.buffer_store(self.square, value, [i * t.lanes + j])
+                rows = [
+                    T.bind(self.square[tir.Ramp(em.i64(i * t.lanes), one, t.lanes)])
+                    for i in range(t.lanes)
+                ]
                 for i, row in enumerate(_transposed(rows)):
                     at = (s * t.lanes + i) * t.width + v * t.lanes
                     T.buffer_store(self.panel, row, [tir.Ramp(at, one, t.lanes)])
@@ -247,7 +253,7 @@ class Body:
                 limit: Expr = em.i64(t.width)
             else:
                 limit = tir.min(em.i64(t.width), self.n - column0)
-            whole = tir.floordiv(limit, lanes)
+            whole = tir.truncdiv(limit, lanes)
             static = spec.n if isinstance(spec.n, int) else None
             if lanes > 1 and (static is None or static >= lanes):
                 with T.serial(whole) as v:

@@ -107,9 +107,7 @@ class Epilogue:
                 env[node] = self._view(node, source, indices, env)  # type: ignore[arg-type]
             else:
                 evaluate([node], context)
-        values = [
-            env[n].load([c.expr for c in indices[n]]) for n in self.group.outputs
-        ]
+        values = [env[n].load([c.expr for c in indices[n]]) for n in self.group.outputs]
         for ref, value, node in zip(self.em.outputs, values, self.group.outputs, strict=True):
             ref.store(value, [c.expr for c in indices[node]])
 
@@ -149,7 +147,11 @@ class Epilogue:
                 )
             else:
                 coords = next(
-                    (found[n] for n in node.all_input_nodes if n in found and _equal(shapes[n], shape)),
+                    (
+                        found[n]
+                        for n in node.all_input_nodes
+                        if n in found and _equal(shapes[n], shape)
+                    ),
                     None,
                 )
             if coords is not None:
@@ -229,8 +231,8 @@ def _split(em: Emitter, coord: _Coord, sizes: Sequence[Dim], lanes: int) -> list
             out.append(_Coord(rest, lane, coord.aligned))
         else:
             extent = em.dim(size)
-            out.append(_Coord(tir.floormod(rest, extent), lane, lane is not None))
-            rest, lane = tir.floordiv(rest, extent), None
+            out.append(_Coord(tir.truncmod(rest, extent), lane, lane is not None))
+            rest, lane = tir.truncdiv(rest, extent), None
             real.pop()
     return list(reversed(out))
 

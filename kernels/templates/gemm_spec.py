@@ -12,7 +12,7 @@ import torch.fx as fx
 import tvm.tirx as tir
 from torch.utils._sympy.functions import FloorDiv
 
-from ..abi import Dim, TensorArg
+from ..abi import Dim, TensorArg, contiguous_strides
 from ..emit import Expr
 from ..group import IO, Group, Unsupported
 
@@ -66,8 +66,8 @@ class GemmSpec:
     has_column: bool
     a_strides: tuple[Dim, ...]
     b_strides: tuple[Dim, ...]
-    b_batch: tuple[Dim, ...]
-    """The right factor's own batch sizes, before broadcasting."""
+    b_matrix_strides: tuple[Dim, ...]
+    """How many matrices of a packed right factor a step of each batch dimension is."""
     b_const: bool
     """The right factor is a weight that is packed ahead."""
     b_transposed: bool
@@ -122,6 +122,7 @@ def parse(group: Group, io: IO) -> GemmSpec:
     batch = _broadcast(a_batch, b_batch)
     a_batch_strides = _expand_strides(a_batch, a_lead[: len(a_batch)], batch)
     b_batch_strides = _expand_strides(b_batch, list(b.strides[: len(b_batch)]), batch)
+    b_matrix_strides = _expand_strides(b_batch, contiguous_strides(tuple(b_batch)), batch)
     rows: tuple[Dim, ...] = (lead[-1],) if has_row else ()
     row_stride: Dim = a_lead[-1] if has_row else 0
     # Fold batch dimensions into the rows while one stride still walks through them.
@@ -133,6 +134,7 @@ def parse(group: Group, io: IO) -> GemmSpec:
             row_stride = a_batch_strides[-1]
         rows, batch = (batch[-1], *rows), batch[:-1]
         a_batch_strides, b_batch_strides = a_batch_strides[:-1], b_batch_strides[:-1]
+        b_matrix_strides = b_matrix_strides[:-1]
     swapped = _packable(b, right, group, io)
     return GemmSpec(
         anchor=anchor, a=a.node, b=b.node, fused_bias=fused_bias,
@@ -140,7 +142,7 @@ def parse(group: Group, io: IO) -> GemmSpec:
         batch=batch, rows=rows, n=n, k=a.shape[-1], has_column=has_column,
         a_strides=(*a_batch_strides, row_stride, a.strides[-1]),
         b_strides=(*b_batch_strides, b_row_k, b_row_n),
-        b_batch=tuple(b_batch),
+        b_matrix_strides=b_matrix_strides,
         b_const=has_column and swapped is not None,
         b_transposed=transposed != bool(swapped),
         dtype=dtype,
@@ -243,8 +245,8 @@ def unravel(flat: Expr, sizes: Sequence[Expr | int]) -> list[Expr]:
     """The row-major index whose position is ``flat``."""
     index: list[Expr] = []
     for size in reversed(sizes[1:]):
-        index.append(tir.floormod(flat, size))
-        flat = tir.floordiv(flat, size)
+        index.append(tir.truncmod(flat, size))
+        flat = tir.truncdiv(flat, size)
     return [flat, *reversed(index)] if sizes else []
 
 
@@ -297,7 +299,10 @@ def _transposed(source: Strided, d0: int, d1: int) -> tuple[Dim, ...]:
 def _expanded(source: Strided, sizes: Sequence[Any]) -> tuple[Dim, ...]:
     pad = (1,) * (len(sizes) - len(source.shape)) + source.shape
     strides = (0,) * (len(sizes) - len(source.shape)) + source.strides
-    kept = [(isinstance(n, int) and n == -1) or same(d, _size(n)) for d, n in zip(pad, sizes, strict=True)]
+    kept = [
+        (isinstance(n, int) and n == -1) or same(d, _size(n))
+        for d, n in zip(pad, sizes, strict=True)
+    ]
     return tuple(s if keep else 0 for s, keep in zip(strides, kept, strict=True))
 
 
@@ -343,9 +348,7 @@ def view_strides(
     return tuple(out)
 
 
-def match_dims(
-    old: Sequence[Dim], new: Sequence[Dim]
-) -> list[tuple[list[int], list[int]]] | None:
+def match_dims(old: Sequence[Dim], new: Sequence[Dim]) -> list[tuple[list[int], list[int]]] | None:
     """Splits two shapes of one element count into the smallest runs of equal products.
 
     None where the sizes are symbols that do not tell how the runs match, or are zero.

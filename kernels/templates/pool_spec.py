@@ -129,10 +129,14 @@ def parse(group: Group, io: IO) -> PoolSpec:
         axes = [_adaptive(s, o) for s, o in zip(sizes, outs, strict=True)]
     else:
         kernel = numbers("kernel", [])
-        parts = (kernel, numbers("stride", kernel), numbers("padding", [0]), numbers("dilation", [1]))
+        parts = (
+            kernel,
+            numbers("stride", kernel),
+            numbers("padding", [0]),
+            numbers("dilation", [1]),
+        )
         axes = [
-            Axis(s, o, k, t, p, d)
-            for s, o, k, t, p, d in zip(sizes, outs, *parts, strict=True)
+            Axis(s, o, k, t, p, d) for s, o, k, t, p, d in zip(sizes, outs, *parts, strict=True)
         ]
     divisor = args.get("divisor")
     return PoolSpec(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
 import torch
 import torch.fx as fx
 from hypothesis import strategies as st
-from plait.passes.ir import fake_result
 from torch._subclasses import FakeTensorMode
+
+from plait.passes.ir import fake_result
+from plait.passes.normalize import Normalize
+from plait.passes.verifier import verify
 
 aten = torch.ops.aten
 
@@ -58,6 +62,26 @@ def targets(graph_module: fx.GraphModule) -> list[Any]:
 def named(graph_module: fx.GraphModule, name: str) -> fx.Node:
     """The node of this name."""
     return next(node for node in graph_module.graph.nodes if node.name == name)
+
+
+def normalized(graph_module, **options):
+    """The graph after `normalize`; the one before is checked to be left as it was."""
+    before = str(graph_module.graph), copy.copy(graph_module._buffers)
+    result = Normalize(**options).run(graph_module).graph_module
+    assert (str(graph_module.graph), graph_module._buffers) == before
+    verify(result, "full")
+    return result
+
+
+def captured(module, x, decompose=True):
+    """The flat graph that torch.export makes of a module."""
+    program = torch.export.export(module, (x,), strict=False)
+    program = program.run_decompositions({}) if decompose else program
+    graph_module = program.module()
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module":
+            graph_module.graph.erase_node(node)
+    return graph_module
 
 
 SPECIAL = (float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, 3.5)

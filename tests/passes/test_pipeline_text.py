@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from plait.passes import registry
 from plait.passes.base import Pass, PassResult
 from plait.passes.pipeline_text import PipelineError, parse_pipeline, print_pipeline

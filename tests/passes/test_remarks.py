@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from plait.passes import remarks
 from plait.passes.remarks import Remark
 
@@ -28,11 +29,12 @@ def test_json_round_trip_keeps_everything(items):
     assert remarks.loads(remarks.dumps(items)) == tuple(items)
 
 
-def test_every_id_used_by_a_pass_is_in_the_catalogue():
+def test_every_id_used_anywhere_is_in_the_catalogue():
     used = set()
-    for path in (ROOT / "passes").rglob("*.py"):
-        used |= set(re.findall(r'"(PLT-[A-Z]{3}-\d{3})"', path.read_text()))
-    assert used and used <= set(remarks.CATALOGUE)
+    for layer in ("bench", "compiler", "kernels", "passes", "runtime"):
+        for path in (ROOT / layer).rglob("*.py"):
+            used |= set(re.findall(r'"(PLT-[A-Z]{3}-\d{3})"', path.read_text()))
+    assert used and used <= set(remarks.CATALOGUE), used - set(remarks.CATALOGUE)
 
 
 @pytest.mark.parametrize(

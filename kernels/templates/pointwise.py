@@ -1,0 +1,353 @@
+"""Pointwise and view operators, any number of them, as one pass over memory.
+
+Tasks cut the iteration space into pieces of a bounded number of bytes; inside, rows of the
+innermost axis run as vector code. A row that is no multiple of the vector length ends in a vector
+moved back to overlap its neighbour (both write the same bits), or in single elements where the
+length is known only at run time. A join that is the group's only output is written part by part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+import tvm.tirx as tir
+from torch.utils._sympy.functions import FloorDiv
+from tvm.script.ir_builder import tirx as T
+
+from ..abi import Dim, Kernel, TensorArg
+from ..emit import Emitter, Expr, Ref
+from ..group import IO, Group, Unsupported
+from ..ops import category, evaluate
+from ..ops.common import cast, dims_of, i64, linear, product, unravel
+from ..ops.scope import rehearsal, sharing
+from ..target import Target
+from ..value import Context, Value
+from .pointwise_axes import Axis, Probe, initial_axes, output_index
+
+_GRAIN = 32768
+
+
+def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
+    """Configurations worth trying: ``grain`` is the number of bytes a task touches."""
+    del group, io, target
+    return [{"grain": _GRAIN}, {"grain": 8192}, {"grain": 131072}]
+
+
+def lower(
+    group: Group, io: IO, target: Target, config: dict[str, Any], name: str = "kernel"
+) -> Kernel:
+    """The kernel of a group of pointwise and view nodes.
+
+    Inputs and outputs may have any strides; only the interior of an output with a halo is written.
+    Raises Unsupported for other operators, and for outputs whose element counts differ.
+    """
+    _check(group)
+    inputs = tuple(io[n] for n in group.inputs)
+    outputs = tuple(io[n] for n in group.outputs)
+    symbols = symbols_of(group, [*inputs, *outputs])
+    emitter = Emitter(name, inputs, outputs, symbols)
+    builder = _Builder(group, outputs, target, int(config.get("grain", _GRAIN)))
+    try:
+        with emitter.function() as task:
+            tasks = builder.emit(emitter, task)
+    except NotImplementedError as error:
+        raise Unsupported("pointwise-operator", str(error)) from error
+    return Kernel(
+        name=name,
+        func=emitter.finish(),
+        inputs=inputs,
+        outputs=outputs,
+        symbols=symbols,
+        tasks=tasks,
+        flops=product([*outputs[0].shape, _operations(group)]),
+        bytes=sum(product(a.shape) * a.dtype.itemsize for a in (*inputs, *outputs)),
+        config=dict(config),
+    )
+
+
+def symbols_of(group: Group, args: Sequence[TensorArg]) -> tuple[str, ...]:
+    """Names of the shape symbols that a group's tensors and size arguments mention, sorted."""
+    dims: list[Any] = [d for a in args for d in (*a.shape, *a.strides)]
+    for node in group.nodes:
+        for other in (node, *node.all_input_nodes):
+            dims.extend(_sizes(other.meta.get("val")))
+    found = {str(s) for d in dims if isinstance(d, sympy.Expr) for s in d.free_symbols}
+    return tuple(sorted(found))
+
+
+def _sizes(value: Any) -> list[Any]:
+    if isinstance(value, torch.Tensor):
+        return [s.node.expr for s in value.shape if isinstance(s, torch.SymInt)]
+    if isinstance(value, torch.SymInt):
+        return [value.node.expr]
+    if isinstance(value, (tuple, list)):
+        return [s for v in value for s in _sizes(v)]
+    return []
+
+
+def _check(group: Group) -> None:
+    for node in group.nodes:
+        if category(node) not in ("pointwise", "view", "symbolic"):
+            raise Unsupported("pointwise-operator", f"{node.target} is not pointwise")
+    if not group.outputs:
+        raise Unsupported("pointwise-outputs", "the group has no output")
+    counts = [product(dims_of(n)) for n in group.outputs]
+    if any(sympy.expand(c - counts[0]) != 0 for c in counts[1:]):
+        raise Unsupported(
+            "pointwise-outputs",
+            "outputs of different sizes in one group",
+            "give each size a group of its own",
+        )
+
+
+def _operations(group: Group) -> int:
+    return sum(category(n) == "pointwise" for n in group.nodes)
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Elements computed alike: where they go, and what they are.
+
+    ``arg`` describes the memory of the first output's part; ``stores`` pairs each output with the
+    function that gives its value and the index to store it at.
+    """
+
+    arg: TensorArg
+    stores: tuple[tuple[Ref, Callable[[Sequence[Expr]], tuple[Expr, list[Expr]]]], ...]
+
+
+@dataclass
+class _Builder:
+    """Emits the body of one kernel."""
+
+    group: Group
+    outputs: tuple[TensorArg, ...]
+    target: Target
+    grain: int
+
+    def emit(self, emitter: Emitter, task: Expr) -> Dim:
+        """Emits the body of a task and returns the number of tasks."""
+        recorded: list[Expr] = []
+        refs = zip(self.group.inputs, emitter.inputs, strict=True)
+        env: dict[fx.Node, Value] = {n: _recording(r, recorded) for n, r in refs}
+        evaluate(self.group.nodes, Context(emitter, env))
+        first: Dim = 0
+        regions = self._regions(emitter, env)
+        for region in regions:
+            axes, vector = self._plan(emitter, region, recorded)
+            count, body = self._loops(emitter, region, axes, vector)
+            if len(regions) == 1:
+                body(task)
+                return count
+            low, high = emitter.dim(first), emitter.dim(first + count)
+            with T.If(tir.And(task >= low, task < high)), T.Then():
+                body(task - low)
+            first = first + count
+        return first
+
+    def _regions(self, emitter: Emitter, env: dict[fx.Node, Value]) -> list[_Region]:
+        node = self.group.outputs[0]
+        if len(self.group.outputs) == 1 and str(node.target) in (
+            "aten.cat.default",
+            "aten.concat.default",
+        ):
+            return self._parts(emitter, env, node)
+        shape = emitter.outputs[0].shape
+        stores = []
+        for other, ref in zip(self.group.outputs, emitter.outputs, strict=True):
+            value, same = env[other], dims_of(other) == dims_of(node)
+
+            def store(index: Sequence[Expr], value=value, ref=ref, same=same):
+                own = list(index) if same else unravel(linear(index, shape), ref.shape)
+                return value.load(own), own
+
+            stores.append((ref, store))
+        return [_Region(self.outputs[0], tuple(stores))]
+
+    def _parts(self, emitter: Emitter, env: dict[fx.Node, Value], node: fx.Node) -> list[_Region]:
+        """One region for each tensor that an output joins."""
+        out, ref = self.outputs[0], emitter.outputs[0]
+        tensors: Any = node.args[0]
+        rank = len(out.shape)
+        dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        dim = dim % rank
+        regions, start = [], 0
+        for tensor in tensors:
+            dims = dims_of(tensor)
+            if len(dims) != rank:
+                continue  # torch lets an empty 1-d tensor join with any shape
+            value = cast(env[tensor], out.dtype)
+            arg = TensorArg(out.dtype, dims, out.strides)
+
+            def store(index: Sequence[Expr], value=value, at=emitter.dim(start)):
+                own = list(index)
+                own[dim] = own[dim] + at
+                return value.load(index), own
+
+            regions.append(_Region(arg, ((ref, store),)))
+            start = start + dims[dim]
+        return regions
+
+    def _plan(
+        self, emitter: Emitter, region: _Region, recorded: list[Expr]
+    ) -> tuple[list[Axis], bool]:
+        """The axes of a region, and whether the innermost runs as vector code."""
+        rank = len(region.arg.shape)
+
+        def accesses(index: Sequence[Expr]) -> tuple[list[Expr], list[Expr]]:
+            full = [*index, *[i64(0)] * (rank - len(index))]
+            recorded.clear()
+            with rehearsal() as conditions:
+                for ref, store in region.stores:
+                    _, own = store(full)
+                    recorded.append(ref.offset(own))
+            return list(recorded), conditions
+
+        probe = Probe(emitter, accesses)
+        axes = probe.merged(initial_axes(self.group, region.arg))
+        axes = axes or [Axis(1, ())]
+        return axes, not probe.lanes_differ(axes)
+
+    def _loops(
+        self, emitter: Emitter, region: _Region, axes: list[Axis], vector: bool
+    ) -> tuple[Dim, Callable[[Expr], None]]:
+        """The number of tasks of a region and the function that emits one."""
+        *outer, inner = axes
+        rows, length = product([a.extent for a in outer]), inner.extent
+        lanes = self._lanes() if vector else 1
+        touched = sum(a.dtype.itemsize for a in self.outputs) + sum(
+            n.meta["val"].dtype.itemsize for n in self.group.inputs
+        )
+        chunk = max(lanes, self.grain // touched // lanes * lanes)
+        rank = len(region.arg.shape)
+
+        def element(row: Sequence[Expr], column: Expr) -> None:
+            index = output_index(axes, [*row, column], emitter)
+            full = [*index, *[i64(0)] * (rank - len(index))]
+            with sharing():
+                for ref, store in region.stores:
+                    value, own = store(full)
+                    ref.store(value, own)
+
+        def run(row: Expr, start: Expr, size: Any) -> None:
+            place = unravel(row, [emitter.dim(a.extent) for a in outer])
+            for column in _columns(start, size, lanes):
+                with column as c:
+                    element(place, c)
+
+        if rows == 0 or length == 0:
+            return 0, lambda task: T.evaluate(0)
+        if isinstance(length, int) and length <= chunk:
+            block = max(1, chunk // length)
+            if isinstance(rows, int):
+                block = _even(rows, block, 1)
+
+            def rows_body(task: Expr) -> None:
+                first = task * i64(block)
+                last = tir.min(first + i64(block), emitter.dim(rows))
+                if rows == 1:
+                    run(i64(0), i64(0), length)
+                else:
+                    with T.serial(first, last) as row:
+                        run(row, i64(0), length)
+
+            return _ceil_div(rows, block), rows_body
+        if isinstance(length, int):
+            chunk = _even(length, chunk, lanes)
+        pieces = _ceil_div(length, chunk)
+
+        def piece_body(task: Expr) -> None:
+            count = emitter.dim(pieces)
+            row = tir.floordiv(task, count) if outer else i64(0)
+            start = (tir.floormod(task, count) if outer else task) * i64(chunk)
+            if isinstance(length, int):
+                run(row, tir.min(start, i64(length - chunk)), chunk)
+            else:
+                run(row, start, tir.min(i64(chunk), emitter.dim(length) - start))
+
+        return product([rows, pieces]), piece_body
+
+    def _lanes(self) -> int:
+        """Vector length: as wide as the widest element type that is common here."""
+        dtypes = [a.dtype for a in self.outputs] + [n.meta["val"].dtype for n in self.group.inputs]
+        return max(1, self.target.vector_bytes // (8 if _all_wide(dtypes) else 4))
+
+
+def _all_wide(dtypes: Sequence[torch.dtype]) -> bool:
+    return all(d.itemsize == 8 for d in dtypes)
+
+
+def _recording(ref: Ref, offsets: list[Expr]) -> Value:
+    """The value of an input that also notes the offset of each load."""
+
+    def load(index: Sequence[Expr]) -> Expr:
+        offset = ref.offset(index)
+        offsets.append(offset)
+        return ref.load_flat(offset)
+
+    return Value(tuple(ref.shape), ref.arg.dtype, load)
+
+
+def _even(total: int, chunk: int, multiple: int) -> int:
+    """A chunk no larger than ``chunk`` that cuts ``total`` into nearly equal pieces."""
+    pieces = -(-total // chunk)
+    each = -(-total // pieces)
+    return min(-(-each // multiple) * multiple, total)
+
+
+def _ceil_div(a: Dim, b: int) -> Dim:
+    return -(-a // b) if isinstance(a, int) else FloorDiv(a + (b - 1), b)
+
+
+def _columns(start: Expr, size: Any, lanes: int) -> Iterator[Any]:
+    """Loops that together visit ``size`` columns from ``start``; each yields the column."""
+    if isinstance(size, int):
+        if size == 1:
+            yield _constant(start)
+        elif size < lanes or lanes == 1:
+            yield _serial(start, size) if lanes == 1 else _vector(start, size)
+        elif size == lanes:
+            yield _vector(start, lanes)
+        else:
+            yield _vectors(start, size, lanes)
+        return
+    if lanes > 1:
+        yield _vectors(start, size, lanes)
+    done = tir.floordiv(size, i64(lanes)) * i64(lanes)
+    yield _serial(start + done, size - done)
+
+
+@contextmanager
+def _constant(start: Expr) -> Iterator[Expr]:
+    yield start
+
+
+@contextmanager
+def _serial(start: Expr, size: Any) -> Iterator[Expr]:
+    with T.serial(i64(0), i64(size) if isinstance(size, int) else size) as i:
+        yield start + i
+
+
+@contextmanager
+def _vector(start: Expr, lanes: int) -> Iterator[Expr]:
+    with T.vectorized(i64(0), i64(lanes)) as j:
+        yield start + j
+
+
+@contextmanager
+def _vectors(start: Expr, size: Any, lanes: int) -> Iterator[Expr]:
+    """Whole vectors; for a known size that is no multiple, the last one overlaps."""
+    known = isinstance(size, int)
+    count = i64(-(-size // lanes)) if known else tir.floordiv(size, i64(lanes))
+    with T.serial(i64(0), count) as v:
+        first = v * i64(lanes)
+        if known and size % lanes:
+            first = tir.min(first, i64(size - lanes))
+        with T.vectorized(i64(0), i64(lanes)) as j:
+            yield start + first + j

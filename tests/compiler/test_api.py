@@ -1,0 +1,604 @@
+"""plait.compile: forms of use, recompilation, and when the original runs instead."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import plait
+
+compile = functools.partial(plait.compile, tune="off")
+
+
+def ids(compiled: plait.Compiled) -> list[str]:
+    return [r.id for r in compiled.remarks if r.pass_name == "capture"]
+
+
+def programs(compiled: plait.Compiled) -> int:
+    return compiled.explain().count("program ")
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+@pytest.fixture
+def no_warnings() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+# -- forms -----------------------------------------------------------------------------------------
+
+
+def test_module_instance(no_warnings: None) -> None:
+    model, x = net(), torch.randn(5, 4)
+    compiled = compile(model)
+    assert compiled.plan is None and compiled.graph is None
+    torch.testing.assert_close(compiled(x), model(x))
+    assert compiled.plan is not None
+    assert ids(compiled) == []
+
+
+def test_function_and_decorators() -> None:
+    @plait.compile
+    def bare(x: torch.Tensor) -> torch.Tensor:
+        """Doubles."""
+        return x * 2
+
+    @plait.compile(tune="off")
+    def with_options(x: torch.Tensor, y: int = 3) -> torch.Tensor:
+        return x * y
+
+    x = torch.randn(3)
+    torch.testing.assert_close(bare(x), x * 2)
+    torch.testing.assert_close(with_options(x), x * 3)
+    torch.testing.assert_close(with_options(x, y=4), x * 4)
+    assert bare.__name__ == "bare" and bare.__doc__ == "Doubles."
+
+
+def test_class_decorator_compiles_instances() -> None:
+    @plait.compile(tune="off")
+    class Net(nn.Module):
+        """A net."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(width, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    net = Net(4).eval()
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(net(x), net.linear(x))
+    assert isinstance(net, plait.Compiled)
+    assert isinstance(net, Net) and issubclass(Net, nn.Module)
+    assert Net.__name__ == "Net" and Net.__doc__ == "A net."
+
+
+def test_subclass_of_a_compiled_class_is_an_ordinary_class() -> None:
+    class Base(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    class Derived(compile(Base)):  # type: ignore[misc]
+        pass
+
+    assert not isinstance(Derived(), plait.Compiled)
+    assert torch.equal(Derived()(torch.zeros(1)), torch.ones(1))
+
+
+def test_method_in_a_class_body() -> None:
+    class Scaler:
+        factor = 3
+
+        @plait.compile(tune="off")
+        def scale(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 3
+
+    with warnings.catch_warnings(record=True):
+        assert torch.equal(Scaler().scale(torch.ones(2)), torch.full((2,), 3.0))
+
+
+def test_example_inputs_compile_eagerly() -> None:
+    compiled = compile(net(), example_inputs=(torch.randn(2, 4),))
+    assert compiled.plan is not None
+    by_name = compile(net(), example_inputs={"input": torch.randn(2, 4)})
+    assert by_name.plan is not None
+
+
+def test_compiling_twice_compiles_the_original() -> None:
+    model = net()
+    assert compile(compile(model)).original is model
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: plait.compile(net(), tune="slow"), "tune='slow'"),
+        (lambda: plait.compile(net(), pipeline="no-such-pass"), "no-such-pass"),
+        (lambda: plait.compile(net(), pipeline="normalize{"), "PLT-OPT-002"),
+        (lambda: plait.compile(3), "int"),  # type: ignore[arg-type]
+        (lambda: plait.compile(dict), "dict"),  # type: ignore[arg-type]
+        (lambda: plait.compile(nn.ReLU, example_inputs=(1,)), "class"),
+    ],
+)
+def test_options_without_meaning(call: Callable[[], Any], text: str) -> None:
+    with pytest.raises(plait.OptionError, match=text):
+        call()
+
+
+def test_wrong_example_inputs() -> None:
+    with pytest.raises(plait.InputError, match="example_inputs"):
+        compile(net(), example_inputs=(torch.randn(2, 5),))
+    with pytest.raises(plait.InputError, match="missing 1 required"):
+        compile(lambda x, y: x + y, example_inputs=(torch.randn(2),))
+
+
+# -- arguments and results -------------------------------------------------------------------------
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, ...] | None = None
+    name: str = ""
+
+
+def test_containers_dataclasses_none_and_scalars() -> None:
+    def function(
+        batch: dict[str, Any], scale: float, mask: Any = None, *, flag: bool = False
+    ) -> Any:
+        x = batch["x"] * scale + sum(batch["rest"])
+        if mask is not None:
+            x = x * mask
+        return Output(x, (x + 1, x.sum()), name="yes" if flag else "no")
+
+    compiled = compile(function)
+    batch = {"x": torch.randn(3), "rest": [torch.randn(3), torch.randn(3)]}
+    for args, kwargs in [
+        ((batch, 2.0), {}),
+        ((batch, 2.5), {"flag": True}),
+        ((batch, 2.0, torch.ones(3)), {}),
+        ((batch,), {"scale": 2.0, "mask": None}),
+    ]:
+        got, want = compiled(*args, **kwargs), function(*args, **kwargs)
+        assert type(got) is Output and got.name == want.name
+        torch.testing.assert_close(got.logits, want.logits)
+        torch.testing.assert_close(got.hidden, want.hidden)
+
+
+def test_keyword_order_and_position_share_one_program() -> None:
+    compiled = compile(lambda x, y: x - y)
+    a, b = torch.randn(3), torch.randn(3)
+    for result in (compiled(a, b), compiled(a, y=b), compiled(y=b, x=a), compiled(x=a, y=b)):
+        torch.testing.assert_close(result, a - b)
+    assert programs(compiled) == 1
+
+
+def test_scalars_are_guarded_by_type_and_value() -> None:
+    compiled = compile(lambda x, s: x * s)
+    x = torch.ones(2, dtype=torch.int64)
+    for s in (2, 2.0, True, 3):
+        got, want = compiled(x, s), x * s
+        assert got.dtype == want.dtype and torch.equal(got, want)
+    y = torch.ones(2)
+    sign = compile(lambda x, s: x / s)
+    assert sign(y, 0.0)[0] > 0 and sign(y, -0.0)[0] < 0
+
+
+def test_result_that_is_an_input_or_a_constant() -> None:
+    def function(x: torch.Tensor) -> Any:
+        return x, 3, None, x + 1
+
+    x = torch.randn(2)
+    got = compile(function)(x)
+    assert torch.equal(got[0], x) and got[1:3] == (3, None) and torch.equal(got[3], x + 1)
+
+
+def test_strided_inputs() -> None:
+    compiled = compile(lambda x: (x + 1).sum(0))
+    x = torch.randn(4, 6)
+    compiled(x)
+    for view in (torch.randn(6, 4).t(), torch.randn(8, 6)[::2], torch.randn(6).expand(4, 6)):
+        torch.testing.assert_close(compiled(view), (view + 1).sum(0))
+
+
+def test_errors_of_the_model_stay_the_models() -> None:
+    compiled = compile(net())
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        compiled(torch.randn(2, 5))
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        compiled()
+    assert ids(compiled) == []
+
+
+# -- shapes ----------------------------------------------------------------------------------------
+
+
+def test_second_size_makes_the_dimension_dynamic() -> None:
+    model = net()
+    compiled = compile(model)
+    for n in (5, 7, 9, 100, 3):
+        x = torch.randn(n, 4)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert programs(compiled) == 2
+    assert ids(compiled) == ["PLT-CAP-002"]
+
+
+def test_sizes_zero_and_one_have_programs_of_their_own() -> None:
+    model = net()
+    compiled = compile(model)
+    for n in (1, 4, 0, 6, 1, 2):
+        x = torch.randn(n, 4)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_size_one_broadcasts_as_in_eager() -> None:
+    compiled = compile(lambda x, y: x + y)
+    for n, m in ((3, 3), (5, 5), (1, 5), (5, 1), (1, 1), (2, 2)):
+        x, y = torch.randn(n, 2), torch.randn(m, 2)
+        torch.testing.assert_close(compiled(x, y), x + y)
+
+
+def test_explicit_dynamic_shapes_need_one_compilation() -> None:
+    model = net()
+    batch = Dim("batch", max=64)
+    compiled = compile(model, dynamic_shapes={"input": {0: batch}})
+    for n in (5, 7, 64):
+        x = torch.randn(n, 4)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert programs(compiled) == 1
+    with pytest.raises(plait.InputError, match="'input'.*to 64, got 65"):
+        compiled(torch.randn(65, 4))
+
+
+def test_example_of_batch_one_with_declared_batch() -> None:
+    model = net()
+    compiled = compile(
+        model, example_inputs=(torch.randn(1, 4),), dynamic_shapes=({0: Dim("batch", min=1)},)
+    )
+    made = programs(compiled)
+    for n in (1, 2, 9):
+        x = torch.randn(n, 4)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert programs(compiled) == made == 2
+
+
+@pytest.mark.parametrize(
+    ("shapes", "text"),
+    [({"nope": {0: Dim.AUTO}}, "nope"), ({"input": {5: Dim.AUTO}}, "no dimension 5"), (3, "int")],
+)
+def test_dynamic_shapes_without_meaning(shapes: Any, text: str) -> None:
+    with pytest.raises(plait.InputError, match=text):
+        compile(net(), dynamic_shapes=shapes)(torch.randn(2, 4))
+
+
+def test_branch_on_size_recompiles() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.shape[0] > 4 else x - 1
+
+    compiled = compile(function)
+    for n in (6, 8, 3, 2, 9):
+        x = torch.randn(n)
+        torch.testing.assert_close(compiled(x), function(x))
+
+
+def test_number_of_programs_is_bounded() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        for n in range(2, 20):  # every size takes another path
+            if x.shape[0] == n:
+                return x + n
+        return x
+
+    compiled = compile(function)
+    with pytest.warns(UserWarning, match="PLT-CAP-013"):
+        for n in range(2, 18):
+            x = torch.randn(n)
+            torch.testing.assert_close(compiled(x), function(x))
+    assert programs(compiled) <= 8
+
+
+# -- the module's interface ------------------------------------------------------------------------
+
+
+def test_module_interface_is_the_originals() -> None:
+    model = net()
+    compiled = compile(model)
+    assert isinstance(compiled, nn.Module)
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    assert [id(p) for p in compiled.parameters()] == [id(p) for p in model.parameters()]
+    assert compiled[0] is model[0] and len(compiled) == 3 and list(compiled) == list(model)
+    assert compiled.eval() is compiled and compiled.to(torch.float32) is compiled
+    compiled.tag = "x"
+    assert model.tag == "x" and compiled.tag == "x"
+    assert compiled.training is False
+    compiled.train()
+    assert model.training
+    with pytest.raises(AttributeError):
+        _ = compiled.no_such_attribute
+
+
+def test_copy_and_pickle() -> None:
+    compiled = compile(net())
+    x = torch.randn(2, 4)
+    want = compiled(x)
+    twin = copy.deepcopy(compiled)
+    assert twin.original is not compiled.original
+    torch.testing.assert_close(twin(x), want)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(compiled))(x), want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+        lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}, assign=True),
+        lambda m: m[0].weight.data.__class__ and setattr(m[0].weight, "data", torch.randn(8, 4)),
+        lambda m: setattr(m[2], "bias", nn.Parameter(torch.randn(3))),
+        lambda m: m.__setitem__(1, nn.Tanh()),
+        lambda m: m.__setitem__(2, nn.Linear(8, 5)),
+        lambda m: m.double(),
+    ],
+    ids=["load", "assign", "data", "replace", "submodule", "shape", "dtype"],
+)
+def test_changed_weights_are_seen(change: Callable[[nn.Module], Any]) -> None:
+    model = net()
+    compiled = compile(model)
+    compiled(torch.randn(2, 4))
+    with torch.no_grad():
+        change(model)
+    x = torch.randn(2, 4, dtype=model[0].weight.dtype)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_untied_weights_are_seen() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x))
+
+    model = Tied().eval()
+    compiled = compile(model)
+    x = torch.randn(2, 3)
+    compiled(x)
+    model.b.weight = nn.Parameter(torch.randn(3, 3))
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_weights_that_change_at_every_call_end_compilation() -> None:
+    model = net()
+    compiled = compile(model)
+    x = torch.randn(2, 4)
+    with pytest.warns(UserWarning, match="PLT-CAP-017"):
+        for _ in range(12):
+            torch.testing.assert_close(compiled(x), model(x))
+            with torch.no_grad():
+                model[0].weight.add_(0.1)
+
+
+def test_weights_in_a_closure_are_seen() -> None:
+    model = net()
+    compiled = compile(lambda x: model(x) + 1)
+    x = torch.randn(2, 4)
+    compiled(x)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    torch.testing.assert_close(compiled(x), model(x) + 1)
+    model[2].weight = nn.Parameter(torch.randn(3, 8))
+    torch.testing.assert_close(compiled(x), model(x) + 1)
+
+
+# -- state -----------------------------------------------------------------------------------------
+
+
+class Cache(nn.Module):
+    """Writes into a buffer at a position, as key-value caches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("store", torch.zeros(4, 3))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        self.store.index_copy_(0, at, x)
+        self.seen += 1
+        return self.store * 2
+
+
+def test_buffers_are_written_back() -> None:
+    model, twin = Cache().eval(), Cache().eval()
+    compiled = compile(model)
+    for i in range(4):
+        x, at = torch.randn(1, 3), torch.tensor([i])
+        torch.testing.assert_close(compiled(x, at), twin(x, at))
+    assert model.seen.item() == 4
+    torch.testing.assert_close(model.store, twin.store)
+    assert ids(compiled) == []
+
+
+def test_inputs_are_written_back_and_views_of_them_survive() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        before = x.clone()
+        x.add_(1)
+        return before
+
+    compiled = compile(function)
+    x = torch.zeros(3)
+    assert torch.equal(compiled(x), torch.zeros(3))
+    assert torch.equal(x, torch.ones(3))
+
+
+def test_swapped_buffers() -> None:
+    class Swap(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("a", torch.zeros(2))
+            self.register_buffer("b", torch.ones(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            old = self.a.clone()
+            self.a.copy_(self.b)
+            self.b.copy_(old)
+            return x + self.a
+
+    model = Swap().eval()
+    compiled = compile(model)
+    for expected in (1.0, 0.0, 1.0):
+        assert torch.equal(compiled(torch.zeros(2)), torch.full((2,), expected))
+    assert torch.equal(model.a, torch.ones(2)) and torch.equal(model.b, torch.zeros(2))
+
+
+# -- when the original runs ------------------------------------------------------------------------
+
+
+def test_gradients_run_the_original_and_are_said_once() -> None:
+    model = net()
+    compiled = compile(model)
+    with pytest.warns(UserWarning, match="PLT-CAP-003") as caught:
+        for _ in range(3):
+            x = torch.randn(2, 4, requires_grad=True)
+            compiled(x).sum().backward()
+            assert x.grad is not None and model[0].weight.grad is not None
+    assert len([w for w in caught if "PLT-CAP-003" in str(w.message)]) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    assert ids(compiled) == ["PLT-CAP-003"]
+
+
+def test_training_mode_runs_the_original() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    compiled = compile(model)
+    before = model[1].running_mean.clone()
+    with pytest.warns(UserWarning, match="PLT-CAP-016"):
+        compiled(torch.randn(8, 4))
+    assert not torch.equal(model[1].running_mean, before)
+    x = torch.randn(8, 4)
+    torch.testing.assert_close(compiled.eval()(x), model(x))
+    model[1].train()  # a part of it is enough
+    torch.testing.assert_close(compiled(x), copy.deepcopy(model)(x))
+
+
+def test_what_cannot_be_captured_runs_with_one_remark() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+    compiled = compile(function)
+    with pytest.warns(UserWarning, match="PLT-CAP-001"):
+        assert torch.equal(compiled(-torch.ones(2)), torch.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(compiled(torch.ones(2)), torch.ones(2))
+    (remark,) = [r for r in compiled.remarks if r.id == "PLT-CAP-001"]
+    assert remark.reason and "torch.cond" in remark.hint
+
+
+def test_opaque_arguments_run_the_original_and_are_not_kept() -> None:
+    class Thing:
+        value = 2
+
+    compiled = compile(lambda x, thing: x * thing.value)
+    with pytest.warns(UserWarning, match="PLT-CAP-009"):
+        assert torch.equal(compiled(torch.ones(2), Thing()), torch.full((2,), 2.0))
+    Thing.value = 3
+    assert torch.equal(compiled(torch.ones(2), Thing()), torch.full((2,), 3.0))
+
+
+def test_autocast_is_part_of_what_a_program_is_made_for() -> None:
+    model, x = net(), torch.randn(3, 4)
+    compiled = compile(model)
+    assert compiled(x).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compiled(x).dtype == model(x).dtype == torch.bfloat16
+    assert compiled(x).dtype == torch.float32
+
+
+def test_inference_mode_and_ordinary_mode_share_programs() -> None:
+    model, x = net(), torch.randn(3, 4)
+    compiled = compile(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(compiled(x), model(x).detach())
+    assert programs(compiled) == 1
+
+
+def test_inside_torch_export_the_original_is_traced() -> None:
+    compiled = compile(net())
+    program = torch.export.export(nn.Sequential(compiled.original), (torch.randn(2, 4),))
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(program.module()(x), compiled(x))
+
+
+# -- the rest --------------------------------------------------------------------------------------
+
+
+def test_explain_tells_inputs_and_remarks() -> None:
+    compiled = compile(net())
+    assert "nothing compiled yet" in compiled.explain()
+    compiled(torch.randn(2, 4))
+    compiled(torch.randn(3, 4))
+    text = compiled.explain()
+    assert "input: float32[2, 4] on cpu" in text and "PLT-CAP-002" in text
+
+
+def test_recompile_sees_changed_attributes() -> None:
+    class Scaled(nn.Module):
+        scale = 2.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale
+
+    compiled = compile(Scaled().eval())
+    assert compiled(torch.ones(1)).item() == 2
+    compiled.scale = 3.0
+    compiled.recompile()
+    assert compiled(torch.ones(1)).item() == 3
+
+
+def test_threads_share_programs() -> None:
+    model = net()
+    compiled = compile(model)
+    failures: list[BaseException] = []
+    inputs = [[torch.randn(n, 4) for n in (2, 3, 4, 5)] for _ in range(4)]
+    expected = [[model(x).detach() for x in row] for row in inputs]
+
+    def work(row: int) -> None:
+        try:
+            for _ in range(20):
+                for x, want in zip(inputs[row], expected[row], strict=True):
+                    torch.testing.assert_close(compiled(x), want)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert programs(compiled) == 2
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import plait, sys; assert 'torch' not in sys.modules; print(plait.__version__)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,292 @@
+"""The command line: right answers, and one clear error with cause and mend for each fault."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from plait.compiler import cli
+
+MODELS = """
+import torch
+from torch import nn
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+    def forward(self, x):
+        return torch.relu(self.linear(x)) * 2
+
+class Branchy(nn.Module):
+    def forward(self, x):
+        return x + 1 if x.sum() > 0 else x - 1
+
+def small():
+    torch.manual_seed(0)
+    return Small().eval(), (torch.randn(4, 8),)
+
+def named():
+    return Small().eval(), {"x": torch.randn(4, 8)}
+
+def bare():
+    return Small().eval()
+
+def branchy():
+    return Branchy(), (torch.ones(3),)
+
+def sorts():
+    class Sorts(nn.Module):
+        def forward(self, x):
+            return torch.sort(x).values
+    return Sorts(), (torch.randn(9),)
+
+def fails():
+    raise RuntimeError("no weights here")
+
+def text():
+    return "not a model", ()
+
+instance = Small().eval()
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> str:
+    path = tmp_path / "models_of_test_cli.py"
+    path.write_text(MODELS, encoding="utf-8")
+    return str(path)
+
+
+def plait(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], terminal_width=100)
+
+
+def error_of(*arguments: str | Path, code: int = 2) -> str:
+    result = plait(*arguments)
+    assert result.exit_code == code, result.output
+    lines = result.stderr.strip().splitlines()
+    assert "Traceback" not in result.output
+    return lines[-1]
+
+
+def test_help_names_every_command() -> None:
+    result = plait("--help")
+    assert result.exit_code == 0
+    for command in ("check", "passes", "run", "explain", "tune", "cache", "bench"):
+        assert command in result.output
+
+
+def test_version_is_the_packages() -> None:
+    import plait as package
+
+    assert plait("--version").output.strip() == package.__version__
+
+
+# -- naming a model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "mend"),
+    [
+        ("nothing", "is neither a file nor module:function", "write it as package.module:function"),
+        ("no_such_module_x:f", "raised ModuleNotFoundError", "check the name"),
+        ("{models}:smal", "has no 'smal'", "did you mean 'small'?"),
+        ("{models}", "names no function", ":function"),
+        ("/nowhere/model.py:f", "there is no file /nowhere/model.py", "check the path"),
+        ("{models}:fails", "raised RuntimeError: no weights here", "is called without arguments"),
+        ("{models}:text", "gave a str, not a model", "return a model"),
+        ("{models}:bare", "comes without example inputs", "--input"),
+    ],
+)
+def test_a_wrong_model_name_gets_one_clear_line(
+    models: str, name: str, cause: str, mend: str
+) -> None:
+    line = error_of("check", name.format(models=models))
+    assert cause in line
+    assert mend in line
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"), [("4,8", "is not understood"), ("float33[4]", "no dtype 'float33'")]
+)
+def test_a_wrong_input_gets_one_clear_line(models: str, text: str, cause: str) -> None:
+    assert cause in error_of("check", f"{models}:bare", "--input", text)
+
+
+def test_debug_shows_the_traceback(models: str) -> None:
+    result = plait("--debug", "check", f"{models}:fails")
+    assert result.exit_code == 1
+    assert "no weights here" in str(result.exception)
+
+
+# -- check --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["small", "named"])
+def test_check_reports_inputs_and_operators(models: str, name: str) -> None:
+    result = plait("check", f"{models}:{name}")
+    assert result.exit_code == 0, result.output
+    assert "captured whole" in result.output
+    assert "x: float32[4, 8] on cpu" in result.output
+    assert "gemm" in result.output
+
+
+def test_check_takes_a_module_instance_with_inputs(models: str) -> None:
+    result = plait("check", f"{models}:instance", "-i", "float32[2,8]")
+    assert "float32[2, 8]" in result.output
+
+
+def test_check_names_library_operators_and_why(models: str) -> None:
+    result = plait("check", f"{models}:sorts")
+    assert result.exit_code == 0
+    assert "run by library" in result.output
+    assert "aten.sort" in result.output
+
+
+def test_check_fails_where_the_model_cannot_be_captured(models: str) -> None:
+    result = plait("check", f"{models}:branchy")
+    assert result.exit_code == 1
+    assert "not captured: PLT-CAP-001" in result.output
+    assert "would run the original model" in result.output
+
+
+# -- passes -------------------------------------------------------------------------------------
+
+
+def test_passes_lists_passes_with_options() -> None:
+    result = plait("passes")
+    assert result.exit_code == 0
+    for word in ("normalize", "fold_batch_norm", "fuse-vertical", "max_nodes", "default pipeline"):
+        assert word in result.output
+
+
+def test_passes_prints_the_graph_after_each_pass(models: str) -> None:
+    result = plait("passes", f"{models}:small", "-p", "normalize,normalize,fuse-vertical")
+    assert result.exit_code == 0, result.output
+    assert result.output.index("# captured") < result.output.index("# after normalize")
+    assert "(unchanged)" in result.output
+    assert "# after fuse-vertical" in result.output
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "word"),
+    [
+        ("normalise", "did you mean normalize?"),
+        ("normalize{fold=1}", "has no option 'fold'"),
+        ("normalize{", "expected"),
+    ],
+)
+@pytest.mark.parametrize("command", ["passes", "run"])
+def test_a_wrong_pipeline_is_explained(models: str, command: str, pipeline: str, word: str) -> None:
+    result = plait(command, f"{models}:small", "--pipeline", pipeline)
+    assert result.exit_code == 2
+    assert word in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_pipeline_needs_a_model() -> None:
+    assert "--pipeline needs a model" in error_of("passes", "-p", "normalize")
+
+
+# -- run and explain ----------------------------------------------------------------------------
+
+
+def test_run_compares_and_times(models: str) -> None:
+    result = plait("run", f"{models}:small", "-n", "1")
+    assert result.exit_code == 0, result.output
+    assert "largest difference from eager" in result.output
+    assert "plait" in result.output
+    assert "p50 ms" in result.output
+
+
+def test_run_saves_and_takes_what_it_saved(models: str, tmp_path: Path) -> None:
+    path = tmp_path / "small.plait"
+    result = plait("run", f"{models}:small", "-n", "1", "--save", path)
+    assert result.exit_code == 0, result.output
+    again = plait("run", path, "-n", "1")
+    assert again.exit_code == 0, again.output
+    path.write_bytes(path.read_bytes()[:-100])
+    assert error_of("run", path)
+
+
+def test_run_says_why_a_model_was_not_compiled(models: str) -> None:
+    assert "was not compiled" in error_of("run", f"{models}:branchy")
+
+
+def test_run_names_a_wrong_tune_level(models: str) -> None:
+    assert "use one of" in error_of("run", f"{models}:small", "--tune", "fast")
+
+
+def test_explain_shows_each_step_and_writes_json(models: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    result = plait("explain", f"{models}:small", "--json", path)
+    assert result.exit_code == 0, result.output
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert len(document["steps"]) >= 1
+    for step in document["steps"]:
+        assert step["seconds"] > 0
+        assert step["bound_by"] in ("compute", "memory")
+    assert document["remarks"]
+    assert "bound" in result.output
+
+
+# -- cache --------------------------------------------------------------------------------------
+
+
+def test_cache_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PLAIT_CACHE_DIR", str(tmp_path / "cache"))
+    assert plait("cache", "path").output.strip() == str(tmp_path / "cache")
+    assert "kernels" in plait("cache", "info").output
+    assert plait("cache", "verify").exit_code == 0
+    assert "add --yes" in error_of("cache", "clear")
+    assert "removed 0 libraries" in plait("cache", "clear", "--yes").output
+
+
+def test_cache_verify_removes_damage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PLAIT_CACHE_DIR", str(tmp_path))
+    damaged = tmp_path / "objects" / "ab" / f"{'ab' * 16}.so"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"not a library")
+    result = plait("cache", "verify")
+    assert result.exit_code == 1
+    assert "damaged, removed" in result.output
+    assert not damaged.exists()
+
+
+# -- bench --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["chain31"], "did you mean 'chain30'?"),
+        (["--peers", "eagr"], "did you mean 'eager'?"),
+        (["--peers", ","], "names no engine"),
+        (["--size", "big"], "unknown size 'big'; use cpu or paper"),
+        (["--json", "/nowhere/out.json"], "/nowhere does not exist"),
+    ],
+)
+def test_wrong_bench_options_get_one_clear_line(arguments: list[str], cause: str) -> None:
+    assert cause in error_of("bench", *arguments)
+
+
+def test_bench_lists_what_there_is() -> None:
+    output = plait("bench", "--list").output
+    assert "inception_v3" in output
+    assert "openvino" in output
+
+
+def test_bench_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    result = plait(
+        "bench", "chain30", "--peers", "eager", "-n", "1", "--seconds", "0.01", "--json", path
+    )
+    assert result.exit_code == 0, result.output
+    assert "chain30 (cpu)" in result.output
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert document["results"][0]["status"] == "OK"
+    assert document["environment"]["cores"]
