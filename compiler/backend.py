@@ -78,7 +78,8 @@ class _Piece:
         self.graph_module, self.options = graph_module, options
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         self.static = [i for i, n in enumerate(placeholders) if _is_static(n)]
-        values = [n.meta.get("example_value", e) for n, e in zip(placeholders, example_inputs)]
+        pairs = zip(placeholders, example_inputs, strict=True)
+        values = [n.meta.get("example_value", e) for n, e in pairs]
         self.sizes = _size_sources(values)
         self.supported = self.sizes is not None
         bound = {*self.static, *(self.sizes or ())}

@@ -262,7 +262,8 @@ class _Flat:
     def _tensor(self, target: str) -> torch.Tensor:
         program = self.program
         value = program.state_dict.get(target)
-        return program.constants[target] if value is None else value
+        found: Any = program.constants[target] if value is None else value
+        return found
 
     def _placeholder(self, node: fx.Node, name: str) -> InputSpec:
         value = node.meta["val"]
@@ -337,9 +338,8 @@ class _Flat:
         position_of = {t: len(user) + i for i, t in enumerate(state)}
         results: list[Any] = []
         changed: list[tuple[Any, int]] = []
-        for spec, node in zip(
-            self.program.graph_signature.output_specs, output.args[0], strict=True
-        ):
+        given: Any = output.args[0]
+        for spec, node in zip(self.program.graph_signature.output_specs, given, strict=True):
             if spec.kind == OutputKind.USER_OUTPUT:
                 results.append(self.env[node])
             elif spec.kind == OutputKind.USER_INPUT_MUTATION:
@@ -348,8 +348,8 @@ class _Flat:
                 changed.append((self.env[node], position_of[str(spec.target)]))
             else:
                 raise CaptureError("PLT-CAP-010", f"the program has a {spec.kind.name.lower()}")
-        node = self.graph.output((*results, *[n for n, _ in changed]))
-        node.meta = {"val": tuple(n.meta["val"] for n in node.args[0])}
+        flat = (*results, *[n for n, _ in changed])
+        self.graph.output(flat).meta = {"val": tuple(n.meta["val"] for n in flat)}
         return [Mutation(len(results) + i, where) for i, (_, where) in enumerate(changed)]
 
     def _symbols(

@@ -1,9 +1,9 @@
 """Which ATen operators a captured graph may hold: the decomposition table.
 
 The base is torch's own core set. On top of that composites stay whole where a kernel for the whole
-is better than kernels for the parts, and where the parts would not depend on the data alone (an LSTM
-would unroll over time). What is left whole needs no converter to be right: without one it runs as a
-library operator.
+is better than kernels for the parts, and where the parts would not depend on the data alone (an
+LSTM would unroll over time). What is left whole needs no converter to be right: without one it runs
+as a library operator.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ WHOLE = frozenset(
 def needs_decomposition(program: torch.export.ExportedProgram) -> bool:
     """Whether ``program`` must be traced again to be functional and in the operators we know.
 
-    Tracing costs as much as the export. A program of static sizes whose operators are all in `WHOLE`
-    (none of them mutates or depends on the mode) is already what decomposing would return.
+    Tracing costs as much as the export. A program of static sizes whose operators are all in
+    `WHOLE` (none of them mutates or depends on the mode) is what decomposing would return.
     """
     signature = program.graph_signature
     if program.range_constraints or signature.buffers_to_mutate or signature.user_inputs_to_mutate:

@@ -127,12 +127,12 @@ def _build(tree: Tree, leaves: Iterator[Any]) -> Any:
         return Record(pairs)
     if tree.kind == "fields":
         return cls(**pairs)
-    value = cls.__new__(cls)
+    value: Any = object.__new__(cls)
     vars(value).update(pairs)
     return value
 
 
-def _mapping(cls: type, pairs: dict[Any, Any]) -> Any:
+def _mapping(cls: Any, pairs: dict[Any, Any]) -> Any:
     value: Any = cls.__new__(cls)
     value.__init__()
     for key, item in pairs.items():

@@ -68,7 +68,7 @@ class Captured:
     mutations: list[Mutation]
     symbols: dict[str, tuple[int, int]]
     ranges: dict[str, tuple[int, int | None]]
-    guards: list[sympy.Basic]
+    guards: list[Any]
     in_tree: Tree
     in_leaves: list[Any]
     out_tree: Tree
@@ -82,6 +82,10 @@ class Captured:
         """How many tensors the caller passes."""
         return len(self.inputs) - len(self.states)
 
+    def signature(self) -> str:
+        """The tensors the caller passes, as text."""
+        return ", ".join(f"{s.name}: {s}" for s in self.inputs[: self.num_tensors])
+
     def constants(self) -> dict[str, torch.Tensor]:
         """The weights by the name of their attribute."""
         found = {}
@@ -93,7 +97,7 @@ class Captured:
         return found
 
     def binder(self) -> Callable[[Sequence[Sequence[int]]], tuple[Any, ...]]:
-        """A function from the shapes of the user's tensors to the values of the symbolic outputs."""
+        """A function from the shapes of the user's tensors to the symbolic results."""
         exprs = [leaf for leaf in self.out_leaves if isinstance(leaf, sympy.Basic)]
         return self._function(f"({''.join(_code(e) + ', ' for e in exprs)})")
 

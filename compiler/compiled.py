@@ -1,4 +1,4 @@
-"""`Compiled`: what `plait.compile` returns. It looks and behaves like the module it was made from."""
+"""`Compiled`: what `plait.compile` returns, a module like the one it was made from."""
 
 from __future__ import annotations
 
@@ -140,8 +140,7 @@ class Compiled(nn.Module):
         lines = []
         for number, program in enumerate(self._dispatcher.programs, 1):
             captured = program.captured
-            shown = ", ".join(f"{s.name}: {s}" for s in captured.inputs[: captured.num_tensors])
-            lines.append(f"program {number}: ({shown})")
+            lines.append(f"program {number}: ({captured.signature()})")
             for name, (low, high) in captured.ranges.items():
                 lines.append(f"  {name}: {low} to {'any' if high is None else high}")
             lines += [f"  needs {guard}" for guard in captured.guards]

@@ -1,15 +1,16 @@
 """From a Python call to the right specialisation: guards, dynamic shapes, fallbacks.
 
-A call's *key* holds everything a graph may have been specialised on: the structure of the arguments,
-numbers and texts by value, and of every tensor the shape and dtype. Known keys go straight to their
-program. An unknown key first tries the existing programs of the same structure (whose guards decide);
-then a new one is captured, with the dimensions that have been seen to vary left open.
+A call's *key* holds everything a graph may have been specialised on: the structure of the
+arguments, numbers and texts by value, and of every tensor the shape and dtype. Known keys go
+straight to their program. An unknown key first tries the existing programs of the same structure
+(whose guards decide); then a new one is captured, with the dimensions that have been seen to vary
+left open.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim
 
 from ..passes.remarks import Remark
@@ -26,18 +27,18 @@ from .capture_tree import Tree, flatten, unflatten
 from .captured import Captured, check_tensors, describe
 from .dynamic import Declared, declared_dims
 from .errors import CaptureError, InputError, PlaitError
+from .keys import FLOATS, autocast_key, structure_key
 from .options import Executable, Options
 from .program import Program
-from .watch import Structure
+from .watch import Structure, modules_of
 
 MAX_PROGRAMS = 8
 """Programs captured for one structure of arguments before the original runs instead."""
+DEBUG = "PLAIT_DEBUG"
+"""Environment variable: errors of code generation are raised instead of being remarked on."""
 MAX_KEYS = 4096
 """Remembered keys; the table is emptied when full."""
 
-Tensor = torch.Tensor
-Parameter = nn.Parameter
-_FLOATS = (float, complex)
 _VALUES = frozenset(SCALARS)
 
 
@@ -77,8 +78,8 @@ class Dispatcher:
         if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
             leaf = args[0]
             if not torch._C._is_any_autocast_enabled():
-                key = (leaf.shape, leaf.dtype, leaf.device)
-                return self._dispatch(key, [leaf], leaf.requires_grad, args, kwargs)
+                one = (leaf.shape, leaf.dtype, leaf.device)
+                return self._dispatch(one, [leaf], leaf.requires_grad, args, kwargs)
         tensors: list[Tensor] = []
         key: list[Any] = [len(args), *kwargs]
         grad = False
@@ -97,7 +98,7 @@ class Dispatcher:
             else:
                 return self._call_nested(args, kwargs)
         if torch._C._is_any_autocast_enabled():
-            key.append(_autocast_key())
+            key.append(autocast_key())
         return self._dispatch(tuple(key), tensors, grad, args, kwargs)
 
     def _call_nested(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -109,20 +110,20 @@ class Dispatcher:
             key: list[Any] = [tree]
             for leaf in leaves:
                 kind = type(leaf)
-                if kind is Tensor or kind is Parameter:
+                if kind is Tensor or kind is nn.Parameter:
                     tensors.append(leaf)
                     key += (leaf.shape, leaf.dtype, leaf.device)
                     grad = grad or leaf.requires_grad
                 elif isinstance(leaf, Tensor):
                     return self._original(args, kwargs)  # fake tensors, other tracers' proxies
-                elif kind in _FLOATS:
+                elif kind in FLOATS:
                     key += (kind, repr(leaf))  # 0.0 and -0.0 differ, nan equals itself
                 elif kind in _VALUES:
                     key += (kind, leaf)
                 else:
                     return self._refuse(kind.__name__, args, kwargs)
             if torch._C._is_any_autocast_enabled():
-                key.append(_autocast_key())
+                key.append(autocast_key())
             whole = tuple(key)
             hash(whole)
         except (TypeError, ValueError) as error:
@@ -164,7 +165,7 @@ class Dispatcher:
             return self._original(args, kwargs)
         found = self._table.get(key, self)
         if found is self:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 return self._original(args, kwargs)
             found = self._find(key, tensors, args, kwargs)
         if found is None:
@@ -278,7 +279,7 @@ class Dispatcher:
         kwargs: dict[str, Any],
         declared: list[Declared],
     ) -> None:
-        """Besides the program for a size of 0 or 1, the one for the larger sizes that were declared."""
+        """Adds, beside the program for a size of 0 or 1, one for the sizes that were declared."""
         leaves, _ = flatten((args, kwargs))
         entries = iter(declared)
         larger = [_enlarged(x, next(entries).small) if isinstance(x, Tensor) else x for x in leaves]
@@ -331,16 +332,26 @@ class Dispatcher:
         return None
 
     def _compile(self, captured: Captured) -> Program | None:
+        executable = self._build(captured)
+        return None if executable is None else Program(captured, executable, self.modules)
+
+    def _build(self, captured: Captured) -> Executable | None:
+        """The executable, or None (said) where code generation fails: the original still runs."""
         try:
-            executable = build(captured, self.options)
-        except (PlaitError, ValueError, LookupError):
+            return build(captured, self.options)
+        except PlaitError:
             raise
         except Exception as error:
+            if os.environ.get(DEBUG):
+                raise
             text = str(error).strip().splitlines() or [""]
             reason = f"{type(error).__name__}: {text[0]}"[:300]
-            self.say("PLT-CAP-015", f"code generation failed ({reason}); the original runs")
+            self.say(
+                "PLT-CAP-015",
+                f"code generation failed ({reason}); the original runs",
+                f"set {DEBUG}=1 to raise the error instead",
+            )
             return None
-        return Program(captured, executable, self.modules)
 
     def _refresh(self, program: Program) -> bool:
         """Prepares ``program`` again from the weights of now; False if that is no use."""
@@ -356,7 +367,10 @@ class Dispatcher:
         if not program.adopt_weights():
             self.forget()
             return False
-        program.executable = build(program.captured, self.options)
+        executable = self._build(program.captured)
+        if executable is None:
+            return False
+        program.executable = executable
         program.ready()
         self._note("PLT-CAP-014", "weights changed; they were prepared again", kind="note")
         return True
@@ -429,64 +443,6 @@ def build(captured: Captured, options: Options) -> Executable:
         return compile_graph(captured, options)
 
 
-def structure_key(leaves: Sequence[Any], tree: Tree, modes: bool) -> tuple[Any, ...]:
-    """What programs of one bucket share: everything of a call but sizes.
-
-    With ``modes``, also whether autocast is on, which a capture bakes in.
-    """
-    key: list[Any] = [_plain(tree)]
-    for leaf in leaves:
-        if hasattr(leaf, "dtype"):
-            key.append((leaf.dtype, leaf.device, len(leaf.shape)))
-        else:
-            key.append((type(leaf), repr(leaf) if isinstance(leaf, _FLOATS) else leaf))
-    if modes and torch._C._is_any_autocast_enabled():
-        key.append(_autocast_key())
-    return tuple(key)
-
-
-def _plain(tree: Tree) -> Tree:
-    """The tree with classes by name, as a saved program knows them."""
-    cls = tree.cls
-    if isinstance(cls, type):
-        cls = f"{cls.__module__}:{cls.__qualname__}"
-    return Tree(tree.kind, tree.keys, tuple(_plain(c) for c in tree.children), cls)
-
-
-def modules_of(target: Any) -> list[nn.Module]:
-    """The modules that calling ``target`` may use: itself, its owner, what its closure holds."""
-    if isinstance(target, nn.Module):
-        return [target]
-    found: list[nn.Module] = []
-    seen: set[int] = set()
-
-    def visit(value: Any, depth: int) -> None:
-        if id(value) in seen or depth > 4:
-            return
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                visit(item, depth + 1)
-        elif isinstance(value, dict):
-            visit(list(value.values()), depth)
-        elif inspect.ismethod(value):
-            visit(value.__self__, depth)
-            visit(value.__func__, depth)
-        elif inspect.isfunction(value):
-            for cell in value.__closure__ or ():
-                with contextlib.suppress(ValueError):  # a cell may still be empty
-                    visit(cell.cell_contents, depth + 1)
-            for name in value.__code__.co_names:
-                visit(value.__globals__.get(name), depth + 1)
-        elif hasattr(value, "func") and hasattr(value, "keywords"):
-            visit([value.func, value.args, value.keywords], depth)
-
-    visit(target, 0)
-    return found
-
-
 def _signature(target: Any) -> inspect.Signature | None:
     function = target.forward if isinstance(target, nn.Module) else target
     try:
@@ -526,10 +482,3 @@ def _varying(seen: list[list[torch.Size]], declared: Sequence[Declared]) -> list
         }
         out.append(open_dims)
     return out
-
-
-def _autocast_key() -> tuple[Any, ...]:
-    return tuple(
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        for kind in ("cpu", "cuda")
-    )

@@ -12,13 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.export import Dim
 
 from .capture_tree import parts
 from .errors import InputError
-
-Tensor = torch.Tensor
 
 
 @dataclass

@@ -7,14 +7,13 @@ from typing import Any
 
 import sympy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .capture_tree import unflatten
 from .captured import Captured
 from .options import Executable
 from .watch import Watch, locate
 
-Tensor = torch.Tensor
 _inference = torch.is_inference_mode_enabled
 _autocast = torch._C._is_any_autocast_enabled
 

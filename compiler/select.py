@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from .trial import Trial, numbers
 TEMPLATES = ("pointwise", "rows", "reduce", "gemm", "conv", "pool", "attention")
 HEAVY = ("gemm", "conv", "attention")
 CANDIDATES = {"off": 1, "quick": 3, "full": 6}
+REPORT = "set PLAIT_DEBUG=1 to see where, and report it"
 RACE_FLOPS = 2_000_000  # below some 20 us candidates hardly differ
 
 
@@ -122,6 +124,11 @@ class Kernels:
                     self._declined[key] = error
                 except NotImplementedError as error:
                     self._declined[key] = Unsupported("PLT-KER-004", str(error))
+                except Exception as error:  # a defect of a template must not cost the whole model
+                    if os.environ.get("PLAIT_DEBUG"):
+                        raise
+                    why = f"{type(error).__name__}: {error}".splitlines()[0]
+                    self._declined[key] = Unsupported("PLT-KER-005", why, REPORT)
         if key in self._declined:
             why = self._declined[key]
             return self._remark(group, why.remark, why.reason, why.hint)

@@ -226,7 +226,7 @@ def graph_from_json(
     symbols: Symbols,
     name: str = "Captured",
 ) -> fx.GraphModule:
-    """The inverse of `graph_to_json`; ``tensors`` are the ``get_attr`` targets that are no subgraph.
+    """The inverse of `graph_to_json`; ``tensors`` are the weights by ``get_attr`` target.
 
     Raises ValueError, KeyError or TypeError when the data is not what was written.
     """

@@ -7,6 +7,8 @@ about 0.15 microseconds for a tensor.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
@@ -103,3 +105,37 @@ class Structure:
                 return True
 
         self.training, self.changed = training, changed
+
+
+def modules_of(target: Any) -> list[nn.Module]:
+    """The modules that calling ``target`` may use: itself, its owner, what its closure holds."""
+    if isinstance(target, nn.Module):
+        return [target]
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+
+    def visit(value: Any, depth: int) -> None:
+        if id(value) in seen or depth > 4:
+            return
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item, depth + 1)
+        elif isinstance(value, dict):
+            visit(list(value.values()), depth)
+        elif inspect.ismethod(value):
+            visit(value.__self__, depth)
+            visit(value.__func__, depth)
+        elif inspect.isfunction(value):
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # a cell may still be empty
+                    visit(cell.cell_contents, depth + 1)
+            for name in value.__code__.co_names:
+                visit(value.__globals__.get(name), depth + 1)
+        elif hasattr(value, "func") and hasattr(value, "keywords"):
+            visit([value.func, value.args, value.keywords], depth)
+
+    visit(target, 0)
+    return found

@@ -25,7 +25,6 @@ from .abi import Pack, TensorArg, contiguous_strides
 from .emit import Expr, tvm_dtype
 from .group import IO, Group, Unsupported
 from .ops import evaluate
-from .ops.scope import _nested as nested
 from .target import Target
 from .templates import conv_spec, gemm_spec
 from .templates.conv_common import compulsory_bytes
@@ -170,7 +169,7 @@ class Writer:
         self.blocks.append(name)
         extents = [tir.IntImm("int64", e) for e in (*spatial, *reduced)]
         with T.grid(*extents) as loops:
-            loops = list(loops) if isinstance(loops, list | tuple) else [loops]
+            loops = [loops] if isinstance(loops, tir.Var) else list(loops)
             with T.sblock(name):
                 axes = [
                     (T.axis.spatial if k < len(spatial) else T.axis.reduce)(e, loop, "int64")
@@ -229,7 +228,7 @@ class Writer:
                 s: list[Expr], _: list[Expr], p: Any = physical, v: Value = value, b: Any = buffer
             ) -> None:
                 at = index(s)
-                result = nested(lambda: v.load(at))
+                result = v.load(at)
                 if p.arg.dtype == torch.bool:
                     result = tir.Cast("int8", result)
                 T.buffer_store(b, result, p.index(at))

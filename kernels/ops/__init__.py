@@ -33,7 +33,9 @@ __all__ = [
 
 Converter = Callable[[fx.Node, "Context"], Any]
 
-_MODULES = ("unary", "binary", "choose", "create", "views", "move", "index")
+_MODULES = (
+    "unary", "binary", "choose", "create", "views", "move", "index", "reductions", "norms"
+)  # fmt: skip
 _registry: dict[str, Converter] = {}
 
 

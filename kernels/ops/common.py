@@ -14,7 +14,7 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dty
 from ..abi import Dim
 from ..emit import Expr, compute_dtype
 from ..value import Context, Value
-from .scope import opaque
+from .scope import opaque, plain
 
 HALF = (torch.bfloat16, torch.float16)
 Promotion = ELEMENTWISE_TYPE_PROMOTION_KIND
@@ -78,6 +78,9 @@ def scalar(arg: Any, dtype: torch.dtype, ctx: Context) -> Expr:
         return convert_expr(ctx.emitter.dim(dim_of(value)), torch.int64, dtype)
     if isinstance(value, (torch.SymFloat, torch.SymBool)):
         raise NotImplementedError(f"scalar {value} known only at run time")
+    if dtype in HALF:  # as bits: TVM's lowering of half types trips over their constants
+        pattern = torch.tensor(float(value), dtype=dtype).view(torch.int16).item()
+        return tir.reinterpret(compute_dtype(dtype), tir.IntImm("int16", pattern))
     if dtype.is_floating_point:
         const = tir.FloatImm(compute_dtype(dtype), float(value))
         return opaque(const) if float(value) == 0.0 else const
@@ -94,12 +97,13 @@ def wrap_int(value: int, dtype: torch.dtype) -> int:
 
 def convert_expr(value: Expr, source: torch.dtype, dest: torch.dtype) -> Expr:
     """An element converted with torch's meaning; half types go through float32."""
+    value = plain(value)
     if source == dest:
         return value
     if dest == torch.bool:
         if source in HALF:
             value, source = tir.Cast("float32", value), torch.float32
-        return value != tir.const(0, compute_dtype(source))
+        return plain(value != tir.const(0, compute_dtype(source)))
     if source in HALF and dest != torch.float32:
         return convert_expr(tir.Cast("float32", value), torch.float32, dest)
     if dest in HALF and source != torch.float32:
@@ -111,7 +115,7 @@ def convert_expr(value: Expr, source: torch.dtype, dest: torch.dtype) -> Expr:
 
 def cast(value: Value, dtype: torch.dtype) -> Value:
     """`Value.cast` for every pair of dtypes that kernels handle."""
-    if value.dtype == dtype:
+    if value.dtype == dtype != torch.bool:
         return value
     return Value(value.shape, dtype, lambda i: convert_expr(value.load(i), value.dtype, dtype))
 
@@ -163,7 +167,7 @@ def elementwise(
 
 def negate(condition: Expr) -> Expr:
     """``not condition``. (TVM would turn ``not a < b`` into ``b <= a``, wrong for NaN.)"""
-    return (tir.Cast("int32", condition) ^ tir.IntImm("int32", 1)) != tir.IntImm("int32", 0)
+    return plain((tir.Cast("int32", condition) ^ tir.IntImm("int32", 1)) != tir.IntImm("int32", 0))
 
 
 def linear(index: Sequence[Expr], shape: Sequence[Expr]) -> Expr:

@@ -36,8 +36,9 @@ def define_operator(name: str, lower: Callable[[Expr], Expr], *, pure: bool) -> 
 
 
 # Returns its argument. TVM's simplifier copies a pure value back into every use of its variable,
-# which makes exponentially much code of a long chain, so this operator claims to have effects.
-_named = define_operator("plait.named", lambda call: call.args[0], pure=False)
+# which makes exponentially much code of a long chain, so this operator claims to have effects. The
+# code generator in turn fails on variables made from vectors of truth values, if it sees through.
+_named = define_operator("plait.named", lambda call: opaque(call.args[0]), pure=False)
 
 
 class _Scope:
@@ -68,11 +69,17 @@ def opaque(value: Expr) -> Expr:
     ``x - x`` becomes 0, which is wrong for rounding tricks, infinities and NaN. LLVM sees through
     this and keeps to IEEE 754.
     """
+    lanes = "".join(str(value.ty.dtype).partition("x")[1:])
     dtype = expr_dtype(value)
-    return tir.reinterpret(dtype, tir.reinterpret(_BITS[dtype], value))
+    return tir.reinterpret(dtype + lanes, tir.reinterpret(_BITS[dtype] + lanes, value))
 
 
 _BITS = {"float32": "int32", "float64": "int64", "float16": "int16", "bfloat16": "int16"}
+
+
+def plain(value: Expr) -> Expr:
+    """An expression for what ``==`` and ``!=`` return in TVM: objects that are not one yet."""
+    return value.asobject() if hasattr(value, "asobject") else value
 
 
 def bind(value: Expr) -> Expr:
@@ -81,6 +88,7 @@ def bind(value: Expr) -> Expr:
     TVM's code generator fails on variables that are integer vectors made from comparisons, so all
     is bound as floats of the same bits.
     """
+    value = plain(value)
     dtype = expr_dtype(value)
     if dtype in _FLOATS:
         return _bind(value)

@@ -19,9 +19,21 @@ from ..abi import Dim, TensorArg
 from ..emit import Emitter, Expr
 from ..group import Group, Unsupported
 from ..ops import category, evaluate
-from ..ops.scope import bind, sharing
+from ..ops.scope import define_operator, sharing
 from ..target import Target
 from ..value import Context, Value
+
+
+_index = define_operator("plait.index", lambda call: call.args[0], pure=False)
+
+
+def name_index(value: Expr) -> Expr:
+    """A variable for an integer scalar that TVM does not replace by its value again.
+
+    Positions are computed from one another; copied into every use they become exponentially long,
+    and TVM's simplifier spends minutes on them. LLVM sees through this.
+    """
+    return T.bind(tir.call_intrin(str(value.ty.dtype), _index, value))
 
 
 @dataclass
@@ -73,12 +85,12 @@ def check_epilogue(group: Group) -> None:
         after.add(node)
         if node.target is operator.getitem and node.args[0] is anchor:
             if node.args[1] != 0:
-                raise Unsupported("pool.indices", "positions of maxima are left to the library")
+                raise Unsupported("PLT-POL-003", "positions of maxima are left to the library")
         elif category(node) != "pointwise" or tuple(node.meta["val"].shape) != shape:
-            raise Unsupported("conv.epilogue", f"{node} is not elementwise over {anchor}")
+            raise Unsupported("PLT-CNV-002", f"{node} is not elementwise over {anchor}")
     for node in group.outputs:
         if node not in after or isinstance(node.meta["val"], (tuple, list)):
-            raise Unsupported("conv.epilogue", f"{node} is not elementwise over {anchor}")
+            raise Unsupported("PLT-CNV-002", f"{node} is not elementwise over {anchor}")
 
 
 def lane_count(channels: int, target: Target) -> int:
@@ -99,9 +111,9 @@ def loop(em: Emitter, extent: int) -> contextlib.AbstractContextManager[Expr]:
 def clip(first: Expr, taps: int, dilation: int, size: Expr) -> tuple[Expr, Expr]:
     """The range of taps that lie inside ``[0, size)`` when tap 0 lies at ``first``."""
     zero, step = tir.IntImm("int64", 0), dilation
-    begin = tir.max(zero, tir.floordiv(-first + (step - 1), step))
-    end = tir.min(tir.IntImm("int64", taps), tir.floordiv(size - first + (step - 1), step))
-    return bind(begin), bind(tir.max(begin, end))
+    begin = tir.max(zero, tir.truncdiv(-first + (step - 1), step))
+    end = tir.min(tir.IntImm("int64", taps), tir.truncdiv(size - first + (step - 1), step))
+    return name_index(begin), name_index(tir.max(begin, end))
 
 
 def inside(pixels: int, tap: int, stride: int, pad: int, dilation: int, size: Dim) -> list[int]:
@@ -111,8 +123,8 @@ def inside(pixels: int, tap: int, stride: int, pad: int, dilation: int, size: Di
 
 
 def within(index: Expr, size: Expr) -> Expr:
-    """Whether ``0 <= index < size``, as one comparison."""
-    return tir.Cast("uint64", index) < tir.Cast("uint64", size)
+    """1 (int32) if ``0 <= index < size``, else 0."""
+    return tir.Cast("int32", tir.And(index >= 0, index < size))
 
 
 def ceil_div(value: Dim, by: int) -> Dim:

@@ -34,7 +34,6 @@ from tvm.script.ir_builder import tirx as T
 from ..abi import Dim, Kernel, Pack
 from ..emit import Emitter, Expr
 from ..group import IO, Group
-from ..ops.scope import bind
 from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import (
@@ -45,6 +44,7 @@ from .conv_common import (
     compulsory_bytes,
     lane_count,
     loop,
+    name_index,
     symbol_names,
     within,
 )
@@ -92,10 +92,10 @@ def lower(
         body = _Body(em, spec, group, io, config, blocks)
         if config["order"] == "panel":  # consecutive tasks share a weight panel
             count = em.dim(chunks)
-            panel, first = tir.floordiv(task, count), tir.floormod(task, count)
+            panel, first = tir.truncdiv(task, count), tir.truncmod(task, count)
         else:  # consecutive tasks share input pixels
-            panel, first = tir.floormod(task, panels), tir.floordiv(task, panels)
-        panel, first = bind(panel), bind(first * chunk)
+            panel, first = tir.truncmod(task, panels), tir.truncdiv(task, panels)
+        panel, first = name_index(panel), name_index(first * chunk)
         limit = em.dim(tiles)
         exact = isinstance(tiles, int) and tiles % chunk == 0
         extent = em.i64(chunk) if exact else tir.min(em.i64(chunk), limit - first)
@@ -145,9 +145,9 @@ class _Body:
     def tile(self, panel: Expr, number: Expr) -> None:
         """Computes and stores tile ``number`` of one panel of output channels."""
         em, spec = self.em, self.spec
-        grp = tir.floordiv(panel, self.blocks) if spec.groups > 1 else em.i64(0)
-        block = tir.floormod(panel, self.blocks) if spec.groups > 1 else panel
-        first = [bind(self._channel(grp, block, v)) for v in range(self.nv)]
+        grp = tir.truncdiv(panel, self.blocks) if spec.groups > 1 else em.i64(0)
+        block = tir.truncmod(panel, self.blocks) if spec.groups > 1 else panel
+        first = [name_index(self._channel(grp, block, v)) for v in range(self.nv)]
         weights = panel * (spec.kh * spec.kw * spec.cg * self.nv * self.lanes)
         if self.kind == "flat":
             self._compute(self._flat(number, grp), first, weights, self.guard[0] or self.guard[1])
@@ -155,8 +155,8 @@ class _Body:
         length = spec.ow if self.kind == "rows" else spec.oh
         assert isinstance(length, int)
         per_line, rest = -(-length // self.ri), length % self.ri
-        line = bind(tir.floordiv(number, per_line))
-        part = bind(tir.floormod(number, per_line))
+        line = name_index(tir.truncdiv(number, per_line))
+        part = name_index(tir.truncmod(number, per_line))
         if rest and self.split and per_line > 1:
             with T.If(part < per_line - 1):
                 with T.Then():
@@ -201,11 +201,11 @@ class _Body:
         spec, (sn, sc, sh, sw), steps = self.spec, self.xs, range(count)
         rows = self.kind == "rows"
         across = self.oh if rows else self.ow
-        n, fixed = bind(tir.floordiv(line, across)), bind(tir.floormod(line, across))
-        start = bind(start)
+        n, fixed = name_index(tir.truncdiv(line, across)), name_index(tir.truncmod(line, across))
+        start = name_index(start)
         row, col = (fixed, start) if rows else (start, fixed)
-        top, left = bind(row * spec.sh - spec.ph), bind(col * spec.sw - spec.pw)
-        base = bind(n * sn + top * sh + left * sw + grp * spec.cg * sc)
+        top, left = name_index(row * spec.sh - spec.ph), name_index(col * spec.sw - spec.pw)
+        base = name_index(n * sn + top * sh + left * sw + grp * spec.cg * sc)
         if rows:
             return _Tile(
                 [(n, row, col + i) for i in steps],
@@ -230,12 +230,12 @@ class _Body:
             p = number * self.ri + i
             if not (isinstance(pixels, int) and pixels % self.ri == 0):
                 p = tir.min(p, last)
-            p = bind(p)
-            line, col = bind(tir.floordiv(p, self.ow)), bind(tir.floormod(p, self.ow))
-            n, row = bind(tir.floordiv(line, self.oh)), bind(tir.floormod(line, self.oh))
-            top, left = bind(row * spec.sh - spec.ph), bind(col * spec.sw - spec.pw)
+            p = name_index(p)
+            line, col = name_index(tir.truncdiv(p, self.ow)), name_index(tir.truncmod(p, self.ow))
+            n, row = name_index(tir.truncdiv(line, self.oh)), name_index(tir.truncmod(line, self.oh))
+            top, left = name_index(row * spec.sh - spec.ph), name_index(col * spec.sw - spec.pw)
             tile.pixel.append((n, row, col))
-            tile.base.append(bind(n * sn + top * sh + left * sw + grp * spec.cg * sc))
+            tile.base.append(name_index(n * sn + top * sh + left * sw + grp * spec.cg * sc))
             tile.top.append(top)
             tile.left.append(left)
         return tile
@@ -319,8 +319,9 @@ class _Body:
         if check:  # outside the input, read any element of it and then ignore it
             for i in pixels:
                 y, x = tile.top[i] + ky * spec.dh, tile.left[i] + kx * spec.dw
-                valid[i] = bind(tir.And(within(y, self.h), within(x, self.wd)))
-                at[i] = bind(tir.Select(valid[i], at[i], em.i64(0)))
+                flag = name_index(within(y, self.h) * within(x, self.wd))
+                valid[i] = flag != tir.IntImm("int32", 0)
+                at[i] = name_index(tir.Select(valid[i], at[i], em.i64(0)))
         # Where a run is itself long, it is cut into sums of some hundred terms.
         unroll, parts = inner_unroll(depth), acc.parts(depth)
         with loop(em, parts) as part:
@@ -329,7 +330,7 @@ class _Body:
                 for i in pixels:
                     value = self.x.load_flat(at[i] + k * sc)
                     if check:
-                        value = tir.Select(valid[i], bind(value), em.f32(0.0))
+                        value = tir.Select(valid[i], T.bind(value), em.f32(0.0))
                     with T.unroll(em.i64(self.nv)) as v, T.vectorized(em.i64(self.lanes)) as j:
                         lane = v * self.lanes + j
                         acc.add(i, lane, value * self.w.load_flat(row + k * rj + lane))
@@ -394,16 +395,16 @@ def configs(spec: ConvSpec, io: IO, target: Target) -> list[dict[str, Any]]:
     have, need = halo_of(io[spec.x], spec.rank), spec.needed()
     guarded = any(h[side] < n[side] for h, n in zip(have, need, strict=True) for side in (0, 1))
     found: list[tuple[float, dict[str, Any]]] = []
-    # Every pixel of a checked tile has a condition of its own.
-    longest = 17 if not guarded else 14
     for nv in range(1, min(7, -(-spec.og // lanes)) + 1):
-        for ri in range(1, longest + 1):
+        for ri in range(1, 18):
             if ri * nv + nv + 1 > target.vector_registers:
                 break
             for tile, split in (("rows", False), ("cols", False), ("rows", True), ("cols", True), ("flat", False)):  # fmt: skip
                 cost = _cost(spec, lanes, ri, nv, tile, split, guarded)
                 if ri * nv + nv + 3 > target.vector_registers:
                     cost *= 1.02  # the register allocator may have to spill
+                if tile == "flat" and guarded and ri > 6:
+                    continue  # every pixel of a checked tile adds to the code
                 if cost < math.inf:
                     config = {"kind": "direct", "lanes": lanes, "tile": tile, "split": split}
                     found.append((cost, config | {"ri": ri, "nv": nv}))

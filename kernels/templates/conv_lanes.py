@@ -20,7 +20,6 @@ from tvm.script.ir_builder import tirx as T
 from ..abi import Kernel, Pack
 from ..emit import Emitter, Expr
 from ..group import IO, Group
-from ..ops.scope import bind
 from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import (
@@ -28,6 +27,7 @@ from .conv_common import (
     ceil_div,
     clip,
     inside,
+    name_index,
     compulsory_bytes,
     lane_count,
     symbol_names,
@@ -123,13 +123,13 @@ def lower(
     em = Emitter(name, inputs, outputs, symbol_names(inputs + outputs))
     with em.function() as task:
         body = _Body(em, spec, group, io, config, lanes)
-        block = bind(tir.floormod(task, blocks))
-        first = bind(tir.floordiv(task, blocks) * chunk)
+        block = name_index(tir.truncmod(task, blocks))
+        first = name_index(tir.truncdiv(task, blocks) * chunk)
         limit = em.dim(rows)
         exact = isinstance(rows, int) and rows % chunk == 0
         extent = em.i64(chunk) if exact else tir.min(em.i64(chunk), limit - first)
         with T.serial(em.i64(0), extent) as r:
-            line = bind(first + r)
+            line = name_index(first + r)
             with T.serial(em.i64(0), em.dim(ceil_div(spec.ow, config["ri"]))) as wt:
                 body.tile(block, line, wt)
     pack = Pack("conv_direct", (("groups", 1), ("lanes", lanes), ("vectors", nv)))
@@ -175,15 +175,15 @@ class _Body:
     def tile(self, block: Expr, line: Expr, wt: Expr) -> None:
         em, spec, (sn, _, sh, sw) = self.em, self.spec, self.xs
         rj = self.nv * self.lanes
-        first = [bind(self._channel(block, v)) for v in range(self.nv)]
+        first = [name_index(self._channel(block, v)) for v in range(self.nv)]
         col = wt * self.ri
         if not (isinstance(spec.ow, int) and spec.ow % self.ri == 0):
             col = tir.min(col, self.ow - self.ri)
-        col = bind(col)
-        n, row = bind(tir.floordiv(line, self.oh)), bind(tir.floormod(line, self.oh))
-        top, left = bind(row * spec.sh - spec.ph), bind(col * spec.sw - spec.pw)
-        base = bind(n * sn + top * sh + left * sw)
-        bases = [bind(base + tir.floordiv(f, spec.og) * spec.cg) for f in first]
+        col = name_index(col)
+        n, row = name_index(tir.truncdiv(line, self.oh)), name_index(tir.truncmod(line, self.oh))
+        top, left = name_index(row * spec.sh - spec.ph), name_index(col * spec.sw - spec.pw)
+        base = name_index(n * sn + top * sh + left * sw)
+        bases = [name_index(base + tir.truncdiv(f, spec.og) * spec.cg) for f in first]
         acc = [[em.local(self.lanes) for _ in range(self.nv)] for _ in range(self.ri)]
         for v in range(self.nv):
             for i in range(self.ri):

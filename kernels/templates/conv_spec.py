@@ -109,11 +109,11 @@ def parse(group: Group, io: IO) -> ConvSpec:
     operands = [args["input"], args["weight"], *filter(None, [args.get("bias")])]
     for operand in operands:
         if operand not in io:
-            raise Unsupported("conv.prologue", f"{operand} is computed inside the group")
+            raise Unsupported("PLT-CNV-006", f"{operand} is computed inside the group")
         if io[operand].dtype != torch.float32:
-            raise Unsupported("conv.dtype", f"{io[operand].dtype} is left to the library")
+            raise Unsupported("PLT-CNV-008", f"{io[operand].dtype} is left to the library")
     if not io[args["weight"]].const:
-        raise Unsupported("conv.weight-not-constant", "weights computed at run time are not packed")
+        raise Unsupported("PLT-CNV-003", "weights computed at run time are not packed")
     out = io[group.outputs[0]]
     return _spec(args, io[args["input"]].shape, io[args["weight"]].shape, out.shape)
 
@@ -129,7 +129,7 @@ def parse_geometry(node: fx.Node) -> ConvSpec:
 def _arguments(node: fx.Node) -> dict[str, Any]:
     args = dict(zip(_NAMES[node.target], node.args, strict=False)) | dict(node.kwargs)
     if args.get("transposed", False):
-        raise Unsupported("conv.transposed", "transposed convolution has no template")
+        raise Unsupported("PLT-CNV-004", "transposed convolution has no template")
     return args
 
 
@@ -138,13 +138,13 @@ def _spec(
 ) -> ConvSpec:
     rank = len(weight) - 2
     if rank not in (1, 2) or len(x) != rank + 2:
-        raise Unsupported("conv.rank", f"{len(x)}-d input, {len(weight)}-d weight")
+        raise Unsupported("PLT-CNV-005", f"{len(x)}-d input, {len(weight)}-d weight")
 
     def pair(key: str, default: int) -> tuple[int, int]:
         value = args.get(key, default)
         value = [value] if isinstance(value, int) else list(value)
         if not all(isinstance(v, int) for v in value):
-            raise Unsupported("conv.symbolic-geometry", f"{key} is not a constant")
+            raise Unsupported("PLT-CNV-001", f"{key} is not a constant")
         value = value * rank if len(value) == 1 else value
         return (value[0], value[1]) if rank == 2 else (default, value[0])
 
@@ -164,7 +164,7 @@ def _spec(
         groups=_static(args.get("groups", 1), "groups"),
     )  # fmt: skip
     if 0 in (spec.c, spec.oc, kh, kw):
-        raise Unsupported("conv.empty", "a convolution without channels or taps")
+        raise Unsupported("PLT-CNV-007", "a convolution without channels or taps")
     return spec
 
 
@@ -180,5 +180,5 @@ def halo_of(arg: TensorArg, rank: int) -> tuple[tuple[int, int], tuple[int, int]
 
 def _static(value: Any, what: str) -> int:
     if not isinstance(value, int):
-        raise Unsupported("conv.symbolic-geometry", f"{what} {value} is not a constant")
+        raise Unsupported("PLT-CNV-001", f"{what} {value} is not a constant")
     return value

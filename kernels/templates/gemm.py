@@ -72,7 +72,7 @@ def lower(
 
 def _checked(group: Group, io: IO, target: Target) -> GemmSpec:
     if target.kind != "cpu":
-        raise Unsupported("gemm.target", f"this template does not generate code for {target.kind}")
+        raise Unsupported("PLT-GEM-002", f"this template does not generate code for {target.kind}")
     return parse(group, io)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
@@ -58,12 +59,16 @@ class Body:
         self.at_once = not self.blocked and isinstance(spec.m, int)
         rows = tiling.ri if self.at_once else tiling.mc
         self.sums = em.local(rows * tiling.width)
-        # One set of registers for tiles of all heights: TVM would merge several sets that are not
-        # live at once into heap allocations.
+        # One set of accumulators, which LLVM keeps in registers, for tiles of all heights.
         self.acc = [em.local(tiling.width) for _ in range(tiling.ri)]
-        self.panel = None if spec.b_const else em.local(tiling.kc * tiling.width)
-        self.turns = not spec.b_const and spec.b_strides[-2] == 1 and spec.b_strides[-1] != 1
-        self.square = em.local(tiling.lanes * tiling.lanes) if self.turns else None
+        # Few rows do not repay a copy of whole vectors that can be read where they lie.
+        few = isinstance(spec.m, int) and spec.m <= 2 * tiling.ri
+        whole = isinstance(spec.n, int) and spec.n % tiling.width == 0
+        self.direct = spec.b_const or (few and whole and spec.b_strides[-1] == 1)
+        self.turns = not self.direct and spec.b_strides[-2] == 1 and spec.b_strides[-1] != 1
+        self.panel = None if self.direct else em.local(tiling.kc * tiling.width)
+        converts = self.turns and spec.dtype != torch.float32
+        self.square = em.local(tiling.lanes * tiling.lanes) if converts else None
 
     def task(self, number: Expr) -> None:
         """All rows of a block; row blocks of one panel are neighbouring tasks."""
@@ -130,7 +135,10 @@ class Body:
     def _multiply(
         self, rows: int, a0: Expr, sums0: Expr, depth: Expr, load: LoadPanel, first: bool
     ) -> None:
-        """``sums += a @ panel`` for one tile; ``first`` starts from zero."""
+        """``sums += a @ panel`` for one tile, or ``sums =`` it if ``first``.
+
+        Every block is summed from zero, so rounding errors grow with the block, not with ``k``.
+        """
         em, t = self.em, self.t
         stride_m, stride_k = (em.dim(s) for s in self.spec.a_strides[-2:])
         start = [T.bind(a0 + i * stride_m) for i in range(rows)]
@@ -138,8 +146,7 @@ class Body:
         for i in range(rows):
             with T.unroll(em.i64(t.nv)) as v, T.vectorized(em.i64(t.lanes)) as j:
                 at = v * t.lanes + j
-                init = em.f32(0.0) if first else self.sums[sums0 + i * t.width + at]
-                T.buffer_store(acc[i], init, [at])
+                T.buffer_store(acc[i], em.f32(0.0), [at])
 
         def step(k: Expr) -> None:
             for i in range(rows):
@@ -158,7 +165,9 @@ class Body:
         for i in range(rows):
             with T.unroll(em.i64(t.nv)) as v, T.vectorized(em.i64(t.lanes)) as j:
                 at = v * t.lanes + j
-                T.buffer_store(self.sums, acc[i][at], [sums0 + i * t.width + at])
+                where = sums0 + i * t.width + at
+                total = acc[i][at] if first else self.sums[where] + acc[i][at]
+                T.buffer_store(self.sums, total, [where])
 
     # -- the right factor ---------------------------------------------------------------------
 
@@ -167,13 +176,15 @@ class Body:
     ) -> LoadPanel:
         """Makes steps ``k0 .. k0 + depth`` of a panel readable."""
         em, spec, t = self.em, self.spec, self.t
-        if self.panel is None:
+        if spec.b_const:
             panels = -(-spec.n // t.width)  # type: ignore[operator]
             matrix = _dot(batch, [em.dim(s) for s in spec.b_matrix_strides])
             start = T.bind(((matrix * panels + panel) * self.k + k0) * t.width)
             return lambda k, j: self.b.load_flat(start + k * t.width + j)
         strides = [em.dim(s) for s in spec.b_strides]
         origin = T.bind(_dot(batch, strides) + k0 * strides[-2] + column0 * strides[-1])
+        if self.direct:
+            return lambda k, j: self.b.load_flat(origin + k * strides[-2] + j)
         limit = T.bind(tir.min(em.i64(t.width), self.n - column0))
         if self.turns:
             self._transpose_block(origin, depth, limit)
@@ -200,14 +211,7 @@ class Body:
         with T.serial(whole) as v:
             with T.serial(squares) as s:
                 corner = T.bind(origin + v * t.lanes * stride_n + s * t.lanes)
-                for i in range(t.lanes):  # fp32 first: TVM converts bf16 only in such loops
-                    with T.vectorized(em.i64(t.lanes)) as j:
-                        value = _f32(self.b.load_flat(corner + i * stride_n + j))
-                        T.buffer_store(self.square, value, [i * t.lanes + j])
-                rows = [
-                    T.bind(self.square[tir.Ramp(em.i64(i * t.lanes), one, t.lanes)])
-                    for i in range(t.lanes)
-                ]
+                rows = [self._vector(corner + i * stride_n, i) for i in range(t.lanes)]
                 for i, row in enumerate(_transposed(rows)):
                     at = (s * t.lanes + i) * t.width + v * t.lanes
                     T.buffer_store(self.panel, row, [tir.Ramp(at, one, t.lanes)])
@@ -215,6 +219,15 @@ class Body:
                 self._put(origin, k, v * t.lanes + j)
         with T.serial(depth) as k:
             self._edge(origin, k, whole, limit)
+
+    def _vector(self, offset: Expr, row: int) -> Expr:
+        """A vector of the right factor as a named fp32 value."""
+        em, lanes = self.em, self.t.lanes
+        if self.square is None:
+            return T.bind(self.b.buffer[tir.Ramp(offset, em.i64(1), lanes)])
+        with T.vectorized(em.i64(lanes)) as j:  # TVM converts bf16 only in such loops
+            T.buffer_store(self.square, _f32(self.b.load_flat(offset + j)), [row * lanes + j])
+        return T.bind(self.square[tir.Ramp(em.i64(row * lanes), em.i64(1), lanes)])
 
     def _edge(self, origin: Expr, k: Expr, whole: Expr, limit: Expr) -> None:
         """Columns past the last whole vector, and zeros up to the panel's width."""

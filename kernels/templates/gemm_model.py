@@ -7,7 +7,6 @@ panel's loads, the cost of entering a tile, and rows that fall into the same cac
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..abi import Dim
@@ -16,7 +15,7 @@ from .gemm_body import Tiling
 from .gemm_spec import GemmSpec, ceil_div
 
 LATENCY = 4  # cycles until a sum can be added to again
-CACHE_SHARE = 256 << 10  # bytes of a second-level cache that a block of the panel may take
+DEPTH = 256  # steps in a block: its panel fits the second-level cache, its sums stay accurate
 SCRATCH = 48 << 10  # bytes of sums between blocks
 SMALL_TASK = 1 << 19  # flops below which tasks are not made smaller
 LARGE_TASK = 1 << 23  # flops above which tasks are made smaller
@@ -82,16 +81,11 @@ def _blocks(spec: GemmSpec, lanes: int, tile: _Tile) -> Tiling:
     """Cache blocks for a register tile."""
     width = tile.nv * lanes
     row_tiles: Dim = ceil_div(spec.m, tile.ri)
-    once = isinstance(row_tiles, int) and row_tiles <= 2  # the panel is hardly read again
-    itemsize = spec.dtype.itemsize if spec.b_const else 4
-    deepest = (CACHE_SHARE if spec.b_const else CACHE_SHARE // 2) // (width * itemsize)
-    if isinstance(spec.k, int) and (spec.k <= deepest or (once and spec.b_const)):
-        kc = max(1, spec.k)
-    elif isinstance(spec.k, int):
-        kc = -(-spec.k // math.ceil(spec.k / deepest))
-        kc = -(-kc // 16) * 16
+    if isinstance(spec.k, int):
+        blocks = max(1, round(spec.k / DEPTH))
+        kc = max(1, -(-spec.k // blocks))
     else:
-        kc = deepest // 16 * 16
+        kc = DEPTH
     blocked = not isinstance(spec.k, int) or spec.k > kc
     most = max(1, SCRATCH // (4 * width * tile.ri)) if blocked else 1 << 30
     if not isinstance(row_tiles, int):

@@ -102,12 +102,12 @@ def parse(group: Group, io: IO) -> GemmSpec:
     """
     anchor = group.anchor
     if anchor is None or anchor.target not in ANCHORS:
-        raise Unsupported("gemm.anchor", f"{anchor} is not a matrix product")
+        raise Unsupported("PLT-GEM-005", f"{anchor} is not a matrix product")
     left, right, fused_bias, transposed = _operands(anchor)
     a, b = _strided(left, group, io), _strided(right, group, io)
     dtype = io[a.node].dtype
     if dtype not in (torch.float32, torch.bfloat16) or io[b.node].dtype != dtype:
-        raise Unsupported("gemm.dtype", f"{dtype} times {io[b.node].dtype} is left to the library")
+        raise Unsupported("PLT-GEM-004", f"{dtype} times {io[b.node].dtype} is left to the library")
     has_row, has_column = len(a.shape) > 1, len(b.shape) > 1
     lead = a.shape[:-1]  # everything of ``a`` but k
     a_lead = list(a.strides[:-1])
@@ -205,7 +205,7 @@ def _flat_args(node: fx.Node) -> Iterable[Any]:
 
 def _scalar(value: Any) -> float:
     if not isinstance(value, (int, float)):
-        raise Unsupported("gemm.symbolic-scale", f"scale {value} is not a constant")
+        raise Unsupported("PLT-GEM-003", f"scale {value} is not a constant")
     return value
 
 
@@ -270,10 +270,10 @@ def _strided(node: fx.Node, group: Group, io: IO) -> Strided:
     if node in io and node in group.inputs:
         return Strided(node, io[node].shape, io[node].strides)
     if node not in group.nodes or not node.args or not isinstance(node.args[0], fx.Node):
-        raise Unsupported("gemm.operand", f"{node} is no input of the group")
+        raise Unsupported("PLT-GEM-001", f"{node} is no input of the group")
     target, args = node.target, node.args[1:]
     if target not in _READ and target not in _TRANSPARENT | _VIEWS:
-        raise Unsupported("gemm.operand", f"{node} ({target}) is computed, not read")
+        raise Unsupported("PLT-GEM-001", f"{node} ({target}) is computed, not read")
     source = _strided(node.args[0], group, io)
     if target in _TRANSPARENT:
         return source
@@ -281,7 +281,7 @@ def _strided(node: fx.Node, group: Group, io: IO) -> Strided:
     if target in _VIEWS:
         strides = view_strides(source.shape, source.strides, shape)
         if strides is None:
-            raise Unsupported("gemm.operand", f"{node} cannot be read through strides")
+            raise Unsupported("PLT-GEM-001", f"{node} cannot be read through strides")
         return Strided(source.node, shape, strides)
     return Strided(source.node, shape, _READ[target](source, *args))
 

@@ -57,7 +57,7 @@ def lower(
         with emitter.function() as task:
             tasks = builder.emit(emitter, task)
     except NotImplementedError as error:
-        raise Unsupported("pointwise-operator", str(error)) from error
+        raise Unsupported("PLT-PNT-001", str(error)) from error
     return Kernel(
         name=name,
         func=emitter.finish(),
@@ -94,13 +94,13 @@ def _sizes(value: Any) -> list[Any]:
 def _check(group: Group) -> None:
     for node in group.nodes:
         if category(node) not in ("pointwise", "view", "symbolic"):
-            raise Unsupported("pointwise-operator", f"{node.target} is not pointwise")
+            raise Unsupported("PLT-PNT-001", f"{node.target} is not pointwise")
     if not group.outputs:
-        raise Unsupported("pointwise-outputs", "the group has no output")
+        raise Unsupported("PLT-PNT-002", "the group has no output")
     counts = [product(dims_of(n)) for n in group.outputs]
     if any(sympy.expand(c - counts[0]) != 0 for c in counts[1:]):
         raise Unsupported(
-            "pointwise-outputs",
+            "PLT-PNT-002",
             "outputs of different sizes in one group",
             "give each size a group of its own",
         )
@@ -140,8 +140,11 @@ class _Builder:
         first: Dim = 0
         regions = self._regions(emitter, env)
         for region in regions:
-            axes, vector = self._plan(emitter, region, recorded)
-            count, body = self._loops(emitter, region, axes, vector)
+            if 0 in region.arg.shape:
+                count, body = 0, _nothing
+            else:
+                axes, vector = self._plan(emitter, region, recorded)
+                count, body = self._loops(emitter, region, axes, vector)
             if len(regions) == 1:
                 body(task)
                 return count
@@ -185,7 +188,9 @@ class _Builder:
             value = cast(env[tensor], out.dtype)
             arg = TensorArg(out.dtype, dims, out.strides)
 
-            def store(index: Sequence[Expr], value=value, at=emitter.dim(start)):
+            at = emitter.dim(start)
+
+            def store(index: Sequence[Expr], value=value, at=at):
                 own = list(index)
                 own[dim] = own[dim] + at
                 return value.load(index), own
@@ -241,8 +246,6 @@ class _Builder:
                 with column as c:
                     element(place, c)
 
-        if rows == 0 or length == 0:
-            return 0, lambda task: T.evaluate(0)
         if isinstance(length, int) and length <= chunk:
             block = max(1, chunk // length)
             if isinstance(rows, int):
@@ -277,6 +280,10 @@ class _Builder:
         """Vector length: as wide as the widest element type that is common here."""
         dtypes = [a.dtype for a in self.outputs] + [n.meta["val"].dtype for n in self.group.inputs]
         return max(1, self.target.vector_bytes // (8 if _all_wide(dtypes) else 4))
+
+
+def _nothing(task: Expr) -> None:
+    T.evaluate(0)
 
 
 def _all_wide(dtypes: Sequence[torch.dtype]) -> bool:

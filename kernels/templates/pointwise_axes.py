@@ -157,7 +157,7 @@ def output_index(axes: Sequence[Axis], values: Sequence[Expr], emitter: Emitter)
             size = emitter.dim(extent)
             pieces.append(tir.floormod(value, size))
             value = tir.floordiv(value, size)
-        for (d, extent), piece in zip(axis.parts, [value, *reversed(pieces)], strict=True):
+        for (d, extent), piece in zip(axis.parts, [value, *reversed(pieces)], strict=False):
             before = index[d]
             index[d] = piece if before is None else before * emitter.dim(extent) + piece
     zero = tir.IntImm("int64", 0)

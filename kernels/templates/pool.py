@@ -21,9 +21,9 @@ from tvm.script.ir_builder import tirx as T
 from ..abi import Dim, Kernel
 from ..emit import Emitter, Expr, compute_dtype
 from ..group import IO, Group
-from ..ops.scope import bind
+from ..math import is_nan
 from ..target import Target
-from .conv_common import Epilogue, ceil_div, clip, compulsory_bytes, inside, symbol_names
+from .conv_common import Epilogue, ceil_div, clip, compulsory_bytes, inside, name_index, symbol_names
 from .pool_spec import POOLS, Axis, PoolSpec, parse
 
 __all__ = ["POOLS", "candidates", "lower"]
@@ -73,12 +73,12 @@ def lower(
     em = Emitter(name, inputs, outputs, symbols)
     with em.function() as task:
         body = _Body(em, spec, group, io, config, lanes)
-        block = bind(tir.floormod(task, blocks))
-        first = bind(tir.floordiv(task, blocks) * chunk)
+        block = name_index(tir.truncmod(task, blocks))
+        first = name_index(tir.truncdiv(task, blocks) * chunk)
         exact = isinstance(rows, int) and rows % chunk == 0
         extent = em.i64(chunk) if exact else tir.min(em.i64(chunk), em.dim(rows) - first)
         with T.serial(em.i64(0), extent) as r:
-            line = bind(first + r)
+            line = name_index(first + r)
             with T.serial(em.i64(0), em.dim(ceil_div(spec.cols.out, config["ri"]))) as part:
                 body.tile(block, line, part)
     return Kernel(
@@ -157,16 +157,16 @@ class _Body:
     def tile(self, block: Expr, line: Expr, part: Expr) -> None:
         """Computes and stores outputs ``[part * ri, ...)`` of row ``line``."""
         em, spec = self.em, self.spec
-        n, row = bind(tir.floordiv(line, self.oh)), bind(tir.floormod(line, self.oh))
-        firsts = [bind(self._channel(block, v)) for v in range(self.nv)]
+        n, row = name_index(tir.truncdiv(line, self.oh)), name_index(tir.truncmod(line, self.oh))
+        firsts = [name_index(self._channel(block, v)) for v in range(self.nv)]
         base = n * self.xs[0]
-        bases = [bind(base + f * self.xs[1]) for f in firsts]
+        bases = [name_index(base + f * self.xs[1]) for f in firsts]
         ys = self._range(spec.rows, row, self.h)
         if self.row_kind:
             start = part * self.ri
             if int(spec.cols.out) % self.ri:  # type: ignore[arg-type]
                 start = tir.min(start, self.ow - self.ri)
-            start = bind(start)
+            start = name_index(start)
             for first, at in zip(firsts, bases, strict=True):
                 self._row(first, at, n, row, start, ys)
         else:
@@ -182,10 +182,10 @@ class _Body:
         """Taps (first, last + 1) of output ``o``, the input position of tap 0, and the step."""
         if axis.adaptive:
             out = self.em.dim(axis.out)
-            begin = bind(tir.floordiv(o * size, out))
-            end = tir.floordiv((o + 1) * size + out - 1, out)
-            return self.em.i64(0), bind(end - begin), begin, 1
-        first = bind(o * axis.stride - axis.pad)
+            begin = name_index(tir.truncdiv(o * size, out))
+            end = tir.truncdiv((o + 1) * size + out - 1, out)
+            return self.em.i64(0), name_index(end - begin), begin, 1
+        first = name_index(o * axis.stride - axis.pad)
         if not axis.padded():
             return self.em.i64(0), self.em.i64(axis.kernel), first, axis.dilation
         return (*clip(first, axis.kernel, axis.dilation, size), first, axis.dilation)
@@ -199,7 +199,7 @@ class _Body:
     def _join(self, total: Expr, value: Expr) -> Expr:
         if self.spec.kind == "avg":
             return total + value
-        return tir.Select(tir.Or(value > total, value != value), value, total)
+        return tir.Select(tir.Or(value > total, is_nan(value)), value, total)
 
     # -- one output at a time ----------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class _Body:
                 with T.vectorized(lanes) as j:
                     T.buffer_store(part, self.identity, [j])
             with T.serial(xs[0], xs[1]) as kx:
-                at = bind(y + (xs[2] + kx * xs[3]) * sw)
+                at = name_index(y + (xs[2] + kx * xs[3]) * sw)
                 for part, base in zip(lines, bases, strict=True):
                     with T.vectorized(lanes) as j:
                         value = self._load(base + at + j * sc)
@@ -238,7 +238,7 @@ class _Body:
     def _row(self, first: Expr, base: Expr, n: Expr, row: Expr, start: Expr, ys: Any) -> None:
         axis = self.spec.cols
         size = axis.size
-        left = bind(start * axis.stride - axis.pad)
+        left = name_index(start * axis.stride - axis.pad)
         reach = (self.ri - 1) * axis.stride + (axis.kernel - 1) * axis.dilation
         whole = self.ri == axis.out
         if not axis.padded():
@@ -257,7 +257,7 @@ class _Body:
     def _edge(self, first: Expr, base: Expr, n: Expr, row: Expr, start: Expr, ys: Any) -> None:
         """A tile some of whose windows reach outside: each output by itself."""
         with T.serial(self.em.i64(0), self.em.i64(self.ri)) as i:
-            self._windows([first], [base], n, row, bind(start + i), ys)
+            self._windows([first], [base], n, row, name_index(start + i), ys)
 
     def _columns(
         self, first: Expr, base: Expr, n: Expr, row: Expr, start: Expr, left: Expr, ys: Any,
@@ -279,7 +279,7 @@ class _Body:
             with T.vectorized(lanes) as j:
                 T.buffer_store(column, self.identity, [j])
         with T.serial(ys[0], ys[1]) as ky:
-            at = bind(base + (ys[2] + ky * ys[3]) * sh + left * sw)
+            at = name_index(base + (ys[2] + ky * ys[3]) * sh + left * sw)
             for q, column in columns.items():
                 with T.vectorized(lanes) as j:
                     value = self._load(at + q * sw + j * sc)
@@ -317,7 +317,7 @@ class _Body:
                 count = count * (tir.min(begin + axis.kernel, size + axis.pad) - begin)
         if isinstance(count, tir.IntImm):
             return tir.const(1.0 / int(count), self.dtype)
-        return bind(tir.const(1.0, self.dtype) / tir.Cast(self.dtype, count))
+        return T.bind(tir.const(1.0, self.dtype) / tir.Cast(self.dtype, count))
 
     def _store(
         self, n: Expr, channel: Expr, row: Expr, col: Expr, total: Expr, scale: Expr | None

@@ -107,14 +107,14 @@ def parse(group: Group, io: IO) -> PoolSpec:
     check_epilogue(group)
     x = args["input"]
     if x not in io:
-        raise Unsupported("pool.prologue", f"{x} is computed inside the group")
+        raise Unsupported("PLT-POL-002", f"{x} is computed inside the group")
     xa, out = io[x], io[group.outputs[0]]
     if xa.dtype not in DTYPES:
-        raise Unsupported("pool.dtype", f"{xa.dtype} is left to the library")
+        raise Unsupported("PLT-POL-004", f"{xa.dtype} is left to the library")
     batch = len(xa.shape) == rank + 2
     c = xa.shape[int(batch)]
     if not isinstance(c, int) or c == 0:
-        raise Unsupported("pool.symbolic-geometry", f"channels {c} are not a positive constant")
+        raise Unsupported("PLT-POL-001", f"channels {c} are not a positive constant")
     sizes, outs = xa.shape[-rank:], out.shape[-rank:]
 
     def numbers(key: str, default: list[int]) -> list[int]:
@@ -122,7 +122,7 @@ def parse(group: Group, io: IO) -> PoolSpec:
         value = [value] if isinstance(value, int) else list(value or default)
         value = value * rank if len(value) == 1 else value
         if not all(isinstance(v, int) for v in value):
-            raise Unsupported("pool.symbolic-geometry", f"{key} is not a constant")
+            raise Unsupported("PLT-POL-001", f"{key} is not a constant")
         return value
 
     if "output" in names:

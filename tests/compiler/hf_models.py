@@ -87,15 +87,25 @@ def both() -> Inputs:
     return {**tokens(11), **tokens(7, name="decoder_input_ids")}
 
 
+def both_masked() -> Inputs:
+    """Tokens and masks for an encoder and a decoder."""
+    masks = {"attention_mask": torch.ones(2, 11), "decoder_attention_mask": torch.ones(2, 7)}
+    return {**both(), **masks}
+
+
+def noise(name: str, *shape: int) -> Inputs:
+    """Normally distributed numbers."""
+    return {name: torch.randn(*shape, generator=torch.Generator().manual_seed(0))}
+
+
 def pixels(size: int = 32, channels: int = 3) -> Inputs:
     """Two images."""
-    generator = torch.Generator().manual_seed(0)
-    return {"pixel_values": torch.randn(2, channels, size, size, generator=generator)}
+    return noise("pixel_values", 2, channels, size, size)
 
 
 def waves(length: int = 1000) -> Inputs:
     """Two sound waves."""
-    return {"input_values": torch.randn(2, length, generator=torch.Generator().manual_seed(0))}
+    return noise("input_values", 2, length)
 
 
 def image_and_text() -> Inputs:
@@ -172,27 +182,28 @@ text("mpnet", "MPNetModel", "MPNetConfig")
 text("ernie", "ErnieModel", "ErnieConfig")
 text("megatron-bert", "MegatronBertModel", "MegatronBertConfig")
 text("convbert", "ConvBertModel", "ConvBertConfig", embedding_size=16)
-text("squeezebert", "SqueezeBertModel", "SqueezeBertConfig", embedding_size=32, q_groups=1, k_groups=1,
-     v_groups=1, post_attention_groups=1, intermediate_groups=1, output_groups=1)  # fmt: skip
+text("squeezebert", "SqueezeBertModel", "SqueezeBertConfig", embedding_size=32,
+     q_groups=1, k_groups=1, v_groups=1, post_attention_groups=1,
+     intermediate_groups=1, output_groups=1)  # fmt: skip
 text(
     "mobilebert", "MobileBertModel", "MobileBertConfig", embedding_size=32, intra_bottleneck_size=32
 )
 text("roformer", "RoFormerModel", "RoFormerConfig", embedding_size=32)
 text("layoutlm", "LayoutLMModel", "LayoutLMConfig")
 text("ibert", "IBertModel", "IBertConfig")
-text("nystromformer", "NystromformerModel", "NystromformerConfig", num_landmarks=4)
 text("yoso", "YosoModel", "YosoConfig", use_expectation=True)
 text("rembert", "RemBertModel", "RemBertConfig", input_embedding_size=16, output_embedding_size=16)
-text("nezha-like-data2vec", "Data2VecTextModel", "Data2VecTextConfig")
+text("data2vec-text", "Data2VecTextModel", "Data2VecTextConfig")
 text("splinter", "SplinterModel", "SplinterConfig")
 text("modernbert", "ModernBertModel", "ModernBertConfig", global_attn_every_n_layers=2,
      local_attention=8, cls_token_id=1, sep_token_id=2)  # fmt: skip
 text("esm", "EsmModel", "EsmConfig", mask_token_id=4)
 model("fnet", "FNetModel", "FNetConfig", tokens, vocab_size=99, hidden_size=32, num_hidden_layers=2,
       intermediate_size=37, max_position_embeddings=64)  # fmt: skip
-model("canine", "CanineModel", "CanineConfig", lambda: masked(32), hidden_size=32, num_hidden_layers=2,
-      num_attention_heads=4, intermediate_size=37, max_position_embeddings=64, num_hash_buckets=32,
-      local_transformer_stride=16, downsampling_rate=4, upsampling_kernel_size=4)  # fmt: skip
+model("canine", "CanineModel", "CanineConfig", lambda: masked(32), hidden_size=32,
+      num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, max_position_embeddings=64,
+      num_hash_buckets=32, local_transformer_stride=16, downsampling_rate=4,
+      upsampling_kernel_size=4)  # fmt: skip
 model("funnel", "FunnelBaseModel", "FunnelConfig", tokens, vocab_size=99, block_sizes=[1, 1],
       num_decoder_layers=1, d_model=32, n_head=4, d_head=8, d_inner=37)  # fmt: skip
 model("xlnet", "XLNetModel", "XLNetConfig", tokens, vocab_size=99, d_model=32, n_layer=2, n_head=4,
@@ -201,32 +212,32 @@ model("flaubert", "FlaubertModel", "FlaubertConfig", tokens, vocab_size=99, emb_
       n_heads=4, max_position_embeddings=64)  # fmt: skip
 
 # -- decoders --------------------------------------------------------------------------------------
-model("gpt2", "GPT2LMHeadModel", "GPT2Config", masked, vocab_size=99, n_embd=32, n_layer=2, n_head=4,
-      n_positions=64)  # fmt: skip
-model("gpt2-eager", "GPT2Model", "GPT2Config", masked, vocab_size=99, n_embd=32, n_layer=2, n_head=4,
-      n_positions=64, attn_implementation="eager")  # fmt: skip
+model("gpt2", "GPT2LMHeadModel", "GPT2Config", masked, vocab_size=99, n_embd=32,
+      n_layer=2, n_head=4, n_positions=64)  # fmt: skip
+model("gpt2-eager", "GPT2Model", "GPT2Config", masked, vocab_size=99, n_embd=32,
+      n_layer=2, n_head=4, n_positions=64, attn_implementation="eager")  # fmt: skip
 model("openai-gpt", "OpenAIGPTLMHeadModel", "OpenAIGPTConfig", tokens, vocab_size=99, n_embd=32,
       n_layer=2, n_head=4, n_positions=64)  # fmt: skip
-model("gpt-neo", "GPTNeoForCausalLM", "GPTNeoConfig", masked, vocab_size=99, hidden_size=32, num_layers=2,
-      num_heads=4, attention_types=[[["global", "local"], 1]], window_size=5,
-      max_position_embeddings=64)  # fmt: skip
-model("gpt-j", "GPTJForCausalLM", "GPTJConfig", masked, vocab_size=99, n_embd=32, n_layer=2, n_head=4,
-      n_positions=64, rotary_dim=4)  # fmt: skip
+model("gpt-neo", "GPTNeoForCausalLM", "GPTNeoConfig", masked, vocab_size=99,
+      hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global",
+      "local"], 1]], window_size=5, max_position_embeddings=64)  # fmt: skip
+model("gpt-j", "GPTJForCausalLM", "GPTJConfig", masked, vocab_size=99, n_embd=32,
+      n_layer=2, n_head=4, n_positions=64, rotary_dim=4)  # fmt: skip
 model("codegen", "CodeGenForCausalLM", "CodeGenConfig", masked, vocab_size=99, n_embd=32, n_layer=2,
       n_head=4, n_positions=64, rotary_dim=4)  # fmt: skip
 model("gpt-bigcode", "GPTBigCodeForCausalLM", "GPTBigCodeConfig", masked, vocab_size=99, n_embd=32,
       n_layer=2, n_head=4, n_positions=64)  # fmt: skip
 text("gpt-neox", "GPTNeoXForCausalLM", "GPTNeoXConfig")
 text("gpt-neox-japanese", "GPTNeoXJapaneseForCausalLM", "GPTNeoXJapaneseConfig")
-model("opt", "OPTForCausalLM", "OPTConfig", masked, vocab_size=99, hidden_size=32, num_hidden_layers=2,
-      num_attention_heads=4, ffn_dim=37, max_position_embeddings=64, word_embed_proj_dim=32,
-      pad_token_id=1)  # fmt: skip
+model("opt", "OPTForCausalLM", "OPTConfig", masked, vocab_size=99, hidden_size=32,
+      num_hidden_layers=2, num_attention_heads=4, ffn_dim=37,
+      max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=1)  # fmt: skip
 model("bloom", "BloomForCausalLM", "BloomConfig", masked, vocab_size=99, hidden_size=32, n_layer=2,
       n_head=4)  # fmt: skip
-model("mpt", "MptForCausalLM", "MptConfig", masked, vocab_size=99, d_model=32, n_layers=2, n_heads=4,
-      max_seq_len=64)  # fmt: skip
-model("ctrl", "CTRLLMHeadModel", "CTRLConfig", tokens, vocab_size=99, n_embd=32, n_layer=2, n_head=4,
-      dff=37, n_positions=64)  # fmt: skip
+model("mpt", "MptForCausalLM", "MptConfig", masked, vocab_size=99, d_model=32,
+      n_layers=2, n_heads=4, max_seq_len=64)  # fmt: skip
+model("ctrl", "CTRLLMHeadModel", "CTRLConfig", tokens, vocab_size=99, n_embd=32,
+      n_layer=2, n_head=4, dff=37, n_positions=64)  # fmt: skip
 model("biogpt", "BioGptForCausalLM", "BioGptConfig", masked, vocab_size=99, hidden_size=32,
       num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
       max_position_embeddings=64)  # fmt: skip
@@ -298,26 +309,27 @@ causal("minimax", "MiniMax", **EXPERTS, **HEAD, block_size=4)
 causal("dots1", "Dots1", **HEAD, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
        moe_intermediate_size=16, first_k_dense_replace=1, n_group=1, topk_group=1)  # fmt: skip
 causal("jetmoe", "JetMoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=8)
-model("switch", "SwitchTransformersModel", "SwitchTransformersConfig", both, vocab_size=99, d_model=32,
-      d_kv=8, d_ff=37, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4,
-      num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, pad_token_id=0,
-      decoder_start_token_id=0)  # fmt: skip
+model("switch", "SwitchTransformersModel", "SwitchTransformersConfig", both_masked,
+      vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_decoder_layers=2,
+      num_heads=4, num_experts=4, num_sparse_encoder_layers=1,
+      num_sparse_decoder_layers=1, pad_token_id=0, decoder_start_token_id=0)  # fmt: skip
 
 # -- state-space and recurrent ---------------------------------------------------------------------
-model("mamba", "MambaForCausalLM", "MambaConfig", tokens, vocab_size=99, hidden_size=32, state_size=4,
-      num_hidden_layers=2)  # fmt: skip
+model("mamba", "MambaForCausalLM", "MambaConfig", tokens, vocab_size=99,
+      hidden_size=32, state_size=4, num_hidden_layers=2)  # fmt: skip
 model("falcon-mamba", "FalconMambaForCausalLM", "FalconMambaConfig", tokens, vocab_size=99,
       hidden_size=32, state_size=4, num_hidden_layers=2)  # fmt: skip
-model("mamba2", "Mamba2ForCausalLM", "Mamba2Config", tokens, vocab_size=99, hidden_size=32, state_size=8,
-      num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=2, chunk_size=4)  # fmt: skip
+model("mamba2", "Mamba2ForCausalLM", "Mamba2Config", tokens, vocab_size=99,
+      hidden_size=32, state_size=8, num_hidden_layers=2, num_heads=8, head_dim=8,
+      n_groups=2, chunk_size=4)  # fmt: skip
 model("rwkv", "RwkvForCausalLM", "RwkvConfig", lambda: tokens(5), vocab_size=99, hidden_size=32,
       num_hidden_layers=2, context_length=16)  # fmt: skip
-causal("jamba", "Jamba", num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1,
-       expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
-       use_mamba_kernels=False)  # fmt: skip
+causal("jamba", "Jamba", num_experts=4, num_experts_per_tok=2, attn_layer_period=2,
+       attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+       mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)  # fmt: skip
 causal("bamba", "Bamba", attn_layer_indices=[1], mamba_n_heads=8, mamba_n_groups=1, mamba_d_state=8,
        mamba_d_head=8, mamba_chunk_size=4)  # fmt: skip
-causal("zamba2-like-falcon-h1", "FalconH1", **HEAD, mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64,
+causal("falcon-h1", "FalconH1", **HEAD, mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64,
        mamba_d_state=8, mamba_chunk_size=4)  # fmt: skip
 causal("lfm2", "Lfm2", layer_types=["conv", "full_attention"])
 causal("recurrent-gemma", "RecurrentGemma", lru_width=32, attention_window_size=8,
@@ -355,7 +367,7 @@ model("prophetnet", "ProphetNetModel", "ProphetNetConfig", both, vocab_size=99, 
 # -- vision ----------------------------------------------------------------------------------------
 model("vit", "ViTModel", "ViTConfig", pixels, **VISION)
 model("vit-classifier", "ViTForImageClassification", "ViTConfig", pixels, **VISION, num_labels=5)
-model("vit-mae-like-ijepa", "IJepaModel", "IJepaConfig", pixels, **VISION)
+model("ijepa", "IJepaModel", "IJepaConfig", pixels, **VISION)
 model("deit", "DeiTForImageClassification", "DeiTConfig", pixels, **VISION)
 model("beit", "BeitModel", "BeitConfig", pixels, **VISION)
 model("data2vec-vision", "Data2VecVisionModel", "Data2VecVisionConfig", pixels, **VISION)
@@ -366,8 +378,9 @@ model("dinov3-vit", "DINOv3ViTModel", "DINOv3ViTConfig", pixels, **VISION)
 model("vit-msn", "ViTMSNModel", "ViTMSNConfig", pixels, **VISION)
 model("yolos", "YolosModel", "YolosConfig", pixels, **{**VISION, "image_size": [32, 32]},
       num_detection_tokens=4)  # fmt: skip
-model("dpt", "DPTForDepthEstimation", "DPTConfig", pixels, **VISION, neck_hidden_sizes=[8, 8, 8, 8],
-      backbone_out_indices=[0, 0, 1, 1], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5],
+model("dpt", "DPTForDepthEstimation", "DPTConfig", pixels,
+      **{**VISION, "num_hidden_layers": 4}, neck_hidden_sizes=[8, 8, 8, 8],
+      backbone_out_indices=[0, 1, 2, 3], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5],
       is_hybrid=False, use_auxiliary_head=False)  # fmt: skip
 model("swin", "SwinModel", "SwinConfig", pixels, image_size=32, patch_size=2, embed_dim=16,
       depths=[2, 2], num_heads=[2, 4], window_size=4)  # fmt: skip
@@ -394,7 +407,7 @@ model("mobilevit", "MobileViTModel", "MobileViTConfig", lambda: pixels(64), imag
 model("mobilevitv2", "MobileViTV2Model", "MobileViTV2Config", lambda: pixels(64), image_size=64,
       width_multiplier=0.25)  # fmt: skip
 model("efficientnet", "EfficientNetModel", "EfficientNetConfig", pixels, image_size=32,
-      width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=64)  # fmt: skip
+      width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320)  # fmt: skip
 model("segformer", "SegformerForSemanticSegmentation", "SegformerConfig", pixels,
       hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2],
       decoder_hidden_size=16)  # fmt: skip
@@ -404,24 +417,20 @@ model("pvt", "PvtModel", "PvtConfig", pixels, image_size=32, hidden_sizes=[8, 8,
       depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2])  # fmt: skip
 model("pvt-v2", "PvtV2Model", "PvtV2Config", pixels, image_size=32, hidden_sizes=[8, 8, 16, 16],
       depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2])  # fmt: skip
-model("cvt", "CvtModel", "CvtConfig", pixels, embed_dim=[8, 16, 16], num_heads=[1, 2, 2],
-      depth=[1, 1, 2])  # fmt: skip
 model("levit", "LevitModel", "LevitConfig", lambda: pixels(64), image_size=64,
       hidden_sizes=[16, 24, 32], num_attention_heads=[2, 3, 4], depths=[1, 1, 1],
       key_dim=[8, 8, 8])  # fmt: skip
 model("swiftformer", "SwiftFormerModel", "SwiftFormerConfig", lambda: pixels(64),
       embed_dims=[8, 16, 16, 24], depths=[1, 1, 1, 1])  # fmt: skip
-model("focalnet", "FocalNetModel", "FocalNetConfig", pixels, image_size=32, patch_size=2, embed_dim=8,
-      depths=[1, 1], focal_levels=[2, 2], focal_windows=[3, 3], hidden_sizes=[8, 16])  # fmt: skip
+model("focalnet", "FocalNetModel", "FocalNetConfig", pixels, image_size=32,
+      patch_size=2, embed_dim=8, depths=[1, 1], focal_levels=[2, 2], focal_windows=[3,
+      3], hidden_sizes=[8, 16])  # fmt: skip
 model("glpn", "GLPNForDepthEstimation", "GLPNConfig", pixels, hidden_sizes=[8, 8, 16, 16],
       depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=8)  # fmt: skip
-model("hiera", "HieraModel", "HieraConfig", pixels, image_size=[32, 32], patch_size=[3, 3],
-      patch_stride=[2, 2], patch_padding=[1, 1], embed_dim=8, depths=[1, 1], num_heads=[1, 2],
-      mlp_ratio=2.0, masked_unit_size=[4, 4])  # fmt: skip
-model("van", "TextNetModel", "TextNetConfig", lambda: pixels(64), hidden_sizes=[8, 8, 16, 16, 16])
 model("hgnet-v2", "HGNetV2ForImageClassification", "HGNetV2Config", lambda: pixels(64))
-model("swin2sr", "Swin2SRForImageSuperResolution", "Swin2SRConfig", pixels, image_size=32, patch_size=1,
-      embed_dim=16, depths=[1], num_heads=[2], window_size=8, upscale=2)  # fmt: skip
+model("swin2sr", "Swin2SRForImageSuperResolution", "Swin2SRConfig", pixels,
+      image_size=32, patch_size=1, embed_dim=16, depths=[1], num_heads=[2],
+      window_size=8, upscale=2)  # fmt: skip
 
 # -- image and text --------------------------------------------------------------------------------
 CLIP_TEXT = {**TEXT, "projection_dim": 16}
@@ -433,8 +442,8 @@ model("clip-text", "CLIPTextModel", "CLIPTextConfig", masked, **CLIP_TEXT)
 model("siglip", "SiglipModel", "SiglipConfig", image_and_text, text_config={**TEXT},
       vision_config={**VISION})  # fmt: skip
 model("siglip-vision", "SiglipVisionModel", "SiglipVisionConfig", pixels, **VISION)
-model("altclip-like-chinese-clip", "ChineseCLIPModel", "ChineseCLIPConfig", image_and_text, **CLIP)
-model("groupvit-like-clipseg-vision", "CLIPSegVisionModel", "CLIPSegVisionConfig", pixels, **VISION)
+model("chinese-clip", "ChineseCLIPModel", "ChineseCLIPConfig", image_and_text, **CLIP)
+model("clipseg-vision", "CLIPSegVisionModel", "CLIPSegVisionConfig", pixels, **VISION)
 model("x-clip-vision", "XCLIPVisionModel", "XCLIPVisionConfig", lambda: pixels(), **VISION,
       mit_hidden_size=32, mit_intermediate_size=37, mit_num_hidden_layers=1,
       mit_num_attention_heads=4, num_frames=2)  # fmt: skip
@@ -443,8 +452,6 @@ model("blip", "BlipModel", "BlipConfig", image_and_text,
       vision_config={**CLIP_VISION}, projection_dim=16)  # fmt: skip
 model("blip-vision", "BlipVisionModel", "BlipVisionConfig", pixels, **VISION)
 model("owlvit-vision", "OwlViTVisionModel", "OwlViTVisionConfig", pixels, **VISION)
-model("vilt", "ViltModel", "ViltConfig", image_and_text, **{**TEXT, **VISION},
-      max_image_length=-1)  # fmt: skip
 
 # -- sound -----------------------------------------------------------------------------------------
 model("wav2vec2", "Wav2Vec2Model", "Wav2Vec2Config", waves, **SPEECH)
@@ -456,43 +463,38 @@ model("data2vec-audio", "Data2VecAudioModel", "Data2VecAudioConfig", waves,
 model("unispeech", "UniSpeechModel", "UniSpeechConfig", waves, **SPEECH)
 model("sew", "SEWModel", "SEWConfig", waves, **SPEECH, squeeze_factor=1)
 model("whisper", "WhisperModel", "WhisperConfig",
-      lambda: {"input_features": torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0)),
+      lambda: {**noise("input_features", 2, 8, 40),
                **tokens(7, name="decoder_input_ids")},
-      **{**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 16})  # fmt: skip
+      **SEQ2SEQ, num_mel_bins=8, max_source_positions=20, max_target_positions=16)  # fmt: skip
 model("speech-to-text", "Speech2TextModel", "Speech2TextConfig",
-      lambda: {"input_features": torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)),
+      lambda: {**noise("input_features", 2, 40, 8),
                **tokens(7, name="decoder_input_ids")},
       **SEQ2SEQ, num_conv_layers=2, conv_kernel_sizes=(3, 3), conv_channels=16,
       input_feat_per_channel=8, max_source_positions=64, max_target_positions=64)  # fmt: skip
 model("audio-spectrogram", "ASTModel", "ASTConfig",
-      lambda: {"input_values": torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0))},
-      hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, patch_size=4,
-      max_length=24, num_mel_bins=16, frequency_stride=4, time_stride=4)  # fmt: skip
+      lambda: noise("input_values", 2, 24, 16),
+      hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
+      patch_size=4, max_length=24, num_mel_bins=16, frequency_stride=4, time_stride=4)  # fmt: skip
 model("encodec", "EncodecModel", "EncodecConfig",
-      lambda: {"input_values": torch.randn(2, 1, 640, generator=torch.Generator().manual_seed(0))},
+      lambda: noise("input_values", 2, 1, 640),
       num_filters=4, hidden_size=16, codebook_size=16, upsampling_ratios=[4, 2],
       num_lstm_layers=1)  # fmt: skip
-model("vits-like-univnet", "UnivNetModel", "UnivNetConfig",
-      lambda: {"input_features": torch.randn(1, 7, 8, generator=torch.Generator().manual_seed(0)),
-               "noise_sequence": torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(1))},
-      model_in_channels=16, model_hidden_channels=8, num_mel_bins=8,
-      kernel_predictor_hidden_channels=8)  # fmt: skip
 
 # -- series ----------------------------------------------------------------------------------------
 model("patchtst", "PatchTSTModel", "PatchTSTConfig",
-      lambda: {"past_values": torch.randn(2, 32, 3, generator=torch.Generator().manual_seed(0))},
+      lambda: noise("past_values", 2, 32, 3),
       num_input_channels=3, context_length=32, patch_length=8, patch_stride=8, d_model=16,
       num_hidden_layers=2, num_attention_heads=4, ffn_dim=32)  # fmt: skip
 model("patchtsmixer", "PatchTSMixerModel", "PatchTSMixerConfig",
-      lambda: {"past_values": torch.randn(2, 32, 3, generator=torch.Generator().manual_seed(0))},
+      lambda: noise("past_values", 2, 32, 3),
       num_input_channels=3, context_length=32, patch_length=8, patch_stride=8, d_model=16,
       num_layers=2)  # fmt: skip
 model("decision-transformer", "DecisionTransformerModel", "DecisionTransformerConfig",
       lambda: {
-          "states": torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)),
-          "actions": torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1)),
-          "rewards": torch.randn(2, 5, 1, generator=torch.Generator().manual_seed(2)),
-          "returns_to_go": torch.randn(2, 5, 1, generator=torch.Generator().manual_seed(3)),
+          **noise("states", 2, 5, 6),
+          **noise("actions", 2, 5, 3),
+          **noise("rewards", 2, 5, 1),
+          **noise("returns_to_go", 2, 5, 1),
           "timesteps": torch.arange(5).repeat(2, 1),
           "attention_mask": torch.ones(2, 5, dtype=torch.int64),
       },

@@ -513,6 +513,20 @@ def test_what_cannot_be_captured_runs_with_one_remark() -> None:
     assert remark.reason and "torch.cond" in remark.hint
 
 
+def test_failure_of_code_generation_is_a_remark(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("no kernel today")
+
+    monkeypatch.setattr("plait.compiler.pipeline.compile_graph", fail)
+    model, x = net(), torch.randn(2, 4)
+    compiled = compile(model)
+    with pytest.warns(UserWarning, match="PLT-CAP-015.*no kernel today"):
+        torch.testing.assert_close(compiled(x), model(x))
+    monkeypatch.setenv("PLAIT_DEBUG", "1")
+    with pytest.raises(ValueError, match="no kernel today"):
+        compile(model)(x)
+
+
 def test_opaque_arguments_run_the_original_and_are_not_kept() -> None:
     class Thing:
         value = 2

@@ -25,7 +25,7 @@ class Answer:
 
 
 class Net(nn.Module):
-    """Most of what a file must hold: tied weights, state, complex constants, cond, sizes, a dataclass."""
+    """Most of what a file must hold: tied weights, state, complex constants, cond, a dataclass."""
 
     def __init__(self) -> None:
         super().__init__()

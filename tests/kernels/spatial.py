@@ -7,6 +7,7 @@ zero and whose other channels belong to someone else (NaN here, so that reading 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,8 @@ class Case:
         nodes = tuple(
             n for n in graph.nodes if n.op == "call_function" and category(n) != "symbolic"
         )
-        (anchor,) = (n for n in nodes if category(n) in ("conv", "pool"))
+        heavy = [n for n in nodes if n.target is not operator.getitem]
+        (anchor,) = (n for n in heavy if category(n) in ("conv", "pool"))
         results = graph.output_node().args[0]
         outputs = tuple(results) if isinstance(results, (tuple, list)) else (results,)
         group = Group(category(anchor), nodes, inputs, outputs, anchor)

@@ -138,16 +138,16 @@ def test_code_that_needs_tvm_at_run_time_is_refused() -> None:
         build([scale("k", 2.0, call="TVMBackendParallelBarrier")], host())
 
 
-def test_multi_dimensional_and_bool_temporaries_take_the_full_pipeline() -> None:
+def test_multi_dimensional_and_bool_temporaries_are_flattened() -> None:
     em = Emitter("k", [ARG], [ARG])
     with em.function() as task:
-        tile = T.alloc_buffer((2, LANES), "float32", annotations={"disable_lower_builtin": 1})
+        tile = T.alloc_buffer((200, LANES), "float32", annotations={"disable_lower_builtin": 1})
         mask = T.alloc_buffer((LANES,), "bool", annotations={"disable_lower_builtin": 1})
         with T.serial(LANES) as j:
-            T.buffer_store(tile, em.inputs[0].load([task, j]), [1, j])
+            T.buffer_store(tile, em.inputs[0].load([task, j]), [199, j])
             T.buffer_store(mask, j < em.i64(4), [j])
         with T.serial(LANES) as j:
-            em.outputs[0].store(T.Select(mask[j], tile[1, j], em.f32(0.0)), [task, j])
+            em.outputs[0].store(T.Select(mask[j], tile[199, j], em.f32(0.0)), [task, j])
     func = em.finish()
     assert not build_module._is_flat(func.body) and build_module._is_flat(scale("s", 1.0).func.body)
     bundle = build([Kernel("k", func, (ARG,), (ARG,), (), ROWS)], host())

@@ -311,15 +311,15 @@ def test_packed_vectors_hold_real_channels_only() -> None:
 @pytest.mark.parametrize(
     ("function", "remark"),
     [
-        (lambda x, w: F.conv2d(x, w).flatten(1), "conv.epilogue"),
-        (lambda x, w: F.conv2d(F.relu(x), w), "conv.prologue"),
-        (lambda x, w: F.conv2d(x, w).amax(1, keepdim=True), "conv.epilogue"),
-        (lambda x, w: F.conv_transpose2d(x, w.transpose(0, 1)), "conv.transposed"),
+        (lambda x, w: F.conv2d(x, w).flatten(1), "PLT-CNV-002"),
+        (lambda x, w: F.conv2d(F.relu(x), w), "PLT-CNV-006"),
+        (lambda x, w: F.conv2d(x, w).amax(1, keepdim=True), "PLT-CNV-002"),
+        (lambda x, w: F.conv_transpose2d(x, w.transpose(0, 1)), "PLT-CNV-004"),
     ],
 )
 def test_what_has_no_template_is_declined(function: Any, remark: str) -> None:
     made = Case("", function, [torch.randn(1, 4, 6, 6), torch.randn(8, 4, 3, 3)], {}, (1,))
-    if remark == "conv.transposed":
+    if remark == "PLT-CNV-004":
         made.function = lambda x, w: aten.convolution(
             x, w, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1
         )
@@ -335,10 +335,10 @@ def test_weights_that_are_not_constant_and_other_dtypes_are_declined() -> None:
     made.const = ()
     made.layouts[1] = Layout(plain=True)
     _, group, io = made.trace()
-    with pytest.raises(Unsupported, match="conv.weight-not-constant"):
+    with pytest.raises(Unsupported, match="PLT-CNV-003"):
         conv.candidates(group, io, host())
     made = case(1, 8, 8, (3, 3), (6, 6))
     made.tensors = [t.double() for t in made.tensors]
     _, group, io = made.trace()
-    with pytest.raises(Unsupported, match="conv.dtype"):
+    with pytest.raises(Unsupported, match="PLT-CNV-008"):
         conv.candidates(group, io, host())

@@ -1,0 +1,406 @@
+"""The loops of groups with reductions: lanes along the row, or lanes across rows.
+
+`AlongRow` puts the lanes of a vector on neighbouring elements of one row: several vectors of partial
+results hide the latency of additions and are combined at the row's end. `AcrossRows` puts them on
+neighbouring rows, for tensors whose folded axes are not the contiguous one: each lane folds a row
+of its own. Both implement `ops.rows.Rows`.
+
+What is left of a row after the last whole vector is covered by one more vector that ends at the
+row's end; lanes it has in common with its neighbour count once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tvm.tirx as tir
+from tvm.script.ir_builder import tirx as T
+
+from ..abi import Dim
+from ..emit import Emitter, Expr, expr_dtype, tvm_dtype
+from ..ops.common import i64, linear, product, unravel
+from ..ops.rows import Monoid, better, extreme
+from ..ops.scope import bind, sharing
+from ..value import Value
+from .row_space import RowSpace
+
+KEEP_ELEMENTS = 16384  # the most elements of a value that are kept on the stack
+STRETCH = 128  # additions in a row to one float before it is added to another
+Body = Callable[[], None]
+
+
+@dataclass
+class Site:
+    """Where the loops stand: an index into the space, the position in the row, the lane.
+
+    ``slot`` numbers the partial results; ``valid``, if given, tells which lanes see an element for
+    the first time.
+    """
+
+    index: list[Expr]
+    position: Expr
+    slot: Expr
+    valid: Expr | None = None
+
+
+class Engine:
+    """What both kinds of loops share. ``width * unroll`` elements are in flight at a time."""
+
+    def __init__(self, em: Emitter, space: RowSpace, width: int, unroll: int) -> None:
+        self.em, self.space, self.width, self.unroll = em, space, width, unroll
+        self.count: Dim = space.count
+        self.dims = [em.dim(d) for d in space.dims]
+        self.site: Site | None = None
+        self.number = 0  # of the sweep under way, or last done
+        self._long = not isinstance(self.count, int) or self.count > 4 * STRETCH * self.slots
+
+    # -- to be provided -----------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """Partial results in flight."""
+        return self.width * self.unroll
+
+    def walk(self, body: Body, flush: Body | None) -> None:
+        """Runs ``body`` once for each point of the row, in vectors, with ``site`` set.
+
+        ``flush`` runs now and then, outside vectors.
+        """
+        raise NotImplementedError
+
+    def finish_fold(self, parts: list[Any], combine: Callable[..., list[Expr]]) -> list[Value]:
+        """Values of the folded partial results."""
+        raise NotImplementedError
+
+    def define(self, dtype: torch.dtype, compute: Callable[[], Expr]) -> Value:
+        """See `Rows.define`."""
+        raise NotImplementedError
+
+    def each_row(self, body: Callable[[], None]) -> None:
+        """Runs ``body()`` once for each row, outside of sweeps."""
+        raise NotImplementedError
+
+    def row_here(self) -> list[Expr]:
+        """The index of the row that the loops stand at, folded axes being 0."""
+        raise NotImplementedError
+
+    def room(self) -> int | None:
+        """Elements of a kept value, None if there is no room for them."""
+        raise NotImplementedError
+
+    # -- common -------------------------------------------------------------------------------
+
+    def sweep(self, body: Body, flush: Body | None = None) -> None:
+        """Runs ``body`` for the whole row with shared values evaluated once per element."""
+        self.number += 1
+
+        def shared() -> None:
+            with sharing():
+                body()
+
+        self.walk(shared, flush)
+        self.site = None
+
+    def here(self) -> list[Expr]:
+        """The index into the operand's shape of the point the loops stand at."""
+        assert self.site is not None
+        return self.space.operand_index(self.site.index, self.dims)
+
+    @contextlib.contextmanager
+    def vector(self, width: int) -> Iterator[Expr]:
+        """A vectorised loop, or none for a single element; yields the lane."""
+        if width == 1:
+            with T.serial(i64(0), i64(1)) as j:  # bound values need a scope of their own
+                yield j
+        else:
+            with T.vectorized(i64(0), i64(width)) as j:
+                yield j
+
+    def partial(self, dtype: torch.dtype, value: Expr) -> Expr:
+        """A buffer of partial results, filled with ``value``."""
+        buffer = self.em.local(self.slots, tvm_dtype(dtype))
+        for u in range(self.unroll):
+            with self.vector(self.width) as j:
+                T.buffer_store(buffer, value, [u * self.width + j])
+        return buffer
+
+    def fold(self, monoid: Monoid, value: Value) -> Value:
+        """See `Rows.fold`."""
+        acc = self.partial(monoid.dtype, monoid.neutral())
+        long = monoid.long and self._long
+        total = self.partial(monoid.dtype, monoid.neutral()) if long else acc
+
+        def body() -> None:
+            assert self.site is not None
+            x, slot = value.load(self.here()), self.site.slot
+            if self.site.valid is not None and not monoid.idempotent:
+                x = tir.Select(self.site.valid, x, monoid.neutral())
+            elif monoid.dtype.is_floating_point:
+                x = bind(x)
+            T.buffer_store(acc, monoid.combine(acc[slot], x), [slot])
+
+        def flush() -> None:
+            for u in range(self.unroll):
+                with self.vector(self.width) as j:
+                    slot = u * self.width + j
+                    T.buffer_store(total, monoid.combine(total[slot], acc[slot]), [slot])
+                    T.buffer_store(acc, monoid.neutral(), [slot])
+
+        self.sweep(body, flush if long else None)
+        if long:
+            flush()
+        return self.finish_fold([total], lambda a, b: [monoid.combine(a[0], b[0])])[0]
+
+    def find(self, value: Value, largest: bool) -> tuple[Value, Value]:
+        """See `Rows.find`."""
+        dtype = value.dtype
+        best = self.partial(dtype, extreme(dtype, largest).neutral())
+        where = self.partial(torch.int64, tir.IntImm("int64", torch.iinfo(torch.int64).max))
+
+        def combine(a: list[Expr], b: list[Expr]) -> list[Expr]:
+            first, second = bind(a[0]), bind(b[0])
+            i, j = bind(a[1]), bind(b[1])
+            wins = bind(better(second, j, first, i, largest))
+            return [tir.Select(wins, second, first), tir.Select(wins, j, i)]
+
+        def body() -> None:
+            assert self.site is not None
+            slot = self.site.slot
+            new = [value.load(self.here()), self.site.position]
+            merged = [bind(x) for x in combine([best[slot], where[slot]], new)]
+            T.buffer_store(best, merged[0], [slot])
+            T.buffer_store(where, merged[1], [slot])
+
+        self.sweep(body)
+        found, position = self.finish_fold([best, where], combine)
+        return found, position
+
+    def keep(self, value: Value) -> Value:
+        """See `Rows.keep`: the first sweep that reads the value fills a buffer on the stack."""
+        room = self.room()
+        if room is None:
+            return value
+        held = tvm_dtype(value.dtype)
+        buffer = self.em.local(room, held)
+        state: dict[str, Any] = {"sweep": None, "site": None, "value": None}
+
+        def load(_: Any) -> Expr:
+            site = self.site
+            assert site is not None
+            at = self.buffer_index(site)
+            if state["sweep"] not in (None, self.number):
+                x = buffer[at]
+                return x != tir.IntImm("int8", 0) if value.dtype == torch.bool else x
+            if state["site"] is not site:
+                x = bind(value.load(self.here()))
+                T.buffer_store(buffer, x if expr_dtype(x) == held else tir.Cast(held, x), [at])
+                state.update(sweep=self.number, site=site, value=x)
+            return state["value"]
+
+        return Value(value.shape, value.dtype, load)
+
+    def buffer_index(self, site: Site) -> Expr:
+        """The element of a kept value's buffer for a site."""
+        return site.position
+
+    def stretches(self, count: Expr, body: Callable[[Expr], None], flush: Body | None) -> None:
+        """``body(i)`` for i below ``count``, with ``flush`` after every `STRETCH` of them."""
+        if flush is None:
+            with T.serial(i64(0), count) as i:
+                body(i)
+            return
+        with T.serial(i64(0), tir.floordiv(count + (STRETCH - 1), i64(STRETCH))) as c:
+            first = T.bind(c * STRETCH)
+            with T.serial(i64(0), tir.min(i64(STRETCH), count - first)) as i:
+                body(first + i)
+            flush()
+
+
+class AlongRow(Engine):
+    """Lanes along axis ``lane`` of one row, given by its index in the kept axes.
+
+    ``merged`` folded axes before the lane's are walked together with it as one run.
+    """
+
+    def __init__(
+        self, em: Emitter, space: RowSpace, row: list[Expr], lane: int, merged: int,
+        width: int, unroll: int,
+    ) -> None:  # fmt: skip
+        super().__init__(em, space, width, unroll)
+        self.row = dict(zip(space.kept, row, strict=True))
+        self.run_axes = list(range(lane - merged, lane + 1))
+        self.outer = [a for a in space.order if a in space.axes and a not in self.run_axes]
+        self.run = product([space.dims[a] for a in self.run_axes])
+        self.ordered = lane == max(space.axes)
+
+    def room(self) -> int | None:
+        if not isinstance(self.count, int) or self.count > KEEP_ELEMENTS or not self.ordered:
+            return None
+        return max(1, self.count)
+
+    def walk(self, body: Body, flush: Body | None) -> None:
+        with contextlib.ExitStack() as loops:
+            outer = {
+                a: loops.enter_context(T.serial(i64(0), self.dims[a])) for a in self.outer
+            }
+
+            def at(position: Expr, slot: Expr, valid: Expr | None = None) -> None:
+                inner = unravel(position, [self.dims[a] for a in self.run_axes])
+                where = {**self.row, **outer, **dict(zip(self.run_axes, inner, strict=True))}
+                index = [where[a] for a in range(len(self.dims))]
+                axes = self.space.axes
+                if len(self.run_axes) == len(axes):
+                    row_position = position
+                else:
+                    row_position = linear([where[a] for a in axes], [self.dims[a] for a in axes])
+                self.site = Site(index, row_position, slot, valid)
+                body()
+
+            if isinstance(self.run, int):
+                self._static(self.run, at, flush)
+            else:
+                self._symbolic(self.em.dim(self.run), at, flush)
+
+    def _static(self, run: int, at: Callable[..., None], flush: Body | None) -> None:
+        width, step = self.width, self.slots
+        main = run // step
+        if main:
+            self.stretches(i64(main), lambda i: self._group(i * step, at), flush)
+        for u in range(run % step // width):
+            with self.vector(width) as j:
+                at(main * step + u * width + j, u * width + j)
+        rest = run % width
+        if rest:
+            with self.vector(width) as j:
+                at(run - width + j, j + i64(0), j >= i64(width - rest))
+
+    def _group(self, first: Expr, at: Callable[..., None]) -> None:
+        for u in range(self.unroll):
+            with self.vector(self.width) as j:
+                at(first + u * self.width + j, u * self.width + j)
+
+    def _symbolic(self, run: Expr, at: Callable[..., None], flush: Body | None) -> None:
+        width, step = self.width, self.slots
+        if width == 1:
+            self.stretches(run, lambda i: at(i, i64(0)), flush)
+            return
+        with T.If(run >= i64(width)):
+            with T.Then():
+                main = T.bind(tir.floordiv(run, i64(step)))
+                self.stretches(main, lambda i: self._group(i * step, at), flush)
+                done = T.bind(main * step)
+                with T.serial(i64(0), tir.floordiv(run - done, i64(width))) as v:
+                    with self.vector(width) as j:
+                        at(done + v * width + j, j + i64(0))
+                rest = T.bind(tir.floormod(run, i64(width)))
+                with T.If(rest > i64(0)), T.Then(), self.vector(width) as j:
+                    at(run - width + j, j + i64(0), j >= i64(width) - rest)
+            with T.Else(), T.serial(i64(0), run) as i:
+                at(i, i64(0))
+
+    def finish_fold(self, parts: list[Any], combine: Callable[..., list[Expr]]) -> list[Value]:
+        half = self.slots
+        while half > 1:
+            half //= 2
+            with self.vector(half) as j:
+                merged = combine([p[j + i64(0)] for p in parts], [p[j + half] for p in parts])
+                for part, x in zip(parts, [bind(x) for x in merged], strict=True):
+                    T.buffer_store(part, x, [j + i64(0)])
+        return [
+            Value((), getattr(torch, expr_dtype(p[i64(0)])), lambda _, p=p: p[i64(0)])
+            for p in parts
+        ]
+
+    def define(self, dtype: torch.dtype, compute: Callable[[], Expr]) -> Value:
+        buffer = self.em.local(1, tvm_dtype(dtype))
+        with self.vector(1):
+            T.buffer_store(buffer, compute(), [i64(0)])
+        return Value((), dtype, lambda _: buffer[i64(0)])
+
+    def row_here(self) -> list[Expr]:
+        return [self.row.get(a, i64(0)) for a in range(len(self.dims))]
+
+    def each_row(self, body: Callable[[], None]) -> None:
+        with self.vector(1), sharing():
+            body()
+
+
+class AcrossRows(Engine):
+    """Lanes across ``width * unroll`` neighbouring rows along axis ``lane``, from ``start`` on.
+
+    ``outer`` gives the index in the other kept axes.
+    """
+
+    def __init__(
+        self, em: Emitter, space: RowSpace, outer: dict[int, Expr], lane: int, start: Expr,
+        width: int, unroll: int,
+    ) -> None:  # fmt: skip
+        super().__init__(em, space, width, unroll)
+        self._long = not isinstance(self.count, int) or self.count > 2 * STRETCH
+        self.outer, self.lane, self.start = outer, lane, start
+        self.slot: Expr = i64(0)
+
+    def room(self) -> int | None:
+        if not isinstance(self.count, int) or self.count * self.slots > KEEP_ELEMENTS:
+            return None
+        return max(1, self.count * self.slots)
+
+    def buffer_index(self, site: Site) -> Expr:
+        return site.position * self.slots + site.slot
+
+    def _lanes(self, body: Callable[[Expr, Expr], None]) -> None:
+        """Runs ``body(slot, index along the lane's axis)`` for all rows in flight."""
+        for u in range(self.unroll):
+            with self.vector(self.width) as j:
+                self.slot = u * self.width + j
+                body(self.slot, self.start + u * self.width + j)
+
+    def walk(self, body: Body, flush: Body | None) -> None:
+        axes = [a for a in self.space.order if a in self.space.axes]
+        folded: dict[int, Expr] = {}
+
+        def point(slot: Expr, lane: Expr) -> None:
+            where = {**self.outer, **folded, self.lane: lane}
+            own = self.space.axes
+            position = linear([where[a] for a in own], [self.dims[a] for a in own])
+            self.site = Site([where[a] for a in range(len(self.dims))], position, slot)
+            body()
+
+        with contextlib.ExitStack() as loops:
+            for a in axes[:-1]:
+                folded[a] = loops.enter_context(T.serial(i64(0), self.dims[a]))
+
+            def innermost(i: Expr) -> None:
+                folded[axes[-1]] = i
+                self._lanes(point)
+
+            if axes:
+                self.stretches(self.dims[axes[-1]], innermost, flush)
+            else:
+                self._lanes(point)
+
+    def finish_fold(self, parts: list[Any], combine: Callable[..., list[Expr]]) -> list[Value]:
+        return [
+            Value((), getattr(torch, expr_dtype(p[i64(0)])), lambda _, p=p: p[self.slot])
+            for p in parts
+        ]
+
+    def define(self, dtype: torch.dtype, compute: Callable[[], Expr]) -> Value:
+        buffer = self.em.local(self.slots, tvm_dtype(dtype))
+        self._lanes(lambda slot, _: T.buffer_store(buffer, compute(), [slot]))
+        return Value((), dtype, lambda _: buffer[self.slot])
+
+    def row_here(self) -> list[Expr]:
+        where = {**self.outer, self.lane: self.start + self.slot}
+        return [where.get(a, i64(0)) for a in range(len(self.dims))]
+
+    def each_row(self, body: Callable[[], None]) -> None:
+        def one(_slot: Expr, _lane: Expr) -> None:
+            with sharing():
+                body()
+
+        self._lanes(one)
