@@ -69,6 +69,6 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": ["plait = plait.compiler.cli:main"],
-        "torch_dynamo_backends": ["plait = plait.compiler.backend:plait"],
+        "torch_dynamo_backends": ["plait = plait.compiler.backend:plait_backend"],
     },
 )

@@ -1,8 +1,9 @@
 """What the machine can do at best, measured: the yardstick for a kernel's time.
 
 A kernel that does F FLOPs on B bytes cannot take less than max(F / peak, B / bandwidth) (the
-roofline of Williams et al., 2009). The peak is that of a large float32 matrix product in torch,
-the bandwidth that of copying more than the caches hold.
+roofline of Williams et al., 2009). The peak is that of a float32 matrix product in torch, the
+bandwidth that of copying more than the caches hold; a kernel whose data lies in a cache may beat
+it.
 """
 
 from __future__ import annotations
@@ -34,14 +35,22 @@ class Machine:
 
 
 def measure_machine() -> Machine:
-    """Measures for about a second."""
-    n = 1024
+    """Measures for about a second.
+
+    The rate of one thread, on a product short enough to run undisturbed now and then even on a busy
+    machine, times the number of threads.
+    """
+    threads, n = torch.get_num_threads(), 384
     a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-    product = _best(lambda: torch.mm(a, b, out=out))
+    torch.set_num_threads(1)
+    try:
+        product = _best(lambda: torch.mm(a, b, out=out))
+    finally:
+        torch.set_num_threads(threads)
     source = torch.zeros(64 << 20, dtype=torch.uint8)
     copy = torch.empty_like(source)
     moved = _best(lambda: copy.copy_(source))
-    return Machine(2 * n**3 / product, 2 * source.numel() / moved)
+    return Machine(threads * 2 * n**3 / product, 2 * source.numel() / moved)
 
 
 def _best(call: Callable[[], object], seconds: float = 0.4) -> float:

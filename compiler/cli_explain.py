@@ -40,6 +40,7 @@ def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: P
     rows = [_row(steps[t.number], t, machine, configs) for t in times]
     total = sum(t.seconds for t in times)
     console.print(_table(rows, total))
+    console.print(_configurations(rows), markup=False, highlight=False, soft_wrap=True)
     bound = sum(r["bound_seconds"] for r in rows)
     console.print(
         f"{len(rows)} steps, {total * 1e3:.3g} ms one by one; bound {bound * 1e3:.3g} ms "
@@ -72,11 +73,11 @@ def _row(
 
 
 def _table(rows: list[dict[str, Any]], total: float) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("#", justify="right")
-    table.add_column("step", overflow="fold")
-    table.add_column("kernel or library call", overflow="fold")
-    for name in ("us", "% time", "bound us", "bound by", "of bound"):
+    table.add_column("step", overflow="ellipsis", no_wrap=True, max_width=28)
+    table.add_column("kernel", no_wrap=True)
+    for name in ("us", "time", "bound us", "bound by", "reached"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
         share = r["seconds"] / total if total else 0.0
@@ -84,11 +85,11 @@ def _table(rows: list[dict[str, Any]], total: float) -> Table:
         known = bool(r["flops"] or r["bytes"])
         table.add_row(
             str(r["step"]),
-            r["name"],
-            _text(r),
+            r["name"] if r["kind"] == "kernel" else r["kernel"],
+            r["kernel"][:8] if r["kind"] == "kernel" else "library",
             f"{r['seconds'] * 1e6:.4g}",
             f"{share:.1%}",
-            f"{r['bound_seconds'] * 1e6:.3g}" if known else "-",
+            f"{r['bound_seconds'] * 1e6:.4g}" if known else "-",
             r["bound_by"] if known else "-",
             f"{reached:.0%}" if known else "-",
             style="bold" if share >= 0.05 else None,
@@ -96,9 +97,11 @@ def _table(rows: list[dict[str, Any]], total: float) -> Table:
     return table
 
 
-def _text(row: dict[str, Any]) -> str:
-    """A kernel by the start of its hash and its configuration, a library call by its operator."""
-    if row["kind"] != "kernel":
-        return row["kernel"]
-    config = " ".join(f"{k}={v}" for k, v in row["config"].items())
-    return f"{row['kernel'][:8]} {config}".strip()
+def _configurations(rows: list[dict[str, Any]]) -> str:
+    """One line per kernel: the start of its hash, then what was chosen for it."""
+    lines = {
+        r["kernel"][:8]: " ".join(f"{k}={v}" for k, v in r["config"].items())
+        for r in rows
+        if r["config"]
+    }
+    return "\n".join(f"{name}  {text}" for name, text in sorted(lines.items()))

@@ -23,7 +23,7 @@ from ..runtime import library
 from ..runtime.plan import Buffer, KernelStep, LibraryStep, Plan, TensorRef
 from . import sizes
 from .select import Choice, Kernels, Selected, missed
-from .storage import Place, Storage, buffer_bytes, fake, is_tensor, split_concats
+from .storage import Place, Storage, buffer_bytes, is_tensor, split_concats
 
 aten = torch.ops.aten
 NO_STEP = ("view", "concat")
@@ -53,8 +53,8 @@ def lower(
 ) -> Lowered:
     """Lowers ``graph_module`` (changed only by added copies) to a Plan.
 
-    ``symbols`` tells which input dimension binds each symbol. Raises NotImplementedError when a size
-    cannot be written in a plan.
+    ``symbols`` tells which input dimension binds each symbol. Raises NotImplementedError when a
+    size cannot be written in a plan.
     """
     return _Lowering(graph_module, groups, kernels, symbols, name).run()
 
@@ -99,7 +99,15 @@ class _Lowering:
         used = sorted({s.kernel for s in steps if isinstance(s, KernelStep)})
         remarks = [*self.forced.values(), *self.remarks]
         return Lowered(
-            plan, self.constants, self.calls, used, remarks, memory, self.groups, selected, self.storage
+            plan,
+            self.constants,
+            self.calls,
+            used,
+            remarks,
+            memory,
+            self.groups,
+            selected,
+            self.storage,
         )
 
     # -- which groups are kernels -----------------------------------------------------------
@@ -179,9 +187,8 @@ class _Lowering:
     def _runs(self, node: fx.Node) -> bool:
         """Whether a library node needs a step: not for known sizes and picked results."""
         value = node.meta.get("val")
-        if node.target is operator.getitem and isinstance(
-            self.storage.places.get(node.args[0]), tuple  # type: ignore[arg-type]
-        ):
+        source: Any = node.args[0] if node.args else None
+        if node.target is operator.getitem and isinstance(self.storage.places.get(source), tuple):
             return False
         if isinstance(value, (torch.SymInt, int, bool)):
             return not sizes.is_backed(value)
@@ -217,9 +224,7 @@ class _Lowering:
             tensor = source.as_strided(place.shape, place.strides, offset)
             self.constants[name] = self.kernels.pack(tensor, pack)
         tensor = self.constants[name]
-        return TensorRef(
-            name, str(tensor.dtype)[6:], tuple(tensor.shape), tuple(tensor.stride())
-        )
+        return TensorRef(name, str(tensor.dtype)[6:], tuple(tensor.shape), tuple(tensor.stride()))
 
     def _constant(self, name: str) -> torch.Tensor:
         node = self.storage.roots[name].node
@@ -290,7 +295,9 @@ class _Lowering:
         return (self._opaque(node.name),)
 
     def _opaque(self, name: str) -> TensorRef:
-        """A library value whose geometry no plan needs to know: a scalar, or a data-dependent size."""
+        """A library value whose geometry no plan needs to know: a scalar, or a data-dependent
+        size.
+        """
         self.buffers.setdefault(name, Buffer(name, "library"))
         return TensorRef(name, "", (), ())
 
@@ -371,5 +378,3 @@ def _subgraph_call(
         return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
 
     return call
-
-

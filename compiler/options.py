@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,7 +37,11 @@ class Options:
 
 
 class Executable(Protocol):
-    """A compiled graph. Safe to call from several threads at once."""
+    """A compiled graph. Safe to call from several threads at once.
+
+    It may also have ``artifacts() -> Mapping[str, bytes]``: files that a saved program carries, so
+    that ``pipeline.restore(captured, options, files)`` need not compile when it is loaded.
+    """
 
     @property
     def plan(self) -> Any:
@@ -56,8 +60,4 @@ class Executable(Protocol):
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Results for ``tensors``, one per placeholder and of any strides, in order."""
-        ...
-
-    def artifacts(self) -> Mapping[str, bytes]:
-        """Files by name that let `pipeline.restore` skip compilation."""
         ...

@@ -1,14 +1,13 @@
 """The whole compilation on one page: a captured graph goes in, something that runs comes out.
 
-    capture -> normalize -> fuse-vertical -> storage (layout, halo, concat) -> select kernels
-            -> plan-memory -> Plan -> Executor
+capture -> normalize -> fuse-vertical -> storage (layout, halo, concat) -> select kernels
+        -> plan-memory -> Plan -> Executor
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -64,8 +63,6 @@ def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
         kernels = select.Kernels(targets.host(), select.database(), options.tune)
         lowered = lower.lower(graph, groups, kernels, captured.symbols)
         lap("lower")
-    seconds = {
-        name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)
-    }
+    seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
     remarks = [*captured.remarks, *result.remarks, *lowered.remarks]
     return CompiledGraph(graph, lowered, kernels, remarks, seconds)

@@ -1,7 +1,7 @@
 """Chooses and builds the kernel of each group: from the database, or lowered, compiled, raced.
 
-Everything before a `finish` is bookkeeping; all kernels that the database lacks are then compiled in
-one batch. With ``tune="quick"`` the best few candidates of each heavy kernel are raced.
+Everything before a `finish` is bookkeeping; all kernels that the database lacks are then compiled
+in one batch. With ``tune="quick"`` the best few candidates of each heavy kernel are raced.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from . import sizes
 from .spec import Spec
 from .trial import Trial, numbers
 
-TEMPLATES = ("pointwise", "rows", "reduce", "gemm", "conv", "pool", "attention")
-HEAVY = ("gemm", "conv", "attention")
+TEMPLATES = ("pointwise", "rows", "reduce", "gemm", "conv", "pool")
+HALF = (torch.bfloat16, torch.float16)
+HEAVY = ("gemm", "conv")
 CANDIDATES = {"off": 1, "quick": 3, "full": 6}
 REPORT = "set PLAIT_DEBUG=1 to see where, and report it"
 RACE_FLOPS = 2_000_000  # below some 20 us candidates hardly differ
@@ -57,7 +58,9 @@ def template(kind: str) -> Any:
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel still to be built: ``key`` in the database, and this graph's names of its symbols."""
+    """A kernel still to be built: ``key`` in the database, and this graph's names of its
+    symbols.
+    """
 
     key: str
     symbols: Mapping[str, str]
@@ -111,6 +114,10 @@ class Kernels:
         """The kernel for ``group``, or why there is none."""
         if group.kind not in TEMPLATES:
             return self._remark(group, "PLT-KER-001", f"no template for {group.kind} groups", "")
+        if _has_half(group):
+            return self._remark(
+                group, "PLT-KER-006", "16-bit floating point runs as library operators", ""
+            )
         spec = Spec(group, io)
         key = spec.hash(*self._context)
         if key not in self._known and key not in self._pending and key not in self._declined:
@@ -169,7 +176,9 @@ class Kernels:
         for key, entry in self._known.items():
             if key not in self.functions:
                 self.functions[key] = self.store.address(entry)
-        self.libraries = list({e.object: self.store.library(e.object) for e in self._known.values()}.values())
+        self.libraries = list(
+            {e.object: self.store.library(e.object) for e in self._known.values()}.values()
+        )
         return True
 
     def _build(self, pending: Mapping[str, _Pending]) -> None:
@@ -211,7 +220,7 @@ class Kernels:
                 k.name,
                 bundle.address(k.name),
                 numbers([k.tasks], {})[0],
-                list(trial.words(k, [p for p in k.packs])),
+                list(trial.words(k, list(k.packs))),
                 config=k.config,
                 keep=trial,
             )
@@ -245,6 +254,13 @@ class Kernels:
     @staticmethod
     def _remark(group: Group, remark: str, reason: str, hint: str) -> Remark:
         return missed(remark, tuple(n.name for n in group.nodes), reason, hint)
+
+
+def _has_half(group: Group) -> bool:
+    """Whether a 16-bit floating-point tensor takes part: the library's products are faster."""
+    values = [n.meta.get("val") for n in (*group.inputs, *group.nodes)]
+    parts = [p for v in values for p in (v if isinstance(v, (tuple, list)) else (v,))]
+    return any(isinstance(p, torch.Tensor) and p.dtype in HALF for p in parts)
 
 
 def _worth_racing(kernel: Kernel) -> bool:

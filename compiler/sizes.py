@@ -57,11 +57,11 @@ def _print(e: Any) -> str:
 
 def symbols(value: Dim) -> set[str]:
     """Names of the symbols in a size."""
-    return set() if isinstance(value, int) else {s.name for s in value.free_symbols}
+    return set() if isinstance(value, int) else {str(s) for s in value.free_symbols}
 
 
 def is_backed(value: Any) -> bool:
     """Whether a size is known before the call runs (no data-dependent symbol in it)."""
     if not isinstance(value, torch.SymInt):
         return True
-    return not any(s.name.startswith(("u", "zuf")) for s in value.node.expr.free_symbols)
+    return not any(str(s).startswith(("u", "zuf")) for s in value.node.expr.free_symbols)

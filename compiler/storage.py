@@ -1,6 +1,7 @@
 """Decides where every tensor of a graph lives: layout, halo, in-place concatenation, views.
 
-A `Place` is a strided window of the buffer of some *root* node. Convolution networks get NHWC strides;
+A `Place` is a strided window of the buffer of some *root* node. Convolution networks get NHWC
+strides;
 a value read by a padded convolution gets a zero halo, so no kernel tests bounds; the inputs of a
 concatenation are windows of its output, so it costs nothing; views are windows of what they view.
 """
@@ -8,7 +9,7 @@ concatenation are windows of its output, so it costs nothing; views are windows 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,9 +87,9 @@ def split_concats(
         cat = group.outputs[0]
         tensors = list(cat.args[0])  # type: ignore[arg-type]
         for k, x in enumerate(tensors):
-            g = owner.get(x)
+            g = owner.get(x)  # type: ignore[arg-type]
             own = g is not None and g.kind not in ("view", "library") and not library(g)
-            if own and x in g.outputs and x not in taken and x not in outputs:
+            if own and g and x in g.outputs and x not in taken and x not in outputs:
                 taken.add(x)
                 continue
             with graph_module.graph.inserting_before(cat):
@@ -131,7 +132,7 @@ class Storage:
         self.materialised: set[fx.Node] = set()  # views that need a copy after all
         self.inputs: list[fx.Node] = []
         (self.output,) = (n for n in graph_module.graph.nodes if n.op == "output")
-        self._returned = {a for a in self.output.all_input_nodes}
+        self._returned = set(self.output.all_input_nodes)
         self._channels_last = self._find_channels_last() if channels_last else set()
         self._member: dict[fx.Node, fx.Node] = {}
         for group in self.groups:
@@ -262,7 +263,9 @@ class Storage:
 
     def _place_view(self, node: fx.Node, value: Any) -> bool:
         base = next((a for a in node.all_input_nodes if is_tensor(a)), None)
-        place = self.places.get(base) if base is not None else None
+        if base is None:
+            return False
+        place = self.places.get(base)
         if not isinstance(place, Place):
             return False
         result = view_of(node, base, place)
@@ -283,8 +286,8 @@ class Storage:
             self._place_result(cat)
         whole = self.places[cat]
         assert isinstance(whole, Place)
-        axis = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
-        axis = axis % fake(cat).dim()  # type: ignore[operator]
+        given: Any = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+        axis = int(given) % fake(cat).dim()
         start: Int = 0
         for x in cat.args[0]:  # type: ignore[union-attr]
             if x is node:
@@ -350,9 +353,7 @@ def channels_last(shape: Sequence[Int], halo: Halo) -> tuple[tuple[Int, ...], In
     return tuple(strides), offset, reach * n
 
 
-def view_of(
-    node: fx.Node, base: fx.Node, place: Place
-) -> Place | tuple[Place | None, ...] | None:
+def view_of(node: fx.Node, base: fx.Node, place: Place) -> Place | tuple[Place | None, ...] | None:
     """The place of a view of ``place``, or None when no strides express it."""
     mode = getattr(fake(base), "fake_mode", None)
 
@@ -395,5 +396,3 @@ def _kept_halo(place: Place, view: torch.Tensor) -> Halo:
 def buffer_bytes(root: Root) -> int | str:
     """Size of a root's buffer in bytes, for the Plan."""
     return sizes.text(root.elements * root.dtype.itemsize)
-
-

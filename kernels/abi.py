@@ -8,8 +8,8 @@ Every CPU kernel is one C function that works through a range of its own tasks::
   partition of ``[0, tasks)`` into calls, on any threads and in any order, computes the
   same bits. That is what lets the runtime split, balance and fuse launches as data.
 * Tensor arguments are inputs first, then outputs, then symbol values, in the order
-  of ``Kernel.inputs``, ``Kernel.outputs`` and ``Kernel.symbols``. A pointer addresses *logical element 0*
-  of its tensor; strides are baked into the code.
+  of ``Kernel.inputs``, ``Kernel.outputs`` and ``Kernel.symbols``. A pointer addresses *logical
+  element 0* of its tensor; strides are baked into the code.
 * A kernel allocates nothing that outlives the call, raises nothing and keeps no state.
 """
 
@@ -72,7 +72,8 @@ def contiguous_strides(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
 class Pack:
     """A reordering of a constant argument done once, before the first call.
 
-    ``op`` names a function in `kernels.packing`; ``params`` are its keyword arguments (plain JSON values).
+    ``op`` names a function in `kernels.packing`; ``params`` are its keyword arguments (plain JSON
+    values).
     """
 
     op: str

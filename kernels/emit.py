@@ -138,7 +138,7 @@ class Emitter:
         return tir.IntImm("int64", value)
 
 
-def sympy_to_tir(expr: Dim, variables: dict[str, Expr]) -> Expr:
+def sympy_to_tir(expr: Any, variables: dict[str, Expr]) -> Expr:
     """Translates a sympy integer expression; raises NotImplementedError for unknown functions."""
     if isinstance(expr, int) or expr.is_Integer:
         return tir.IntImm("int64", int(expr))

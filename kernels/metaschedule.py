@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tvm.tirx as tir
 from tvm import s_tir
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
@@ -35,6 +36,8 @@ from .scheduled import to_kernel
 from .target import Target
 
 BATCH = 16
+_MOST_ROWS = 16
+_MOST_STATEMENTS = 256
 _TOO_SLOW = 1e3  # seconds: what the cost model is told of a schedule that failed
 
 
@@ -106,12 +109,8 @@ def search(
                     runner=_Runner(session),  # type: ignore[arg-type]
                     database=database,
                     cost_model=_cost_model(),
-                    space=_space(target),
-                    strategy=ms.SearchStrategy.create(
-                        "evolutionary", population_size=256, genetic_num_iters=3
-                    )
-                    if False
-                    else "evolutionary",
+                    space=_space(definition, target),
+                    strategy=_strategy(),
                     measure_callbacks=[ms.measure_callback.AddToDatabase()],
                     num_tuning_cores=1,
                     seed=seed,
@@ -264,46 +263,94 @@ class _Done(ms.runner.PyRunnerFuture):
         return self._result
 
 
-def _space(target: Target) -> Any:
-    """The schedules considered: one tiled nest with its epilogue inside, vectors, unrolling.
+def _space(definition: Definition, target: Target) -> Any:
+    """The schedules considered, see `_sketch`; mutation changes tile sizes."""
 
-    Left out of TVM's own rules for CPUs is what could not become one loop over tasks: reductions
-    split over threads and stages computed at the root.
+    def sketches(schedule: Any) -> list[Any]:
+        return [
+            _sketch(schedule.copy(), definition, target, panels_first)
+            for panels_first in (False, True)
+        ]
+
+    return ms.space_generator.ScheduleFn(
+        sketches,
+        sch_rules=[],
+        postprocs=[_FitsRegisters(definition, target)],
+        mutator_probs={ms.mutator.MutateTileSize(): 1.0},
+    )
+
+
+def _sketch(schedule: Any, definition: Definition, target: Target, panels_first: bool) -> Any:
+    """One nest: tasks, tiles within a task, and in a tile the sums, kept in registers.
+
+    The stages are the product and one elementwise stage with the same spatial axes, the last of
+    which lie side by side in memory. Every other axis is cut into tasks, tiles and rows of a tile;
+    the innermost sum is cut, too. ``panels_first`` makes neighbouring tasks share weights.
     """
-    rule, post, mutator = ms.schedule_rule, ms.postproc, ms.mutator
     lanes = target.vector_bytes // 4
-    return ms.space_generator.PostOrderApply(
-        sch_rules=[
-            rule.AutoInline(
-                into_producer=False,
-                into_consumer=True,
-                inline_const_tensor=True,
-                disallow_if_then_else=True,
-                require_injective=True,
-                require_ordered=True,
-            ),
-            rule.MultiLevelTiling(
-                structure="SSRSRS",
-                max_innermost_factor=4 * lanes,
-                reuse_write=rule.ReuseType(req="must", levels=[1, 2], scope="global"),
-            ),
-            rule.ParallelizeVectorizeUnroll(
-                max_jobs_per_core=64,
-                max_vectorize_extent=4 * lanes,
-                unroll_max_steps=[16, 64, 256],
-                unroll_explicit=True,
-            ),
-        ],
-        postprocs=[
-            post.DisallowDynamicLoop(),
-            post.RewriteParallelVectorizeUnroll(),
-            post.RewriteReductionBlock(),
-        ],
-        mutator_probs={
-            mutator.MutateTileSize(): 0.9,
-            mutator.MutateUnroll(): 0.05,
-            mutator.MutateParallel(max_jobs_per_core=64): 0.05,
-        },
+    product, out = (schedule.get_sblock(b) for b in definition.blocks)
+
+    def vectors(loop: Any) -> tuple[Any, Any]:
+        pieces = schedule.split(loop, [None, lanes])
+        schedule.vectorize(pieces[1])
+        schedule.unroll(pieces[0])
+        return pieces[0], pieces[1]
+
+    *axes, width = schedule.get_loops(out)
+    cuts = []
+    for axis in axes:
+        factors = schedule.sample_perfect_tile(axis, n=3, max_innermost_factor=_MOST_ROWS)
+        cuts.append(schedule.split(axis, factors))
+    tasks = [c[0] for c in cuts]
+    schedule.reorder(*tasks, *(c[1] for c in cuts), *(c[2] for c in cuts), width)
+    if panels_first:
+        tasks = [tasks[-1], *tasks[:-1]]
+        schedule.reorder(*tasks)
+    tile = cuts[-1][1]
+    schedule.parallel(schedule.fuse(*tasks))
+    schedule.compute_at(product, tile, preserve_unit_loops=True)
+    vectors(width)
+
+    inside = schedule.get_loops(product)[1 + len(cuts) :]
+    rows, columns, sums = inside[: len(cuts)], inside[len(cuts)], inside[len(cuts) + 1 :]
+    depth = schedule.sample_perfect_tile(sums[-1], n=2, max_innermost_factor=8)
+    *taps, long = sums
+    long, short = schedule.split(long, depth)
+    schedule.reorder(*taps, long, short, *rows, columns)
+    vectors(columns)
+    for loop in (short, *rows):
+        schedule.unroll(loop)
+    schedule.decompose_reduction(product, (*taps, long)[0])
+    return schedule
+
+
+@derived_object
+class _FitsRegisters(ms.postproc.PyPostproc):
+    """Refuses tiles of more sums than registers can hold, and code that would be too long."""
+
+    def __init__(self, definition: Definition, target: Target) -> None:
+        super().__init__()
+        self._definition, self._target = definition, target
+
+    def _initialize_with_tune_context(self, context: Any) -> None:
+        del context
+
+    def apply(self, sch: Any) -> bool:
+        loops = [
+            sch.get(loop) for loop in sch.get_loops(sch.get_sblock(self._definition.blocks[0]))
+        ]
+        unrolled = [int(f.extent) for f in loops if f.kind == tir.ForKind.UNROLLED]
+        depth, *tile = unrolled
+        vectors = math.prod(tile)
+        return vectors <= self._target.vector_registers and depth * vectors <= _MOST_STATEMENTS
+
+    def clone(self) -> Any:
+        return _FitsRegisters(self._definition, self._target)
+
+
+def _strategy() -> Any:
+    return ms.search_strategy.EvolutionarySearch(
+        population_size=64, init_min_unmeasured=BATCH, genetic_num_iters=3, max_fail_count=50
     )
 
 

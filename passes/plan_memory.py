@@ -3,8 +3,10 @@
 before: every intermediate buffer has memory of its own
 after:  buffers share one arena; two buffers overlap only if their lifetimes do not
 
-Buffers of fixed size are placed first by decreasing size, each at the lowest offset that is free over
-its lifetime (the "greedy by size" method of Pisarchyk and Lee, "Efficient Memory Management for Deep
+Buffers of fixed size are placed first by decreasing size, each at the lowest offset that is free
+over
+its lifetime (the "greedy by size" method of Pisarchyk and Lee, "Efficient Memory Management for
+Deep
 Neural Net Inference", MLSys 2020 workshop). Buffers whose size depends on symbols share a slot with
 others of the same size expression, first come first served; slots follow one another.
 """

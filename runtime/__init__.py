@@ -1,1 +1,3 @@
-"""The runtime: a Plan is pure data; executors run it. Knows a kernel only as an address with a hash."""
+"""The runtime: a Plan is pure data; executors run it. Knows a kernel only as an address with a
+hash.
+"""

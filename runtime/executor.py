@@ -1,6 +1,7 @@
 """Runs a Plan on the CPU.
 
-For each distinct set of symbol values (and thread count) a plan is *instantiated* once: sizes become
+For each distinct set of symbol values (and thread count) a plan is *instantiated* once: sizes
+become
 numbers, segments of kernel steps become launch tables. An instance hands out workspaces, one per
 call in flight, so any number of Python threads may call at once.
 """
@@ -33,9 +34,10 @@ def aligned_empty(nbytes: int) -> torch.Tensor:
 class Executor:
     """A plan with its constants and kernels, ready to run.
 
-    ``constants`` maps names to prepared tensors, ``functions`` kernel hashes to addresses, ``calls``
-    names of library targets that are not operators (subgraphs) to callables. ``keep`` holds whatever
-    must stay alive, such as loaded libraries.
+    ``constants`` maps names to prepared tensors, ``functions`` kernel hashes to addresses,
+    ``calls``
+    names of library targets that are not operators (subgraphs) to callables. ``keep`` holds
+    whatever must stay alive, such as loaded libraries.
     """
 
     def __init__(
@@ -150,9 +152,7 @@ class Instance:
         for buffer in self.plan.buffers.values():
             if buffer.kind in ("input", "output", "library"):
                 self.ext[buffer.name] = len(self.ext)
-        self._inputs = [
-            (self.ext.get(ref.buffer, -1), ref.buffer) for ref in self.plan.inputs
-        ]
+        self._inputs = [(self.ext.get(ref.buffer, -1), ref.buffer) for ref in self.plan.inputs]
         self._fresh = [
             (self.ext[b.name], b.name, *self._fresh_spec(b))
             for b in self.plan.buffers.values()
@@ -242,7 +242,9 @@ class Instance:
         number: int,
         live: dict[str, torch.Tensor],
     ) -> None:
-        operands = [self._operand(workspace, ref, live, (number, k)) for k, ref in enumerate(step.refs)]
+        operands = [
+            self._operand(workspace, ref, live, (number, k)) for k, ref in enumerate(step.refs)
+        ]
         args = library.bind(step.args, operands, self.values)
         kwargs = {k: library.bind(v, operands, self.values) for k, v in step.kwargs.items()}
         results = self.executor._targets[step.target](*args, **kwargs)

@@ -13,7 +13,8 @@ from .sizes import evaluate
 
 
 def resolve(target: str) -> Callable[..., Any]:
-    """The operator named "namespace.name.overload", or a Python function on sizes ("python:operator.add").
+    """The operator named "namespace.name.overload", or a Python function on sizes
+    ("python:operator.add").
 
     Raises PlanError when there is none such.
     """
@@ -29,15 +30,13 @@ def resolve(target: str) -> Callable[..., Any]:
         raise PlanError(f"this torch has no operator {target!r}: compile again") from error
 
 
-def bind(
-    template: Any, tensors: Sequence[Any], values: Mapping[str, int]
-) -> Any:
+def bind(template: Any, tensors: Sequence[Any], values: Mapping[str, int]) -> Any:
     """``template`` (see LibraryStep) with its references, sizes and constants filled in."""
     if isinstance(template, list):
         return [bind(t, tensors, values) for t in template]
     if not isinstance(template, dict):
         return template
-    (kind, value), = template.items()
+    ((kind, value),) = template.items()
     if kind == "ref":
         return tensors[value]
     if kind == "size":

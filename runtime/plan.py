@@ -40,7 +40,9 @@ class Buffer:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A strided view of a buffer: ``offset``, ``shape`` and ``strides`` in elements of ``dtype``."""
+    """A strided view of a buffer: ``offset``, ``shape`` and ``strides`` in elements of
+    ``dtype``.
+    """
 
     buffer: str
     dtype: str
@@ -100,8 +102,10 @@ class Plan:
     """A compiled model without weights and code.
 
     ``symbols`` maps a symbol to (input number, dimension) where a call binds it. ``inputs`` and
-    ``outputs`` describe the caller's tensors; an output may be an alias of an input or of a constant.
-    ``arena_bytes`` is the workspace's peak. ``stages`` lists, for reports, what may run side by side.
+    ``outputs`` describe the caller's tensors; an output may be an alias of an input or of a
+    constant.
+    ``arena_bytes`` is the workspace's peak. ``stages`` lists, for reports, what may run side by
+    side.
     """
 
     name: str

@@ -29,7 +29,9 @@ class StepTime:
 def profile_steps(
     executor: Executor, tensors: Sequence[torch.Tensor], rounds: int = 20
 ) -> list[StepTime]:
-    """Runs the plan ``rounds`` times, step by step. A launch of its own costs a step microseconds."""
+    """Runs the plan ``rounds`` times, step by step. A launch of its own costs a step
+    microseconds.
+    """
     plan = executor.plan
     single = _StepExecutor(executor)
     samples: list[list[float]] = [[] for _ in plan.steps]

@@ -30,10 +30,12 @@ def _compile(text: str):
 
 
 def evaluate(size: Size, values: Mapping[str, int]) -> int:
-    """The integer that ``size`` stands for. Raises ValueError for anything but integer arithmetic."""
+    """The integer that ``size`` stands for. Raises ValueError for anything but integer
+    arithmetic.
+    """
     if isinstance(size, int):
         return size
     try:
-        return int(eval(_compile(size), {"__builtins__": {}, **_FUNCTIONS}, dict(values)))  # noqa: S307
+        return int(eval(_compile(size), {"__builtins__": {}, **_FUNCTIONS}, dict(values)))
     except NameError as error:
         raise ValueError(f"size expression {size!r}: {error}") from error

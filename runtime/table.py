@@ -89,7 +89,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a buffer starts: an absolute address, or entry ``ext`` of the per-call pointer array."""
+    """Where a buffer starts: an absolute address, or entry ``ext`` of the per-call pointer
+    array.
+    """
 
     base: int
     ext: int = -1
@@ -101,9 +103,7 @@ ITEMSIZE = {
 }  # fmt: skip
 
 
-def span_of(
-    ref: TensorRef, space: str, base: int, values: Mapping[str, int]
-) -> Span:
+def span_of(ref: TensorRef, space: str, base: int, values: Mapping[str, int]) -> Span:
     """The memory of ``ref`` inside ``space``, whose buffer starts at byte ``base`` of it."""
     size = ITEMSIZE[ref.dtype]
     shape = tuple(evaluate(d, values) for d in ref.shape)
@@ -186,7 +186,9 @@ def build_table(
                     (driver.CALL, functions[step.kernel], lo, hi, words.ctypes.data, classes)
                 )
         pending.append(_Pending(touched, chosen))
-    used = max((w + 1 for w in range(workers) if any(e[0] == driver.CALL for e in lists[w])), default=1)
+    used = max(
+        (w + 1 for w in range(workers) if any(e[0] == driver.CALL for e in lists[w])), default=1
+    )
     lists = lists[:used]
     if used == 1:
         lists[0] = [e for e in lists[0] if e[0] != driver.BARRIER]
@@ -195,9 +197,7 @@ def build_table(
 
 
 def _conflict(before: list[tuple[Span, bool]], now: list[tuple[Span, bool]]) -> bool:
-    return any(
-        (written or writes) and a.overlaps(b) for a, written in before for b, writes in now
-    )
+    return any((written or writes) and a.overlaps(b) for a, written in before for b, writes in now)
 
 
 def _arguments(

@@ -14,7 +14,7 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dty
 from ..abi import Dim
 from ..emit import Expr, compute_dtype
 from ..value import Context, Value
-from .scope import opaque, plain
+from .scope import bind, opaque, plain
 
 HALF = (torch.bfloat16, torch.float16)
 Promotion = ELEMENTWISE_TYPE_PROMOTION_KIND
@@ -100,17 +100,37 @@ def convert_expr(value: Expr, source: torch.dtype, dest: torch.dtype) -> Expr:
     value = plain(value)
     if source == dest:
         return value
-    if dest == torch.bool:
-        if source in HALF:
-            value, source = tir.Cast("float32", value), torch.float32
-        return plain(value != tir.const(0, compute_dtype(source)))
     if source in HALF and dest != torch.float32:
-        return convert_expr(tir.Cast("float32", value), torch.float32, dest)
+        return convert_expr(convert_expr(value, source, torch.float32), torch.float32, dest)
+    if dest == torch.bool:
+        return plain(value != tir.const(0, compute_dtype(source)))
     if dest in HALF and source != torch.float32:
-        return tir.Cast(compute_dtype(dest), convert_expr(value, source, torch.float32))
+        return convert_expr(convert_expr(value, source, torch.float32), torch.float32, dest)
+    if source == torch.bfloat16:
+        return widened(value)
+    if dest == torch.bfloat16:
+        return rounded(value)
     if source.is_floating_point and dest in (torch.uint8, torch.int8, torch.int16):
         value = tir.Cast("int64", value)  # wraps as torch does, for what fits 64 bits
     return tir.Cast(compute_dtype(dest), value)
+
+
+def widened(value: Expr) -> Expr:
+    """A bfloat16 as float32. (TVM's own cast becomes one of integers where a name is bound.)"""
+    bits = tir.Cast("uint32", tir.reinterpret("uint16", value))
+    return tir.reinterpret("float32", bits << tir.IntImm("uint32", 16))
+
+
+def rounded(value: Expr) -> Expr:
+    """A float32 as the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = tir.reinterpret("uint32", bind(value))
+    top = bits >> tir.IntImm("uint32", 16)
+    nearest = (bits + tir.IntImm("uint32", 0x7FFF) + (top & tir.IntImm("uint32", 1))) >> (
+        tir.IntImm("uint32", 16)
+    )
+    is_nan = (bits & tir.IntImm("uint32", 0x7FFFFFFF)) > tir.IntImm("uint32", 0x7F800000)
+    quiet = top | tir.IntImm("uint32", 0x40)
+    return tir.reinterpret("bfloat16", tir.Cast("uint16", tir.Select(is_nan, quiet, nearest)))
 
 
 def cast(value: Value, dtype: torch.dtype) -> Value:

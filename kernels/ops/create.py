@@ -89,7 +89,7 @@ def _linspace(node: fx.Node, ctx: Context) -> Value:
         down = opaque(scalar(end, wide, ctx)) - (scalar(steps - 1, wide, ctx) - position) * scalar(
             step, wide, ctx
         )
-        half = tir.IntImm("int64", steps // 2)
+        half = tir.IntImm("int64", max(steps // 2, 1))
         return convert_expr(tir.Select(index[0] < half, up, down), wide, dtype)
 
     return Value(shape_of(node, ctx), dtype, load)

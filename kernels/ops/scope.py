@@ -30,15 +30,20 @@ def define_operator(name: str, lower: Callable[[Expr], Expr], *, pure: bool) -> 
     tvm.ir._ffi_api.RegisterOp(name, "See plait.kernels.ops.scope.")  # type: ignore[attr-defined]
     effect = tir.CallEffectKind.Pure if pure else tir.CallEffectKind.UpdateState
     tvm.ir.register_op_attr(name, "TVectorizable", True)
+    tvm.ir.register_op_attr(name, "TScriptPrinterName", name)
     tvm.ir.register_op_attr(name, "TCallEffectKind", int(effect.value))
     tir.register_intrin_lowering(name, "default", f=lower)
     return tvm.ir.Op.get(name)
 
 
-# Returns its argument. TVM's simplifier copies a pure value back into every use of its variable,
-# which makes exponentially much code of a long chain, so this operator claims to have effects. The
-# code generator in turn fails on variables made from vectors of truth values, if it sees through.
-_named = define_operator("plait.named", lambda call: opaque(call.args[0]), pure=False)
+def _fence(call: Expr) -> Expr:
+    return tir.call_llvm_intrin(str(call.ty.dtype), "llvm.arithmetic.fence", call.args[0])
+
+
+# Returns its argument. TVM's simplifiers copy a pure value back into every use of its variable,
+# which makes exponentially much code of a long chain, so this operator claims to have effects, and
+# becomes an LLVM intrinsic that claims so too and costs no instruction.
+_named = define_operator("plait.named", _fence, pure=False)
 
 
 class _Scope:
@@ -69,9 +74,8 @@ def opaque(value: Expr) -> Expr:
     ``x - x`` becomes 0, which is wrong for rounding tricks, infinities and NaN. LLVM sees through
     this and keeps to IEEE 754.
     """
-    lanes = "".join(str(value.ty.dtype).partition("x")[1:])
     dtype = expr_dtype(value)
-    return tir.reinterpret(dtype + lanes, tir.reinterpret(_BITS[dtype] + lanes, value))
+    return tir.reinterpret(dtype, tir.reinterpret(_BITS[dtype], value))
 
 
 _BITS = {"float32": "int32", "float64": "int64", "float16": "int16", "bfloat16": "int16"}

@@ -74,7 +74,7 @@ def _is_larger(a: Dim, b: Dim) -> bool:
     """Whether a > b, symbols standing for large numbers."""
     difference = sympy.expand(a - b)
     if isinstance(difference, sympy.Expr) and difference.free_symbols:
-        difference = difference.subs({s: 1 << 20 for s in difference.free_symbols})
+        difference = difference.subs(dict.fromkeys(difference.free_symbols, 1 << 20))
     return bool(difference > 0)
 
 

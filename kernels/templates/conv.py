@@ -13,7 +13,7 @@ import torch.fx as fx
 from ..abi import Kernel
 from ..group import IO, Group
 from ..target import Target
-from . import conv_direct, conv_lanes
+from . import conv_direct, conv_lanes, conv_tiling
 from .conv_common import lane_count
 from .conv_spec import CONVOLUTIONS, parse, parse_geometry
 
@@ -30,10 +30,12 @@ def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
     spec = parse(group, io)
     if conv_lanes.covers(spec, io, target):
         found = conv_lanes.configs(spec, io, target)
-        if spec.og * 2 >= lane_count(spec.oc, target):  # half-empty vectors may still win
-            found += conv_direct.configs(spec, io, target)[:2]
+        if spec.og * 2 >= lane_count(spec.oc, target):  # half-empty vectors may still win,
+            direct = conv_tiling.configs(spec, io, target)[:2]
+            # and do where a stride leaves few taps to share a permuted input.
+            found = direct + found if spec.sw > 1 else found + direct
         return found[:MOST]
-    return conv_direct.configs(spec, io, target)[:MOST]
+    return conv_tiling.configs(spec, io, target)[:MOST]
 
 
 def lower(

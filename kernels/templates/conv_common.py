@@ -23,7 +23,6 @@ from ..ops.scope import define_operator, sharing
 from ..target import Target
 from ..value import Context, Value
 
-
 _index = define_operator("plait.index", lambda call: call.args[0], pure=False)
 
 
@@ -108,6 +107,11 @@ def loop(em: Emitter, extent: int) -> contextlib.AbstractContextManager[Expr]:
     return T.serial(em.i64(0), em.i64(extent))
 
 
+def vector(em: Emitter, lanes: int) -> contextlib.AbstractContextManager[Expr]:
+    """A vectorised loop, or just the index 0 where a vector has one lane."""
+    return T.vectorized(em.i64(lanes)) if lanes > 1 else contextlib.nullcontext(em.i64(0))
+
+
 def clip(first: Expr, taps: int, dilation: int, size: Expr) -> tuple[Expr, Expr]:
     """The range of taps that lie inside ``[0, size)`` when tap 0 lies at ``first``."""
     zero, step = tir.IntImm("int64", 0), dilation
@@ -131,7 +135,8 @@ def ceil_div(value: Dim, by: int) -> Dim:
     """``value / by`` rounded up."""
     if isinstance(value, int):
         return -(-value // by)
-    return FloorDiv(value + (by - 1), by)
+    result: Any = FloorDiv(value + (by - 1), by)
+    return result
 
 
 def symbol_names(args: Iterable[TensorArg]) -> tuple[str, ...]:
@@ -146,7 +151,7 @@ def symbol_names(args: Iterable[TensorArg]) -> tuple[str, ...]:
 
 def compulsory_bytes(args: Iterable[TensorArg]) -> Dim:
     """Bytes of all arguments, each touched once."""
-    total: Dim = 0
+    total: Any = 0
     for arg in args:
         total = total + math.prod(arg.shape) * arg.dtype.itemsize  # type: ignore[arg-type]
     return total

@@ -26,11 +26,12 @@ from .conv_common import (
     Epilogue,
     ceil_div,
     clip,
-    inside,
-    name_index,
     compulsory_bytes,
+    inside,
     lane_count,
+    name_index,
     symbol_names,
+    vector,
 )
 from .conv_spec import ConvSpec, halo_of
 
@@ -170,7 +171,9 @@ class _Body:
         # Input channels that one vector of outputs needs, and for each channel of a group the
         # lane of those that every output lane takes.
         self.span = lanes // spec.og * spec.cg
-        self.takes = [[j // spec.og * spec.cg + c for j in range(lanes)] for c in range(spec.cg)]
+        self.takes: list[list[Any]] = [
+            [j // spec.og * spec.cg + c for j in range(lanes)] for c in range(spec.cg)
+        ]
 
     def tile(self, block: Expr, line: Expr, wt: Expr) -> None:
         em, spec, (sn, _, sh, sw) = self.em, self.spec, self.xs
@@ -187,7 +190,7 @@ class _Body:
         acc = [[em.local(self.lanes) for _ in range(self.nv)] for _ in range(self.ri)]
         for v in range(self.nv):
             for i in range(self.ri):
-                with T.vectorized(em.i64(self.lanes)) as j:
+                with vector(em, self.lanes) as j:
                     T.buffer_store(acc[i][v], em.f32(0.0), [j])
         kh_lo, kh_hi = em.i64(0), em.i64(spec.kh)
         if self.guard_h or skips_rows(spec):
@@ -211,7 +214,7 @@ class _Body:
             taps(check=False)
         for i in range(self.ri):
             for v in range(self.nv):
-                with T.vectorized(em.i64(self.lanes)) as j:
+                with vector(em, self.lanes) as j:
                     total = acc[i][v][j]
                     if self.bias:
                         total = total + self.bias.load([first[v] + j])
@@ -248,17 +251,26 @@ class _Body:
                             value = T.bind(tir.Shuffle(enough, self.takes[c]))
                         for i, kx in feeds[column]:
                             at = weights + ((kx * spec.cg + c) * rj + v * self.lanes)
-                            weight = self.w.load_flat(tir.Ramp(at, em.i64(1), self.lanes))
-                            whole = [tir.Ramp(em.i64(0), em.i64(1), self.lanes)]
+                            weight = self.w.load_flat(_run(at, self.lanes))
+                            whole = [_run(em.i64(0), self.lanes)]
                             T.buffer_store(acc[i][v], acc[i][v][whole[0]] + value * weight, whole)
 
     def _source(self, base: Expr, left: Expr, column: int, check: bool) -> Expr:
         """The input channels of one vector at one column, zero outside the input."""
         em = self.em
         at = base + column * self.xs[3]
-        value = self.x.load_flat(tir.Ramp(at, em.i64(1), self.span))
+        value = self.x.load_flat(_run(at, self.span))
         if check:
             x = left + column
             inside = tir.all(x >= 0, x < self.wd)
-            value = T.if_then_else(inside, value, tir.Broadcast(em.f32(0.0), self.span))
+            value = T.if_then_else(inside, value, _broadcast(em.f32(0.0), self.span))
         return T.bind(value)
+
+
+def _run(first: Expr, lanes: Any) -> Expr:
+    """The index vector ``first, first + 1, ...``."""
+    return tir.Ramp(first, tir.IntImm("int64", 1), lanes)
+
+
+def _broadcast(value: Expr, lanes: Any) -> Expr:
+    return tir.Broadcast(value, lanes)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tvm.tirx as tir
@@ -190,7 +191,7 @@ class Body:
             self._transpose_block(origin, depth, limit)
         else:
             self._copy_block(origin, depth, limit)
-        scratch = self.panel
+        scratch: Any = self.panel
         return lambda k, j: scratch[k * t.width + j]
 
     def _copy_block(self, origin: Expr, depth: Expr, limit: Expr) -> None:
@@ -207,14 +208,13 @@ class Body:
         em, t = self.em, self.t
         whole, squares = tir.truncdiv(limit, t.lanes), tir.truncdiv(depth, t.lanes)
         stride_n = em.dim(self.spec.b_strides[-1])
-        one = em.i64(1)
         with T.serial(whole) as v:
             with T.serial(squares) as s:
                 corner = T.bind(origin + v * t.lanes * stride_n + s * t.lanes)
                 rows = [self._vector(corner + i * stride_n, i) for i in range(t.lanes)]
                 for i, row in enumerate(_transposed(rows)):
                     at = (s * t.lanes + i) * t.width + v * t.lanes
-                    T.buffer_store(self.panel, row, [tir.Ramp(at, one, t.lanes)])
+                    T.buffer_store(self.panel, row, [_ramp(at, t.lanes)])
             with T.serial(squares * t.lanes, depth) as k, T.serial(em.i64(t.lanes)) as j:
                 self._put(origin, k, v * t.lanes + j)
         with T.serial(depth) as k:
@@ -224,10 +224,10 @@ class Body:
         """A vector of the right factor as a named fp32 value."""
         em, lanes = self.em, self.t.lanes
         if self.square is None:
-            return T.bind(self.b.buffer[tir.Ramp(offset, em.i64(1), lanes)])
+            return T.bind(self.b.buffer[_ramp(offset, lanes)])
         with T.vectorized(em.i64(lanes)) as j:  # TVM converts bf16 only in such loops
             T.buffer_store(self.square, _f32(self.b.load_flat(offset + j)), [row * lanes + j])
-        return T.bind(self.square[tir.Ramp(em.i64(row * lanes), em.i64(1), lanes)])
+        return T.bind(self.square[_ramp(em.i64(row * lanes), lanes)])
 
     def _edge(self, origin: Expr, k: Expr, whole: Expr, limit: Expr) -> None:
         """Columns past the last whole vector, and zeros up to the panel's width."""
@@ -276,6 +276,11 @@ class Body:
                     vector(j, 1)
 
 
+def _ramp(start: Expr, lanes: int) -> Expr:
+    """The indices of a vector of neighbours."""
+    return tir.Ramp(start, tir.IntImm("int64", 1), tir.IntImm("int32", lanes))
+
+
 def _f32(value: Expr) -> Expr:
     lanes = str(value.ty.dtype).partition("x")[2]
     if str(value.ty.dtype).startswith("float32"):
@@ -290,7 +295,7 @@ def _dot(index: list[Expr], strides: list[Expr]) -> Expr:
     return total
 
 
-def _transposed(rows: list[Expr]) -> list[Expr]:
+def _transposed(rows: list[Any]) -> list[Expr]:
     """The transpose of a square of vectors: log2(lanes) perfect shuffles of pairs of rows."""
     lanes = len(rows)
     half, rounds = lanes // 2, lanes.bit_length() - 1
@@ -299,6 +304,6 @@ def _transposed(rows: list[Expr]) -> list[Expr]:
         for row in range(lanes):
             pair = [rows[row // 2], rows[row // 2 + half]]
             order = [lanes * (i % 2) + i // 2 + half * (row % 2) for i in range(lanes)]
-            mixed.append(T.bind(tir.Shuffle(pair, order)))
+            mixed.append(T.bind(tir.Shuffle(pair, [tir.IntImm("int32", i) for i in order])))
         rows = mixed
     return rows

@@ -222,7 +222,9 @@ def product(dims: Iterable[Dim]) -> Dim:
 
 def ceil_div(value: Dim, by: int) -> Dim:
     """``value / by`` rounded up."""
-    return -(-value // by) if isinstance(value, int) else FloorDiv(value + (by - 1), by)
+    if isinstance(value, int):
+        return -(-value // by)
+    return FloorDiv(value + (by - 1), by)  # type: ignore[return-value]
 
 
 def same(a: Dim, b: Dim) -> bool:

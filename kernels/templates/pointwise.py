@@ -25,7 +25,7 @@ from ..emit import Emitter, Expr, Ref
 from ..group import IO, Group, Unsupported
 from ..ops import category, evaluate
 from ..ops.common import cast, dims_of, i64, linear, product, unravel
-from ..ops.scope import rehearsal, sharing
+from ..ops.scope import plain, rehearsal, sharing
 from ..target import Target
 from ..value import Context, Value
 from .pointwise_axes import Axis, Probe, initial_axes, output_index
@@ -238,7 +238,7 @@ class _Builder:
             with sharing():
                 for ref, store in region.stores:
                     value, own = store(full)
-                    ref.store(value, own)
+                    ref.store(plain(value), own)
 
         def run(row: Expr, start: Expr, size: Any) -> None:
             place = unravel(row, [emitter.dim(a.extent) for a in outer])

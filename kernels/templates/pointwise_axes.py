@@ -38,7 +38,7 @@ class Axis:
 
 def estimate(dim: Dim) -> int:
     """A likely value of a dimension."""
-    return dim if isinstance(dim, int) else int(dim.subs({s: _LIKELY for s in dim.free_symbols}))
+    return dim if isinstance(dim, int) else int(dim.subs(dict.fromkeys(dim.free_symbols, _LIKELY)))
 
 
 def initial_axes(group: Group, out: TensorArg) -> list[Axis]:
@@ -76,7 +76,7 @@ def _node_splits(node: fx.Node) -> list[tuple[Dim, tuple[Dim, ...]]]:
     if name in ("aten.cat.default", "aten.concat.default") and isinstance(source, (list, tuple)):
         dims = [dims_of(t) for t in source]  # type: ignore[arg-type]
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        if len({d for d in dims}) == 1 and isinstance(dim, int) and dims[0]:
+        if len(set(dims)) == 1 and isinstance(dim, int) and dims[0]:
             return [(dims_of(node)[dim], (len(dims), dims[0][dim]))]
     return []
 

@@ -18,12 +18,21 @@ import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Dim, Kernel
+from ..abi import Kernel
 from ..emit import Emitter, Expr, compute_dtype
 from ..group import IO, Group
 from ..math import is_nan
 from ..target import Target
-from .conv_common import Epilogue, ceil_div, clip, compulsory_bytes, inside, name_index, symbol_names
+from .conv_common import (
+    Epilogue,
+    ceil_div,
+    clip,
+    compulsory_bytes,
+    inside,
+    name_index,
+    symbol_names,
+    vector,
+)
 from .pool_spec import POOLS, Axis, PoolSpec, parse
 
 __all__ = ["POOLS", "candidates", "lower"]
@@ -40,16 +49,20 @@ def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
     spec = parse(group, io)
     lanes = _lanes(spec, io, target)
     vectors = -(-spec.c // lanes)
-    found: list[dict[str, Any]] = []
-    if _rows_fit(spec):
+    together = dict.fromkeys(min(nv, vectors) for nv in (4, 8, 1))
+    windows = [{"kind": "window", "ri": 1, "nv": nv} for nv in together]
+    rows: list[dict[str, Any]] = []
+    if _rows_fit(spec) and int(spec.cols.out) > 1:  # type: ignore[arg-type]
+        out, stride = int(spec.cols.out), spec.cols.stride  # type: ignore[arg-type]
         reach = (spec.cols.kernel - 1) * spec.cols.dilation + 1
-        most = (target.vector_registers - 4 - reach) // spec.cols.stride + 1
-        widths = [w for w in range(1, int(spec.cols.out) + 1) if w <= min(most, 16)]  # type: ignore[arg-type]
-        out = int(spec.cols.out)  # type: ignore[arg-type]
+        most = min(out, 16, (target.vector_registers - 4 - reach) // stride + 1)
         # Column loads per row: overlap between tiles and a last tile moved back cost the same.
-        widths.sort(key=lambda w: (-(-out // w) * ((w - 1) * spec.cols.stride + reach), -w))
-        found += [{"kind": "row", "ri": w, "nv": 1} for w in widths[:3]]
-    found += [{"kind": "window", "ri": 1, "nv": nv} for nv in (4, 1, 8) if nv <= vectors]
+        widths = list(range(1, most + 1))
+        widths.sort(key=lambda w: (-(-out // w) * ((w - 1) * stride + reach), -w))
+        rows = [{"kind": "row", "ri": w, "nv": 1} for w in widths[:3]]
+    # Sharing columns saves loads; reading wide runs of channels saves cache misses, which counts
+    # for more where windows overlap so much that their inputs stay in the first-level cache.
+    found = windows + rows if spec.cols.stride == 1 else rows + windows
     return [c | {"rows": _rows_per_task(spec, vectors, c)} for c in found[:6]]
 
 
@@ -65,7 +78,8 @@ def lower(
     if config["kind"] == "row" and not (_rows_fit(spec) and config["ri"] <= int(spec.cols.out)):  # type: ignore[arg-type]
         raise ValueError("row tiles need windows of fixed size in rows of known length")
     lanes, nv = _lanes(spec, io, target), config["nv"]
-    blocks = -(-(-(-spec.c // lanes)) // nv)
+    vectors = -(-spec.c // lanes)
+    blocks = -(-vectors // nv)
     rows, chunk = spec.n * spec.rows.out, config["rows"]
     inputs = tuple(io[n] for n in group.inputs)
     outputs = tuple(io[n] for n in group.outputs)
@@ -156,7 +170,7 @@ class _Body:
 
     def tile(self, block: Expr, line: Expr, part: Expr) -> None:
         """Computes and stores outputs ``[part * ri, ...)`` of row ``line``."""
-        em, spec = self.em, self.spec
+        spec = self.spec
         n, row = name_index(tir.truncdiv(line, self.oh)), name_index(tir.truncmod(line, self.oh))
         firsts = [name_index(self._channel(block, v)) for v in range(self.nv)]
         base = n * self.xs[0]
@@ -208,29 +222,28 @@ class _Body:
     ) -> None:
         em, (_, sc, sh, sw) = self.em, self.xs
         xs = self._range(self.spec.cols, col, self.wd)
-        lanes = em.i64(self.lanes)
         totals = [em.local(self.lanes, self.dtype) for _ in firsts]
         lines = [em.local(self.lanes, self.dtype) for _ in firsts]
         for total in totals:
-            with T.vectorized(lanes) as j:
+            with vector(em, self.lanes) as j:
                 T.buffer_store(total, self.identity, [j])
         with T.serial(ys[0], ys[1]) as ky:
             y = (ys[2] + ky * ys[3]) * sh
             for part in lines:
-                with T.vectorized(lanes) as j:
+                with vector(em, self.lanes) as j:
                     T.buffer_store(part, self.identity, [j])
             with T.serial(xs[0], xs[1]) as kx:
                 at = name_index(y + (xs[2] + kx * xs[3]) * sw)
                 for part, base in zip(lines, bases, strict=True):
-                    with T.vectorized(lanes) as j:
+                    with vector(em, self.lanes) as j:
                         value = self._load(base + at + j * sc)
                         T.buffer_store(part, self._join(part[j], value), [j])
             for total, part in zip(totals, lines, strict=True):
-                with T.vectorized(lanes) as j:
+                with vector(em, self.lanes) as j:
                     T.buffer_store(total, self._join(total[j], part[j]), [j])
         scale = self._scale(row, ys, col, xs)
         for first, total in zip(firsts, totals, strict=True):
-            with T.vectorized(lanes) as j:
+            with vector(em, self.lanes) as j:
                 self._store(n, first + j, row, col, total[j], scale)
 
     # -- neighbouring outputs of a row -------------------------------------------------------
@@ -265,7 +278,6 @@ class _Body:
     ) -> None:  # fmt: skip
         """The tile by column results; ``exist`` names the columns inside the input (None: all)."""
         em, axis, (_, sc, sh, sw) = self.em, self.spec.cols, self.xs
-        lanes = em.i64(self.lanes)
         taps: list[list[int]] = [[] for _ in range(self.ri)]
         for k in range(axis.kernel):
             some = range(self.ri)
@@ -276,17 +288,17 @@ class _Body:
         used = sorted({q for columns in taps for q in columns})
         columns = {q: em.local(self.lanes, self.dtype) for q in used}
         for column in columns.values():
-            with T.vectorized(lanes) as j:
+            with vector(em, self.lanes) as j:
                 T.buffer_store(column, self.identity, [j])
         with T.serial(ys[0], ys[1]) as ky:
             at = name_index(base + (ys[2] + ky * ys[3]) * sh + left * sw)
             for q, column in columns.items():
-                with T.vectorized(lanes) as j:
+                with vector(em, self.lanes) as j:
                     value = self._load(at + q * sw + j * sc)
                     T.buffer_store(column, self._join(column[j], value), [j])
         total = em.local(self.lanes, self.dtype)
         for i in range(self.ri):
-            with T.vectorized(lanes) as j:
+            with vector(em, self.lanes) as j:
                 if not taps[i]:
                     T.buffer_store(total, self.identity, [j])
                 for step, q in enumerate(taps[i]):
@@ -295,7 +307,7 @@ class _Body:
             col = start + i
             known = em.i64(len(taps[i])) if exist is not None else em.i64(axis.kernel)
             scale = self._scale(row, ys, col, (em.i64(0), known, None, 1))
-            with T.vectorized(lanes) as j:
+            with vector(em, self.lanes) as j:
                 self._store(n, first + j, row, col, total[j], scale)
 
     # -- results ---------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def parse(group: Group, io: IO) -> PoolSpec:
     node = group.anchor
     assert node is not None
     kind, rank, names = _NAMES[node.target]
-    args = dict(zip(names, node.args, strict=False))
+    args: dict[str, Any] = dict(zip(names, node.args, strict=False))
     args |= {_KEYWORDS.get(k, k): v for k, v in node.kwargs.items()}
     check_epilogue(group)
     x = args["input"]

@@ -1,6 +1,7 @@
 """The loops of groups with reductions: lanes along the row, or lanes across rows.
 
-`AlongRow` puts the lanes of a vector on neighbouring elements of one row: several vectors of partial
+`AlongRow` puts the lanes of a vector on neighbouring elements of one row: several vectors of
+partial
 results hide the latency of additions and are combined at the row's end. `AcrossRows` puts them on
 neighbouring rows, for tensors whose folded axes are not the contiguous one: each lane folds a row
 of its own. Both implement `ops.rows.Rows`.
@@ -244,9 +245,7 @@ class AlongRow(Engine):
 
     def walk(self, body: Body, flush: Body | None) -> None:
         with contextlib.ExitStack() as loops:
-            outer = {
-                a: loops.enter_context(T.serial(i64(0), self.dims[a])) for a in self.outer
-            }
+            outer = {a: loops.enter_context(T.serial(i64(0), self.dims[a])) for a in self.outer}
 
             def at(position: Expr, slot: Expr, valid: Expr | None = None) -> None:
                 inner = unravel(position, [self.dims[a] for a in self.run_axes])

@@ -164,9 +164,7 @@ def _order(group: Group, io: IO, shape: tuple[Dim, ...]) -> tuple[int, ...]:
                 for i in range(len(shape))
             ]
             # A dimension of 1 has no stride to speak of: it goes first.
-            return tuple(
-                sorted(range(len(shape)), key=lambda i: (sizes[i] != 1, key[i][0], i))
-            )
+            return tuple(sorted(range(len(shape)), key=lambda i: (sizes[i] != 1, key[i][0], i)))
     return tuple(range(len(shape)))
 
 

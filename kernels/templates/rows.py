@@ -1,4 +1,5 @@
-"""Groups over rows: normalisations, softmax and reductions with the pointwise operators around them.
+"""Groups over rows: normalisations, softmax and reductions with the pointwise operators around
+them.
 
 A task is a block of rows. For each row, every reduction of the group is one sweep over the row, and
 all outputs that span the space are stored by a last one. Values that several sweeps need and that
@@ -9,15 +10,17 @@ hold and `row_engine` for the loops; `reduce` uses the same code.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
 import tvm.tirx as tir
+from tvm.sym import Analyzer
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Dim, Kernel
-from ..emit import Emitter, Expr
+from ..abi import Dim, Kernel, TensorArg, contiguous_strides
+from ..emit import Emitter, Expr, Ref
 from ..group import IO, Group, Unsupported
 from ..ops import category, evaluate
 from ..ops.common import dims_of, i64, product, unravel
@@ -47,20 +50,41 @@ def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
     if lane not in space.axes:
         width, unroll = _fit(space.dims[lane], lanes, 4)
         return [{"lane": lane, "width": width, "unroll": unroll, "grain": 1, "merged": 0}]
-    merged = 0
-    run = space.dims[lane]
-    natural = space.order == tuple(range(len(space.dims)))
-    while natural and lane == max(space.axes) and isinstance(run, int) and run < MIN_RUN:
-        before = lane - merged - 1
-        if before not in space.axes or not isinstance(space.dims[before], int):
-            break
-        run, merged = run * space.dims[before], merged + 1  # type: ignore[operator]
+    run, merged = _merge(space, lane, group, io)
     width, unroll = _fit(run, lanes, 4)
     count, rows = space.count, space.rows
     grain = max(1, TASK_ELEMENTS // max(1, count if isinstance(count, int) else 1024))
     if isinstance(rows, int):
         grain = max(1, min(grain, -(-rows // MIN_TASKS)))
     return [{"lane": lane, "width": width, "unroll": unroll, "grain": grain, "merged": merged}]
+
+
+def _merge(space: RowSpace, lane: int, group: Group, io: IO) -> tuple[Dim, int]:
+    """The length of the lanes' run, and how many folded axes before ``lane`` it takes in.
+
+    Where memory is contiguous over the axes, the longer the better; otherwise up to `MIN_RUN`.
+    """
+    run, merged = space.dims[lane], 0
+    natural = space.order == tuple(range(len(space.dims)))
+    while natural and lane == max(space.axes) and isinstance(run, int):
+        before = lane - merged - 1
+        if before not in space.axes or not isinstance(space.dims[before], int):
+            break
+        contiguous = not space.grouped and all(
+            _is_contiguous(io[n], space.dims[before:]) for n in (*group.inputs, *group.outputs)
+        )
+        if run >= MIN_RUN and not contiguous:
+            break
+        run, merged = run * space.dims[before], merged + 1  # type: ignore[operator]
+    return run, merged
+
+
+def _is_contiguous(arg: TensorArg, trailing: tuple[Dim, ...]) -> bool:
+    """Whether a tensor has these trailing dimensions contiguously, or one element for all."""
+    k = len(trailing)
+    if arg.shape[-k:] == trailing:
+        return arg.strides[-k:] == contiguous_strides(trailing)
+    return all(d == 1 for d in arg.shape[-k:])
 
 
 def _fit(extent: Dim, lanes: int, unroll: int) -> tuple[int, int]:
@@ -106,9 +130,7 @@ def lower(
     )
 
 
-def _along(
-    em: Emitter, group: Group, space: RowSpace, config: dict[str, Any], task: Expr
-) -> Dim:
+def _along(em: Emitter, group: Group, space: RowSpace, config: dict[str, Any], task: Expr) -> Dim:
     """Emits tasks that are blocks of rows; returns how many there are."""
     grain = config["grain"]
     kept = [em.dim(space.dims[a]) for a in space.kept]
@@ -123,9 +145,7 @@ def _along(
     return ceil_div(space.rows, grain)
 
 
-def _across(
-    em: Emitter, group: Group, space: RowSpace, config: dict[str, Any], task: Expr
-) -> Dim:
+def _across(em: Emitter, group: Group, space: RowSpace, config: dict[str, Any], task: Expr) -> Dim:
     """Emits tasks that are some vectors of rows; returns how many there are."""
     lane, width, unroll = config["lane"], config["width"], config["unroll"]
     block = width * unroll
@@ -158,7 +178,7 @@ class _Body:
 
     def __init__(self, em: Emitter, group: Group, space: RowSpace, engine: Engine) -> None:
         self.em, self.group, self.space, self.engine = em, group, space, engine
-        self.env = {n: Value.of(r) for n, r in zip(group.inputs, em.inputs, strict=True)}
+        self.env = {n: _input(r) for n, r in zip(group.inputs, em.inputs, strict=True)}
         self.ctx = RowContext(em, self.env, engine)
 
     def emit(self) -> None:
@@ -198,7 +218,7 @@ class _Body:
             at = self.engine.here()
             results = [self.env[n].load(at) for n, _ in whole]
             for (_, ref), result in zip(whole, results, strict=True):
-                ref.store(result, at)
+                ref.store_flat(result, _simple(ref.offset(at)))
 
         def rows() -> None:
             for node, ref in single:
@@ -210,6 +230,23 @@ class _Body:
             self.engine.sweep(elements)
         if single:
             self.engine.each_row(rows)
+
+
+def _input(ref: Ref) -> Value:
+    """The value that reads a tensor argument, at an offset that says when lanes are contiguous."""
+
+    def load(index: Sequence[Expr]) -> Expr:
+        return ref.load_flat(_simple(ref.offset(index)))
+
+    return Value(tuple(ref.shape), ref.arg.dtype, load)
+
+
+def _simple(offset: Expr) -> Expr:
+    """An offset without the quotients and remainders of merged axes.
+
+    TVM would simplify it only after it has become a vector of offsets, which is too late.
+    """
+    return Analyzer().simplify(offset)
 
 
 def keeps(group: Group, space: RowSpace) -> set[fx.Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from plait.bench.bounds import Machine
+from plait.bench.bounds import Machine, measure_machine
 from plait.bench.measure import PeakMemory, Timing, geometric_mean, interleave
 
 
@@ -78,3 +78,11 @@ def test_the_roofline_takes_the_tighter_limit() -> None:
     assert machine.bound_by(1000, 10) == "compute"
     assert machine.bound(1000, 1000) == 100
     assert machine.bound_by(1000, 1000) == "memory"
+
+
+def test_measuring_the_machine_leaves_the_threads_alone() -> None:
+    before = torch.get_num_threads()
+    machine = measure_machine()
+    assert torch.get_num_threads() == before
+    assert machine.flops > 1e8
+    assert machine.bandwidth > 1e8

@@ -350,10 +350,10 @@ def test_copy_and_pickle() -> None:
     [
         lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
         lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}, assign=True),
-        lambda m: m[0].weight.data.__class__ and setattr(m[0].weight, "data", torch.randn(8, 4)),
+        lambda m: setattr(m[0].weight, "data", torch.randn(8, 4)),
         lambda m: setattr(m[2], "bias", nn.Parameter(torch.randn(3))),
-        lambda m: m.__setitem__(1, nn.Tanh()),
-        lambda m: m.__setitem__(2, nn.Linear(8, 5)),
+        lambda m: m.__setitem__(1, nn.Tanh().eval()),
+        lambda m: m.__setitem__(2, nn.Linear(8, 5).eval()),
         lambda m: m.double(),
     ],
     ids=["load", "assign", "data", "replace", "submodule", "shape", "dtype"],

@@ -7,14 +7,13 @@ halo included, with every byte outside the interior checked to be left alone.
 
 from __future__ import annotations
 
-import ctypes
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
-import tvm
+
+from plait.kernels import loader
 from plait.kernels.abi import Dim, Kernel, Pack, TensorArg
+from plait.kernels.build import build
 from plait.kernels.target import host
 
 GUARD = 64  # bytes of canary on either side of an output
@@ -48,11 +47,8 @@ class Batch:
         self.kernels = {k.name: k for k in kernels}
         if len(self.kernels) != len(kernels):
             raise ValueError("kernel names must differ")
-        module = tvm.IRModule({k.name: k.func for k in kernels})
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "kernels.so"
-            tvm.compile(module, target=host().tvm()).export_library(str(path))
-            self._library = ctypes.CDLL(str(path))
+        self._bundle = build(list(kernels), host())
+        assert self._bundle.failed == {}
 
     def run(
         self,
@@ -85,13 +81,8 @@ class Batch:
         outputs = [empty_output(a, symbols) for a in kernel.outputs]
         before = [raw.clone() for raw, _ in outputs]
         pointers = [t.data_ptr() for t in held] + [t.data_ptr() for _, t in outputs]
-        call = getattr(self._library, name)
-        call.restype = None
-        call.argtypes = (
-            [ctypes.c_int64] * 2
-            + [ctypes.c_void_p] * len(pointers)
-            + [ctypes.c_int64] * len(kernel.symbols)
-        )
+        words = len(pointers) + len(kernel.symbols)
+        call = loader.function(self._bundle.address(name), words)
         tasks = number(kernel.tasks, symbols)
         edges = [tasks * i // splits for i in range(splits + 1)]
         for lo, hi in reversed(list(zip(edges, edges[1:], strict=False))):

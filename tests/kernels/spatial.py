@@ -14,11 +14,6 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from plait.kernels import packing
-from plait.kernels.abi import Dim, Kernel, TensorArg, contiguous_strides
-from plait.kernels.group import Group
-from plait.kernels.ops import category
-from plait.kernels.target import host
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -26,6 +21,12 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+
+from plait.kernels import packing
+from plait.kernels.abi import Dim, Kernel, TensorArg, contiguous_strides
+from plait.kernels.group import Group
+from plait.kernels.ops import category
+from plait.kernels.target import host
 
 from .harness import Batch
 
@@ -156,14 +157,14 @@ def check(
     """
     jobs = []
     for number, case in enumerate(cases):
-        module, group, io = case.trace()
+        _, group, io = case.trace()
         configs = template.candidates(group, io, host())
         assert 1 <= len(configs) <= 6
         for i, config in enumerate(configs if every else configs[:1]):
             name = f"k{number}_{i}"
-            jobs.append((case, module, group, template.lower(group, io, host(), config, name)))
+            jobs.append((case, group, template.lower(group, io, host(), config, name)))
     batch = Batch([kernel for *_, kernel in jobs])
-    for case, module, group, kernel in jobs:
+    for case, group, kernel in jobs:
         held = [
             t if i in case.const else lay(t, case.layouts.get(i, Layout(plain=t.dim() < 3)))
             for i, t in enumerate(case.tensors)
@@ -177,7 +178,6 @@ def check(
         for result, want, torchs in zip(results, exact, own, strict=True):
             assert result.dtype == torchs.dtype, label
             _compare(result, want, torchs, slack, label)
-        del module
     return [kernel for *_, kernel in jobs]
 
 
@@ -195,7 +195,10 @@ def _compare(
     assert result.shape == want.shape, label
     special = ~want.isfinite()
     torch.testing.assert_close(
-        result.double()[special], want.double()[special], equal_nan=True, msg=lambda m: f"{label}: {m}"
+        result.double()[special],
+        want.double()[special],
+        equal_nan=True,
+        msg=lambda m: f"{label}: {m}",
     )
     if special.all():
         return

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from plait.kernels import packing_conv
+
+from plait.kernels import packing, packing_conv
 from plait.kernels.group import Unsupported
 from plait.kernels.target import host
 from plait.kernels.templates import conv
 
 from .harness import Batch
-from .spatial import Case, Layout, check
+from .spatial import Case, Layout, check, lay
 
 aten = torch.ops.aten
+NHWC = Layout()
 
 
 def case(
     n: int, c: int, oc: int, kernel: tuple[int, int], size: tuple[int, int], *,
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, bias: bool = True,
-    halo: bool = True, layout: Layout | None = None, out: Layout = Layout(),
+    halo: bool = True, layout: Layout | None = None, out: Layout = NHWC,
     label: str = "", symbolic: bool = False,
 ) -> Case:  # fmt: skip
     """A convolution alone; with ``halo`` its input has all the zeros around it that it reads."""
@@ -37,7 +40,7 @@ def case(
 
     made = Case(label, function, tensors, {}, (1, 2) if bias else (1,), out, symbolic)
     if layout is None:
-        layout = Layout()
+        layout = NHWC
         if halo:
             layout = Layout(conv.required_halo(made.trace()[1].anchor)[2:])
     made.layouts[0] = layout
@@ -167,12 +170,15 @@ def test_without_bias() -> None:
 def test_one_dimensional_and_named_padding() -> None:
     x, w, b = torch.randn(2, 6, 19), torch.randn(20, 6, 4), torch.randn(20)
     image, v = torch.randn(1, 6, 9, 10), torch.randn(20, 6, 4, 3)
+
+    def padded(p: str) -> Any:
+        return lambda x, w, b: F.conv2d(x, w, b, padding=p)
+
     check(
         [
             Case("1d", lambda x, w, b: aten.conv1d(x, w, b, [2], [3]), [x, w, b], {}, (1, 2)),
             Case("same", lambda x, w, b: F.conv1d(x, w, b, padding="same"), [x, w, b], {}, (1, 2)),
-            Case("same", lambda x, w, b: F.conv2d(x, w, b, padding="same"), [image, v, b], {}, (1, 2)),
-            Case("valid", lambda x, w, b: F.conv2d(x, w, b, padding="valid"), [image, v, b], {}, (1, 2)),
+            *(Case(p, padded(p), [image, v, b], {}, (1, 2)) for p in ("same", "valid")),
             Case(
                 "convolution",
                 lambda x, w: aten.convolution(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
@@ -233,7 +239,11 @@ def test_sizes_known_only_at_run_time() -> None:
         for layout in (Layout(), Layout(((1, 1), (1, 1))), Layout(plain=True))
         for groups in (1, 2)
     ]
-    cases.append(case(3, 8, 8, (3, 3), (9, 11), padding=1, stride=2, groups=8, symbolic=True, layout=Layout()))
+    cases.append(
+        case(
+            3, 8, 8, (3, 3), (9, 11), padding=1, stride=2, groups=8, symbolic=True, layout=Layout()
+        )
+    )
     kernels = check(cases, conv)
     assert all(k.symbols for k in kernels)
 
@@ -274,29 +284,38 @@ def test_candidates_are_deterministic_plain_json() -> None:
 
 
 def test_any_partition_of_the_tasks_gives_the_same_bits() -> None:
-    from plait.kernels import packing
-
-    from .spatial import lay
-
     made = case(1, 19, 50, (3, 3), (13, 17), padding=1)
     _, group, io = made.trace()
     kernel = conv.lower(group, io, host(), conv.candidates(group, io, host())[0])
     batch = Batch([kernel])
     held = [lay(made.tensors[0], made.layouts[0]), *made.tensors[1:]]
     results = [
-        batch.run("kernel", held, splits=s, packer=packing.apply)[0] for s in (1, 2, int(kernel.tasks))  # type: ignore[arg-type]
+        batch.run("kernel", held, splits=s, packer=packing.apply)[0]
+        for s in (1, 2, int(kernel.tasks))  # type: ignore[arg-type]
     ]
     assert kernel.tasks >= 8  # type: ignore[operator]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_work_outside_the_image_is_left_out() -> None:
-    """A halo of NaN beside the image shows that whole-row tiles read no padding there."""
-    made = case(1, 8, 48, (3, 3), (8, 8), padding=1, halo=False)
+@pytest.mark.parametrize("groups", [1, 8, 48])
+def test_what_lies_around_an_image_without_a_halo_does_not_matter(groups: int) -> None:
+    """All around the image memory is NaN, which would show in any sum it entered."""
+    made = case(1, 48, 48, (3, 3), (8, 11), padding=1, groups=groups)
     _, group, io = made.trace()
-    config = next(c for c in conv.candidates(group, io, host()) if c["tile"] == "rows")
-    assert config["ri"] == 8
-    check([made], conv)
+    x = group.inputs[0]
+    around = made.layouts[0]
+    assert around.halo == ((1, 1), (1, 1))
+    io[x] = replace(io[x], halo=())
+    buffer = torch.full((1, 10, 13, 48), torch.nan).movedim(-1, 1)
+    inner = buffer[:, :, 1:9, 1:12]
+    inner.copy_(made.tensors[0])
+    configs = conv.candidates(group, io, host())
+    kernels = [conv.lower(group, io, host(), c, f"k{i}") for i, c in enumerate(configs)]
+    batch = Batch(kernels)
+    want = made.function(*made.tensors)
+    for kernel in kernels:
+        (got,) = batch.run(kernel.name, [inner, *made.tensors[1:]], packer=packing.apply)
+        torch.testing.assert_close(got, want, msg=str(kernel.config))
 
 
 def test_packed_vectors_hold_real_channels_only() -> None:

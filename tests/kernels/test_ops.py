@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from trace import group_for, outputs_of, tensor_arg, trace
 from typing import Any
 
 import pytest
 import torch
-from plait.kernels.group import Unsupported
-from plait.kernels.ops import CATEGORY, category, library_reason, registered
-from plait.kernels.target import host
-from plait.kernels.templates import pointwise
+from harness import Batch
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
-from harness import Batch
-from trace import group_for, outputs_of, tensor_arg, trace
+from plait.kernels.ops import CATEGORY, category, library_reason
+from plait.kernels.target import host
+from plait.kernels.templates import pointwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
 SAMPLES = {torch.float32: 8, torch.bfloat16: 3, torch.int64: 3, torch.bool: 2}
@@ -58,9 +57,7 @@ def lowered(function, tensors, name):
             continue
         group = group_for([out])
         given = dict(zip(module.graph.find_nodes(op="placeholder"), tensors, strict=True))
-        given |= {
-            n: getattr(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")
-        }
+        given |= {n: getattr(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
         io = {n: tensor_arg(given[n]) for n in group.inputs}
         io[out] = tensor_arg(torch.empty(out.meta["val"].shape, dtype=out.meta["val"].dtype))
         config = {"grain": 256} if len(name) % 2 else pointwise.candidates(group, io, host())[0]
@@ -80,19 +77,25 @@ def check(cases) -> None:
     batch = Batch([kernel for kernel, _, _ in cases])
     for kernel, inputs, want in cases:
         (got,) = batch.run(kernel.name, inputs)
-        torch.testing.assert_close(got, want, equal_nan=True, check_stride=False, msg=lambda m, k=kernel: f"{k.name}: {m}")
+        torch.testing.assert_close(
+            got, want, equal_nan=True, check_stride=False, msg=lambda m, k=kernel: f"{k.name}: {m}"
+        )
 
 
 def _wanted() -> list[Any]:
     names = {n.split(".")[1] for n, kind in CATEGORY.items() if kind in ("pointwise", "view")}
 
     def matches(op) -> bool:
-        return bool({op.name, op.aten_name, op.name.split(".")[-1], *(a.name for a in op.aliases)} & names)
+        return bool(
+            {op.name, op.aten_name, op.name.split(".")[-1], *(a.name for a in op.aliases)} & names
+        )
 
     return [op for op in op_db if matches(op)]
 
 
-@pytest.mark.parametrize("op", _wanted(), ids=lambda op: f"{op.name}-{op.variant_test_name}".strip("-"))
+@pytest.mark.parametrize(
+    "op", _wanted(), ids=lambda op: f"{op.name}-{op.variant_test_name}".strip("-")
+)
 def test_opinfo(op) -> None:
     cases, reasons = [], []
     torch.manual_seed(0)

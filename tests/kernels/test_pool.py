@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
 from plait.kernels.group import Unsupported
 from plait.kernels.target import host
 from plait.kernels.templates import pool
@@ -18,11 +19,12 @@ from plait.kernels.templates import pool
 from .spatial import Case, Layout, check
 
 Function = Callable[..., Any]
+NHWC = Layout()
 
 
 def case(
     label: str, function: Function, shape: tuple[int, ...] = (1, 20, 9, 11), *,
-    layout: Layout = Layout(), out: Layout = Layout(), symbolic: bool = False,
+    layout: Layout = NHWC, out: Layout = NHWC, symbolic: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Case:  # fmt: skip
     torch.manual_seed(0)
@@ -46,7 +48,10 @@ WINDOWS: list[tuple[Any, Any, Any]] = [
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
 def test_maximum_windows(ceil_mode: bool) -> None:
-    check([case(f"max {k} {s} {p}", maximum(k, s, p, ceil_mode=ceil_mode)) for k, s, p in WINDOWS], pool)
+    check(
+        [case(f"max {k} {s} {p}", maximum(k, s, p, ceil_mode=ceil_mode)) for k, s, p in WINDOWS],
+        pool,
+    )
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
@@ -54,7 +59,9 @@ def test_maximum_windows(ceil_mode: bool) -> None:
 def test_average_windows(ceil_mode: bool, include: bool) -> None:
     check(
         [
-            case(f"avg {k} {s} {p}", average(k, s, p, ceil_mode=ceil_mode, count_include_pad=include))
+            case(
+                f"avg {k} {s} {p}", average(k, s, p, ceil_mode=ceil_mode, count_include_pad=include)
+            )
             for k, s, p in WINDOWS
         ],
         pool,
@@ -168,10 +175,16 @@ def test_nan_wins_a_maximum_and_padding_never_does() -> None:
 
 def test_epilogues() -> None:
     x, r = torch.randn(1, 20, 8, 9), torch.randn(1, 20, 8, 9)
+    slices = {1: Layout(skip=1, extra=2)}
     check(
         [
             Case("relu", lambda x, r: F.relu(F.avg_pool2d(x, 3, 1, 1)), [x, r]),
-            Case("sum", lambda x, r: F.max_pool2d(x, 3, 1, 1) + r, [x, r], {1: Layout(skip=1, extra=2)}),
+            Case(
+                "sum",
+                lambda x, r: F.max_pool2d(x, 3, 1, 1) + r,
+                [x, r],
+                slices,
+            ),
             Case("two", lambda x, r: (y := F.avg_pool2d(x, 3, 1, 1), y + r), [x, r]),
         ],
         pool,

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
 from plait.kernels.abi import TensorArg
 from plait.kernels.group import Group
 from plait.kernels.ops import category
-from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def trace(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> fx.GraphModule:

@@ -132,7 +132,9 @@ def test_library_steps_mix_with_kernels(add):
     }
     steps = [
         KernelStep("a", "add", (ref("x", rows), ref("x", rows), ref("t", rows)), 2, tasks=rows),
-        LibraryStep("b", "aten.relu.default", (ref("t", rows),), [{"ref": 0}], {}, (ref("l", rows),)),
+        LibraryStep(
+            "b", "aten.relu.default", (ref("t", rows),), [{"ref": 0}], {}, (ref("l", rows),)
+        ),
         KernelStep("c", "add", (ref("l", rows), ref("x", rows), ref("y", rows)), 2, tasks=rows),
     ]
     plan = Plan("p", buffers, steps, [ref("x", rows)], [ref("y", rows)], arena_bytes=rows * 256)
