@@ -28,9 +28,9 @@ from . import sizes
 from .spec import Spec
 from .trial import Trial, numbers
 
-TEMPLATES = ("pointwise", "rows", "reduce", "gemm", "conv", "pool")
+TEMPLATES = ("pointwise", "rows", "reduce", "gemm", "conv", "pool", "attention")
 HALF = (torch.bfloat16, torch.float16)
-HEAVY = ("gemm", "conv")
+HEAVY = ("gemm", "conv", "pool", "attention")
 CANDIDATES = {"off": 1, "quick": 3, "full": 6}
 REPORT = "set PLAIT_DEBUG=1 to see where, and report it"
 RACE_FLOPS = 2_000_000  # below some 20 us candidates hardly differ

@@ -27,6 +27,7 @@ from .abi import Dim, TensorArg
 
 Expr = Any  # tvm.tirx.Expr: TVM ships no type information
 ON_STACK = {"disable_lower_builtin": 1}
+_open: list[Any] = []  # emitters inside ``with emitter.function()``
 _HUGE = 1 << 40  # declared extent of a buffer whose size only the caller knows
 
 
@@ -88,6 +89,7 @@ class Emitter:
         self._inputs, self._outputs, self._symbols = list(inputs), list(outputs), list(symbols)
         self._builder = IRBuilder()
         self._vars: dict[str, Expr] = {}
+        self._scratch: list[Expr] = []
         self.inputs: list[Ref] = []
         self.outputs: list[Ref] = []
 
@@ -111,11 +113,24 @@ class Emitter:
             self.inputs = refs[: len(self._inputs)]
             self.outputs = refs[len(self._inputs) :]
             with T.serial(lo, hi) as task:
-                yield task
+                _open.append(self)
+                try:
+                    yield task
+                finally:
+                    _open.pop()
 
     def finish(self) -> Any:
         """The PrimFunc; call it once, after the ``function`` context has ended."""
-        return self._builder.get()
+        func = self._builder.get()
+        if not self._scratch:
+            return func
+        allocations = [tir.AllocBuffer(b, annotations=ON_STACK) for b in self._scratch]
+        return func.with_body(tir.SeqStmt([*allocations, func.body]))
+
+    @staticmethod
+    def active() -> Emitter | None:
+        """The emitter whose function is being written, if any."""
+        return _open[-1] if _open else None
 
     # -- values ---------------------------------------------------------------------------
 
@@ -128,6 +143,15 @@ class Emitter:
     def local(self, size: int, dtype: str = "float32") -> Expr:
         """A temporary of ``size`` elements on the task's stack (in registers where LLVM can)."""
         return T.alloc_buffer((size,), dtype, annotations=ON_STACK)
+
+    def scratch(self, size: int, dtype: str) -> Expr:
+        """A temporary like `local`, but allocated at the function's entry.
+
+        Unlike `local` it may be asked for inside a vectorised loop.
+        """
+        buffer = tir.decl_buffer((size,), dtype, name="scratch")
+        self._scratch.append(buffer)
+        return buffer
 
     @staticmethod
     def f32(value: float) -> Expr:

@@ -336,9 +336,8 @@ class _FitsRegisters(ms.postproc.PyPostproc):
         del context
 
     def apply(self, sch: Any) -> bool:
-        loops = [
-            sch.get(loop) for loop in sch.get_loops(sch.get_sblock(self._definition.blocks[0]))
-        ]
+        sums = sch.get_sblock(f"{self._definition.blocks[0]}_update")
+        loops = [sch.get(loop) for loop in sch.get_loops(sums)]
         unrolled = [int(f.extent) for f in loops if f.kind == tir.ForKind.UNROLLED]
         depth, *tile = unrolled
         vectors = math.prod(tile)

@@ -17,9 +17,11 @@ import torch.fx as fx
 import tvm
 import tvm.tirx as tir
 import tvm_ffi
+from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+from tvm.tirx.script.builder.frame import ForFrame
 
-from ..emit import Expr, expr_dtype
+from ..emit import Emitter, Expr, expr_dtype
 from ..value import Value
 
 _FLOATS = ("float32", "float64")
@@ -89,35 +91,63 @@ def plain(value: Expr) -> Expr:
 def bind(value: Expr) -> Expr:
     """A cheap expression equal to ``value``, which is evaluated once, here.
 
+    It is kept in memory on the stack, one element per lane of the innermost loop, which LLVM turns
+    into registers. (Variables would do, but TVM's analyzers write their values out in full, which
+    takes exponential time in a long chain, and fail on vectors of truth values.)
+    """
+    value = plain(value)
+    if _stack and _stack[-1].lets is not None:
+        return _bind_below(value, _stack[-1].lets)
+    emitter = Emitter.active()
+    if emitter is None:
+        return _bind_below(value, None)
+    lanes, lane = _innermost()
+    dtype = expr_dtype(value)
+    kept = "int8" if dtype == "bool" else dtype
+    buffer = emitter.scratch(lanes, kept)
+    T.buffer_store(buffer, tir.Cast(kept, value) if dtype == "bool" else value, [lane])
+    return plain(buffer[lane] != tir.IntImm("int8", 0)) if dtype == "bool" else buffer[lane]
+
+
+_MOST_LANES = 64
+
+
+def _innermost() -> tuple[int, Expr]:
+    """The trip count and the variable of the innermost open loop; (1, 0) if it is no short one."""
+    frame: Any = IRBuilder.current().frames[-1]
+    if isinstance(frame, ForFrame) and len(frame.vars) == 1:
+        extent, first = frame.doms[0].extent, frame.doms[0].min
+        if isinstance(extent, tir.IntImm) and 1 <= int(extent) <= _MOST_LANES:
+            return int(extent), frame.vars[0] - first
+    return 1, tir.IntImm("int64", 0)
+
+
+def _bind_below(value: Expr, lets: list[tuple[Expr, Expr]] | None) -> Expr:
+    """Binds as a variable: in ``lets``, or else by a statement.
+
     TVM's code generator fails on variables that are integer vectors made from comparisons, so all
     is bound as floats of the same bits.
     """
-    value = plain(value)
     dtype = expr_dtype(value)
     if dtype in _FLOATS:
-        return _bind(value)
+        named = tir.call_intrin(dtype, _named, value)
+        if lets is None:
+            return T.bind(named)
+        var = tir.Var("v", dtype)
+        lets.append((var, named))
+        return var
     if dtype == "bool":
-        flags = _bind(tir.reinterpret("float32", tir.Cast("int32", value)))
-        return tir.reinterpret("int32", flags) != tir.IntImm("int32", 0)
+        flags = _bind_below(tir.reinterpret("float32", tir.Cast("int32", value)), lets)
+        return plain(tir.reinterpret("int32", flags) != tir.IntImm("int32", 0))
     if dtype in _BITS:
-        return tir.reinterpret(dtype, bind(tir.reinterpret("int16", value)))
+        return tir.reinterpret(dtype, _bind_below(tir.reinterpret("int16", value), lets))
     wide = "64" if dtype.endswith("64") else "32"
-    bits = _bind(tir.reinterpret(f"float{wide}", _cast(f"int{wide}", value)))
+    bits = _bind_below(tir.reinterpret(f"float{wide}", _cast(f"int{wide}", value)), lets)
     return _cast(dtype, tir.reinterpret(f"int{wide}", bits))
 
 
 def _cast(dtype: str, value: Expr) -> Expr:
     return value if expr_dtype(value) == dtype else tir.Cast(dtype, value)
-
-
-def _bind(value: Expr) -> Expr:
-    lets = _stack[-1].lets if _stack else None
-    value = tir.call_intrin(expr_dtype(value), _named, value)
-    if lets is None:
-        return T.bind(value)
-    var = tir.Var("v", expr_dtype(value))
-    lets.append((var, value))
-    return var
 
 
 @contextlib.contextmanager

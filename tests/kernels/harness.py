@@ -48,7 +48,7 @@ class Batch:
         if len(self.kernels) != len(kernels):
             raise ValueError("kernel names must differ")
         self._bundle = build(list(kernels), host())
-        assert self._bundle.failed == {}
+        assert self._bundle.failed == {}, self._bundle.failed
 
     def run(
         self,
