@@ -158,20 +158,6 @@ def explain(
         cli_explain.explain(cli_model.load(model, input), pipeline, threads, json)
 
 
-@app.command()
-def tune(
-    model: Model,
-    input: Inputs = [],  # noqa: B006
-    budget: Annotated[float, typer.Option("--budget", "-b", min=1, help="Seconds.")] = 300,
-    threads: Threads = None,
-) -> None:
-    """Search for better kernels for MODEL within a budget; continues where it was stopped."""
-    with reported():
-        from . import cli_tune
-
-        cli_tune.tune(model, input, budget, threads)
-
-
 @cache_app.command("path")
 def cache_path() -> None:
     """Print where the database is."""

@@ -4,6 +4,7 @@
 
     <directory>/kernels-v1.sqlite  what won for which kernel, and what was measured
     <directory>/objects/ab/<sha256>.so
+    <directory>/scratch/<version>/ records of searches that may go on
     <directory>/kernels.lock       held while the index is made, repaired or pruned
 
 The directory is ``$PLAIT_CACHE_DIR``, or the user's cache directory. Any number of processes may
@@ -22,6 +23,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -267,6 +269,18 @@ class Database:
         """Keeps where a long-running task is, so that an interrupted one can go on."""
         self.index.write([("progress", (task, self.version, json.dumps(state)))])
 
+    def scratch(self, name: str) -> Path | None:
+        """A directory for a task's working files, which `clear` removes; None without a disk."""
+        if not self.persistent:
+            return None
+        path = self.directory / "scratch" / self.version / name
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            self.index.go_to_memory(f"the kernel cache {self.directory} is unusable ({error})")
+            return None
+        return path
+
     # -- libraries ------------------------------------------------------------------------------
 
     def put_bundle(self, data: bytes) -> str:
@@ -368,6 +382,9 @@ class Database:
             self.index.execute(
                 [(f"DELETE FROM {t} WHERE version != ?", (self.version,)) for t in TABLES]
             )
+            for path in (self.directory / "scratch").glob("*"):
+                if path.name != self.version:
+                    shutil.rmtree(path, ignore_errors=True)
             referred = {r[0] for r in self.index.read("SELECT DISTINCT object FROM entries", ())}
             kept: list[tuple[float, int, str]] = []
             for name, path in self._objects().items():
@@ -396,6 +413,8 @@ class Database:
             for path in self._objects().values() if self.persistent else ():
                 with contextlib.suppress(OSError):
                     path.unlink()
+            if self.persistent:
+                shutil.rmtree(self.directory / "scratch", ignore_errors=True)
             self._memory_objects.clear()
             self._local.clear()
 

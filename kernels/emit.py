@@ -124,7 +124,8 @@ class Emitter:
         func = self._builder.get()
         if not self._scratch:
             return func
-        allocations = [tir.AllocBuffer(b, annotations=ON_STACK) for b in self._scratch]
+        marks = {name: tir.IntImm("int32", value) for name, value in ON_STACK.items()}
+        allocations = [tir.AllocBuffer(b, annotations=marks) for b in self._scratch]
         return func.with_body(tir.SeqStmt([*allocations, func.body]))
 
     @staticmethod

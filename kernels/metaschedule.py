@@ -14,12 +14,13 @@ import contextlib
 import logging
 import math
 import shutil
-import tempfile
+import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tvm.tirx as tir
 from tvm import s_tir
@@ -92,7 +93,7 @@ def search(
         raise ValueError(f"the number of trials must not be negative, got {trials}")
     directory = Path(directory)
     session = _Session(definition, target, bench, seconds, progress)
-    with _quiet():
+    with _bare():
         database = _open_database(directory)
         session.trials = len(database)
         session.best = _best_seconds(database)
@@ -214,7 +215,7 @@ class _Session:
             try:
                 schedule = s_tir.Schedule(self.definition.func)
                 record.trace.apply_to_schedule(schedule, remove_postproc=False)
-                config = {"source": "metaschedule", "trace": str(record.trace)}
+                config = {"source": "metaschedule", "tiles": _decisions(record.trace)}
                 kernel = self.convert(schedule.mod, name, config)
             except Exception as error:  # a record of another TVM, or of an edited definition
                 self._failed(error)
@@ -275,7 +276,7 @@ def _space(definition: Definition, target: Target) -> Any:
     return ms.space_generator.ScheduleFn(
         sketches,
         sch_rules=[],
-        postprocs=[_FitsRegisters(definition, target)],
+        postprocs=[cast(Any, _FitsRegisters(definition, target))],
         mutator_probs={ms.mutator.MutateTileSize(): 1.0},
     )
 
@@ -353,7 +354,13 @@ def _strategy() -> Any:
     )
 
 
-def _cost_model() -> str:
+def _decisions(trace: Any) -> list[list[int]]:
+    """The tile sizes that a trace chose, in the order of its instructions."""
+    found = (trace.decisions[i] for i in trace.insts if i in trace.decisions)
+    return [[int(factor) for factor in tile] for tile in found]
+
+
+def _cost_model() -> Any:
     try:
         import xgboost  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -385,16 +392,24 @@ def _best_seconds(database: Any) -> float:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps TVM's tables of tasks and trials off the terminal."""
-    names = [n for n in logging.root.manager.loggerDict if n.startswith("tvm")]
-    loggers = [logging.getLogger(n) for n in (*names, "tvm.s_tir.meta_schedule")]
-    before = [(logger, logger.level) for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def _bare() -> Iterator[None]:
+    """Keeps MetaSchedule from loading tensor intrinsics and from printing its tables.
+
+    A tuning context imports every tensor intrinsic of every target, which takes half a minute, for
+    rules that `_sketch` does not use.
+    """
+    intrinsics = "tvm.s_tir.tensor_intrin"
+    absent = intrinsics not in sys.modules
+    if absent:
+        sys.modules[intrinsics] = types.ModuleType(intrinsics)
+        s_tir.tensor_intrin = sys.modules[intrinsics]  # type: ignore[attr-defined]
+    logger = logging.getLogger("tvm.s_tir.meta_schedule")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        with tempfile.TemporaryDirectory():
-            yield
+        yield
     finally:
-        for logger, level in before:
-            logger.setLevel(level)
+        logger.setLevel(level)
+        if absent:
+            del sys.modules[intrinsics]
+            del s_tir.tensor_intrin  # type: ignore[attr-defined]

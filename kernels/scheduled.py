@@ -48,9 +48,9 @@ def to_kernel(
         params.append(pointer)
         declared.append(tir.DeclBuffer(buffer, data=_start(pointer, physical)))
     kernel = tir.PrimFunc(params, tir.SeqStmt([*declared, body]))
-    kernel = kernel.with_attrs(
-        {"global_symbol": name, "tirx.noalias": True, "calling_conv": 1, "s_tir": True}
-    )
+    attributes: dict[str, Any] = {"tirx.noalias": True, "calling_conv": 1, "s_tir": True}
+    for key, value in {"global_symbol": name, **attributes}.items():
+        kernel = kernel.with_attr(key, value)
     return Kernel(
         name=name,
         func=kernel,
@@ -92,10 +92,10 @@ def _start(pointer: Any, physical: Physical) -> Any:
 def _outermost(body: Any) -> tuple[Any, list[Any]]:
     """The single top-level statement, and the allocations before it."""
     allocations: list[Any] = []
-    while isinstance(body, tir.SeqStmt):
+    while _is(body, tir.SeqStmt):
         rest = []
         for part in body.seq:
-            (allocations if isinstance(part, tir.AllocBuffer) else rest).append(part)
+            (allocations if _is(part, tir.AllocBuffer) else rest).append(part)
         if len(rest) != 1:
             raise Unsupported(f"{REMARK}.stages", f"{len(rest)} loop nests need barriers")
         body = rest[0]
@@ -105,8 +105,8 @@ def _outermost(body: Any) -> tuple[Any, list[Any]]:
 def _task_loop(outer: Any, lo: Any, hi: Any) -> tuple[Any, int]:
     """The outermost loop over ``[lo, hi)``; a nest that is not parallel is a single task."""
     serial = tir.ForKind.SERIAL
-    if isinstance(outer, tir.For) and outer.kind == tir.ForKind.PARALLEL:
-        if not isinstance(outer.extent, tir.IntImm) or int(outer.min) != 0:
+    if _is(outer, tir.For) and outer.kind == tir.ForKind.PARALLEL:
+        if not _is(outer.extent, tir.IntImm) or int(outer.min) != 0:
             raise Unsupported(f"{REMARK}.loop", "the parallel loop has no constant range")
         var = outer.loop_var
         dtype = str(var.ty.dtype)
@@ -117,28 +117,33 @@ def _task_loop(outer: Any, lo: Any, hi: Any) -> tuple[Any, int]:
     return tir.For(task, lo, hi - lo, serial, outer), 1
 
 
+def _is(node: Any, kind: Any) -> bool:
+    """`isinstance` for TVM's classes, of which type checkers know only a part."""
+    return isinstance(node, kind)
+
+
 def _on_stack(stmt: Any) -> tuple[Any, int]:
     """``stmt`` with its temporaries on the stack, and how many bytes they take at most."""
-    if isinstance(stmt, tir.AllocBuffer):
+    if _is(stmt, tir.AllocBuffer):
         buffer = stmt.buffer
         sizes = [int(e) for e in buffer.shape]
         count = math.prod(sizes) * (tvm.DataType(str(buffer.dtype)).bits // 8)
         return tir.AllocBuffer(buffer, {**stmt.annotations, **_ON_STACK}), count
-    if isinstance(stmt, tir.SeqStmt):
+    if _is(stmt, tir.SeqStmt):
         parts = [_on_stack(s) for s in stmt.seq]
         return tir.SeqStmt([p for p, _ in parts]), sum(n for _, n in parts)
-    if isinstance(stmt, tir.For):
+    if _is(stmt, tir.For):
         body, used = _on_stack(stmt.body)
         loop = tir.For(
             stmt.loop_var, stmt.min, stmt.extent, stmt.kind, body, stmt.thread_binding,
             stmt.annotations,
         )  # fmt: skip
         return loop, used
-    if isinstance(stmt, tir.IfThenElse):
+    if _is(stmt, tir.IfThenElse):
         then, used = _on_stack(stmt.then_case)
         other, more = _on_stack(stmt.else_case) if stmt.else_case is not None else (None, 0)
         return tir.IfThenElse(stmt.condition, then, other), used + more
-    if isinstance(stmt, tir.AttrStmt):
+    if _is(stmt, tir.AttrStmt):
         body, used = _on_stack(stmt.body)
         return tir.AttrStmt(stmt.node, stmt.attr_key, stmt.value, body), used
     return stmt, 0

@@ -150,6 +150,16 @@ def explain(remark_id: str) -> str:
 
 
 CATALOGUE: dict[str, str] = {
+    "PLT-ATT-001": "An attention group holds no attention operator.",
+    "PLT-ATT-002": "Attention with dropout has no kernel.",
+    "PLT-ATT-003": "An operand of an attention operator is not in memory.",
+    "PLT-ATT-004": "The type or rank of an attention operand has no kernel.",
+    "PLT-ATT-005": "The size of an attention head is zero or known only at run time.",
+    "PLT-ATT-006": "The scale of an attention operator is known only at run time.",
+    "PLT-ATT-007": "What an attention operator returns is used in a way that kernels do not offer.",
+    "PLT-ATT-008": "The attention template generates no code for this target.",
+    "PLT-ATT-009": "A node of an attention group has another shape than its result.",
+    "PLT-ATT-010": "An operator of an attention group has no converter.",
     "PLT-CAC-001": "The kernel cache cannot be written; kernels of this process are not kept.",
     "PLT-CAC-002": "The index of the kernel cache was damaged; what is missing is made again.",
     "PLT-CAC-003": "A library in the kernel cache is unusable; its kernels are made again.",

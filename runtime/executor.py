@@ -9,6 +9,7 @@ call in flight, so any number of Python threads may call at once.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -152,6 +153,7 @@ class Instance:
         for buffer in self.plan.buffers.values():
             if buffer.kind in ("input", "output", "library"):
                 self.ext[buffer.name] = len(self.ext)
+        self.windows = False  # an output shows only a part of its buffer
         self._inputs = [(self.ext.get(ref.buffer, -1), ref.buffer) for ref in self.plan.inputs]
         self._fresh = [
             (self.ext[b.name], b.name, *self._fresh_spec(b))
@@ -161,15 +163,31 @@ class Instance:
         self._free: list[_Workspace] = []
         self.on_step: Callable[[], None] | None = None  # called after every segment, for profiling
         # The common case: every output is its own fresh tensor, no library step.
-        self._simple = all(isinstance(s, list) for s in self.segments) and [
-            r.buffer for r in self.plan.outputs
-        ] == [name for _, name, *_ in self._fresh]
+        self._simple = (
+            not self.windows
+            and all(isinstance(s, list) for s in self.segments)
+            and [r.buffer for r in self.plan.outputs] == [name for _, name, *_ in self._fresh]
+            and all(
+                self.geometry(r) == (f[2], f[3])
+                for r, f in zip(self.plan.outputs, self._fresh, strict=True)
+            )
+        )
 
     def _fresh_spec(self, buffer: Buffer) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
-        for ref in self.plan.outputs:
-            if ref.buffer == buffer.name and ref.offset == 0:
-                return (*self.geometry(ref), getattr(torch, ref.dtype))
-        raise PlanError(f"output buffer {buffer.name!r} has no output that covers it")
+        """Shape, strides and type of a fresh buffer: those of an output that is all of it, else
+        flat.
+        """
+        refs = [r for r in self.plan.outputs if r.buffer == buffer.name]
+        nbytes = evaluate(buffer.nbytes, self.values)
+        for ref in refs:
+            shape, strides = self.geometry(ref)
+            if evaluate(ref.offset, self.values) == 0:
+                if math.prod(shape) * ITEMSIZE[ref.dtype] == nbytes and ref.dtype:
+                    return shape, strides, getattr(torch, ref.dtype)
+        if not refs:
+            raise PlanError(f"output buffer {buffer.name!r} is not part of any output")
+        self.windows = True
+        return (nbytes // ITEMSIZE[refs[0].dtype],), (1,), getattr(torch, refs[0].dtype)
 
     def geometry(self, ref: TensorRef) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (

@@ -19,7 +19,9 @@ from .common import (
     number,
     operand,
     opmath,
+    packed,
     shape_of,
+    unpacked,
 )
 from .scope import bind, opaque
 from .table import argument
@@ -27,16 +29,15 @@ from .unary import bounded, like
 
 
 def _choice(node: fx.Node, ctx: Context, condition: Any, yes: Any, no: Any) -> Value:
-    """``yes`` where ``condition`` holds, else ``no``; bool values are chosen as integers."""
+    """``yes`` where ``condition`` holds, else ``no``; never mixing dtypes."""
     shape, dtype = shape_of(node, ctx), dtype_of(node)
-    compute = torch.int8 if dtype == torch.bool else dtype
     test = operand(condition, torch.bool, ctx).broadcast(shape)
-    first = operand(yes, compute, ctx).broadcast(shape)
-    second = operand(no, compute, ctx).broadcast(shape)
+    first = packed(operand(yes, dtype, ctx).broadcast(shape))
+    second = packed(operand(no, dtype, ctx).broadcast(shape))
 
     def load(index):
         chosen = tir.Select(test.load(index), first.load(index), second.load(index))
-        return convert_expr(chosen, compute, dtype)
+        return unpacked(chosen, dtype)
 
     return Value(shape, dtype, load)
 

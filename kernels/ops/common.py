@@ -78,9 +78,8 @@ def scalar(arg: Any, dtype: torch.dtype, ctx: Context) -> Expr:
         return convert_expr(ctx.emitter.dim(dim_of(value)), torch.int64, dtype)
     if isinstance(value, (torch.SymFloat, torch.SymBool)):
         raise NotImplementedError(f"scalar {value} known only at run time")
-    if dtype in HALF:  # as bits: TVM's lowering of half types trips over their constants
-        pattern = torch.tensor(float(value), dtype=dtype).view(torch.int16).item()
-        return tir.reinterpret(compute_dtype(dtype), tir.IntImm("int16", pattern))
+    if dtype == torch.bfloat16:  # TVM's lowering of this type trips over its constants
+        return rounded(tir.FloatImm("float32", float(value)))
     if dtype.is_floating_point:
         const = tir.FloatImm(compute_dtype(dtype), float(value))
         return opaque(const) if float(value) == 0.0 else const
@@ -131,6 +130,25 @@ def rounded(value: Expr) -> Expr:
     is_nan = (bits & tir.IntImm("uint32", 0x7FFFFFFF)) > tir.IntImm("uint32", 0x7F800000)
     quiet = top | tir.IntImm("uint32", 0x40)
     return tir.reinterpret("bfloat16", tir.Cast("uint16", tir.Select(is_nan, quiet, nearest)))
+
+
+def packed(value: Value) -> Value:
+    """A value in the dtype that may be chosen between: bool as int8, bfloat16 as its bits.
+
+    TVM's vectoriser and its lowering of bfloat16 fail on a choice between such elements themselves.
+    """
+    if value.dtype == torch.bool:
+        return cast(value, torch.int8)
+    if value.dtype != torch.bfloat16:
+        return value
+    return Value(value.shape, torch.int16, lambda i: tir.reinterpret("int16", value.load(i)))
+
+
+def unpacked(expr: Expr, dtype: torch.dtype) -> Expr:
+    """An element of ``dtype`` from what `packed` made of it."""
+    if dtype == torch.bool:
+        return convert_expr(expr, torch.int8, dtype)
+    return tir.reinterpret("bfloat16", expr) if dtype == torch.bfloat16 else expr
 
 
 def cast(value: Value, dtype: torch.dtype) -> Value:

@@ -22,13 +22,14 @@ from .common import (
     number,
     operand,
     opmath,
-    scalar,
+    packed,
     shape_of,
     size,
+    unpacked,
     unravel,
 )
 from .common import linear as position_of
-from .scope import bind, guarded
+from .scope import bind, guarded, plain
 from .table import argument
 from .views import first_index, remap
 
@@ -37,6 +38,7 @@ Index = Sequence[Expr]
 
 def concat(parts: Sequence[Value], shape: Sequence[Any], dim: int, dtype: torch.dtype) -> Value:
     """Values joined along ``dim``; each element is read from the one part that has it."""
+    parts = [packed(p) for p in parts]
 
     def load(index: Index) -> Expr:
         starts: list[Expr] = [i64(0)]
@@ -53,7 +55,7 @@ def concat(parts: Sequence[Value], shape: Sequence[Any], dim: int, dtype: torch.
                 return here()
             return guarded(index[dim] < starts[number + 1], here, lambda: pick(number + 1))
 
-        return pick(0)
+        return unpacked(pick(0), dtype)
 
     return Value(tuple(shape), dtype, load)
 
@@ -174,10 +176,9 @@ def _pad(node: fx.Node, ctx: Context) -> Value:
         return _reflected(node, ctx, mode)
     source: Any = node.args[0]
     have, dtype = dims_of(source), dtype_of(node)
-    value, shape = ctx.env[source], shape_of(node, ctx)
+    value, shape = packed(ctx.env[source]), shape_of(node, ctx)
     padding = _paddings(node, len(have))
-    fill = argument(node, "value") or 0
-    compute = torch.int8 if dtype == torch.bool else dtype
+    fill = packed(operand(argument(node, "value") or 0, dtype, ctx))
 
     def load(index: Index) -> Expr:
         own, inside = list(index), None
@@ -192,13 +193,8 @@ def _pad(node: fx.Node, ctx: Context) -> Value:
                 if not isinstance(needed, int) or needed > 0:
                     inside = test if inside is None else tir.And(inside, test)
         if inside is None:
-            return value.load(own)
-        chosen = guarded(
-            inside,
-            lambda: convert_expr(value.load(own), dtype, compute),
-            lambda: scalar(fill, compute, ctx),
-        )
-        return convert_expr(chosen, compute, dtype)
+            return unpacked(value.load(own), dtype)
+        return unpacked(guarded(inside, lambda: value.load(own), lambda: fill.load([])), dtype)
 
     return Value(shape, dtype, load)
 
@@ -230,27 +226,33 @@ def _reflected(node: fx.Node, ctx: Context, mode: str) -> Value:
                 i = tir.Select(i >= extent, (extent - 1) * i64(2) - i, i)
             elif mode == "replicate":
                 i = tir.max(tir.min(i, extent - 1), i64(0))
-            else:
+            else:  # wraps around what cropping (negative padding) leaves
+                crop, cropped = (ctx.emitter.dim(_negative_part(p)) for p in (before, after))
+                i, extent = i - crop, extent - crop - cropped
                 i = tir.Select(i < i64(0), i + extent, i)
-                i = tir.Select(i >= extent, i - extent, i)
+                i = tir.Select(i >= extent, i - extent, i) + crop
             own[d] = i
         return own
 
     return remap(node, ctx, where)
 
 
+def _negative_part(padding: Dim) -> Dim:
+    """How much a padding crops."""
+    return max(-padding, 0) if isinstance(padding, int) else 0
+
+
 def _triangle(name: str, keeps: Callable[[Expr, Expr], Expr]) -> None:
     @converter(name)
     def convert(node: fx.Node, ctx: Context) -> Value:
         dtype = dtype_of(node)
-        compute = torch.int8 if dtype == torch.bool else dtype
-        value = operand(node.args[0], compute, ctx)
+        value = packed(operand(node.args[0], dtype, ctx))
+        zero = packed(operand(0, dtype, ctx))
         diagonal = ctx.emitter.dim(size(argument(node, "diagonal")))
 
         def load(index: Index) -> Expr:
             kept = keeps(index[-1] - index[-2], diagonal)
-            chosen = tir.Select(kept, value.load(index), scalar(0, compute, ctx))
-            return convert_expr(chosen, compute, dtype)
+            return unpacked(tir.Select(kept, value.load(index), zero.load([])), dtype)
 
         return Value(shape_of(node, ctx), dtype, load)
 
@@ -261,22 +263,23 @@ _triangle("triu", lambda offset, diagonal: offset >= diagonal)
 
 @converter("select_scatter")
 def _select_scatter(node: fx.Node, ctx: Context) -> Value:
-    base, source = ctx.env[node.args[0]], ctx.env[node.args[1]]
-    shape = shape_of(node, ctx)
+    dtype, shape = dtype_of(node), shape_of(node, ctx)
+    base, source = packed(ctx.env[node.args[0]]), packed(ctx.env[node.args[1]])
     dim = axis(argument(node, "dim"), len(shape))
     at = first_index(argument(node, "index"), dims_of(node)[dim], ctx)
 
     def load(index: Index) -> Expr:
         rest = [*index[:dim], *index[dim + 1 :]]
-        return guarded(index[dim].equal(at), lambda: source.load(rest), lambda: base.load(index))
+        here = plain(index[dim] == at)
+        return unpacked(guarded(here, lambda: source.load(rest), lambda: base.load(index)), dtype)
 
-    return Value(shape, base.dtype, load)
+    return Value(shape, dtype, load)
 
 
 @converter("slice_scatter")
 def _slice_scatter(node: fx.Node, ctx: Context) -> Value:
-    base, source = ctx.env[node.args[0]], ctx.env[node.args[1]]
-    shape = shape_of(node, ctx)
+    dtype, shape = dtype_of(node), shape_of(node, ctx)
+    base, source = packed(ctx.env[node.args[0]]), packed(ctx.env[node.args[1]])
     dim = axis(argument(node, "dim"), len(shape))
     start = first_index(argument(node, "start"), dims_of(node)[dim], ctx)
     step = i64(argument(node, "step"))
@@ -285,10 +288,10 @@ def _slice_scatter(node: fx.Node, ctx: Context) -> Value:
         offset = index[dim] - start
         own = [*index[:dim], tir.floordiv(offset, step), *index[dim + 1 :]]
         hit = tir.And(offset >= i64(0), offset < source.shape[dim] * step)
-        hit = tir.And(hit, tir.floormod(offset, step).equal(i64(0)))
-        return guarded(hit, lambda: source.load(own), lambda: base.load(index))
+        hit = tir.And(hit, plain(tir.floormod(offset, step) == i64(0)))
+        return unpacked(guarded(hit, lambda: source.load(own), lambda: base.load(index)), dtype)
 
-    return Value(shape, base.dtype, load)
+    return Value(shape, dtype, load)
 
 
 def _scales(node: fx.Node, rank: int) -> list[float | None]:

@@ -103,6 +103,10 @@ def bind(value: Expr) -> Expr:
         return _bind_below(value, None)
     lanes, lane = _innermost()
     dtype = expr_dtype(value)
+    if dtype == "bfloat16":  # TVM's lowering fails on temporaries of this type
+        buffer = emitter.scratch(lanes, "uint16")
+        T.buffer_store(buffer, tir.reinterpret("uint16", value), [lane])
+        return tir.reinterpret(dtype, buffer[lane])
     kept = "int8" if dtype == "bool" else dtype
     buffer = emitter.scratch(lanes, kept)
     T.buffer_store(buffer, tir.Cast(kept, value) if dtype == "bool" else value, [lane])

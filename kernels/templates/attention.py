@@ -1,6 +1,7 @@
 """Scaled dot product attention on CPUs, in one pass over keys and values.
 
-Covers torch's semantics of masks (bool or float, broadcast), ``is_causal``, ``scale``, grouped heads
+Covers torch's semantics of masks (bool or float, broadcast), ``is_causal``, ``scale``, grouped
+heads
 and queries that see no key (zeros). Scores and sums are float32 for every operand type. Strides are
 free; operands whose heads are not contiguous float32 are copied block by block. See
 `attention_block` for many queries and `attention_line` for few.

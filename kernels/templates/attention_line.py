@@ -1,8 +1,8 @@
 """Attention for few queries: lanes of a vector are elements of a head.
 
 A task is one query of one head, as in token-by-token decoding, where the work is to read keys and
-values once. Scores of a block of keys are dot products; the softmax then has keys in its lanes, with
-a running maximum and sum over blocks as in `attention_block`.
+values once. Scores of a block of keys are dot products; the softmax then has keys in its lanes,
+with a running maximum and sum over blocks as in `attention_block`.
 """
 
 from __future__ import annotations

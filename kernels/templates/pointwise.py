@@ -110,6 +110,20 @@ def _operations(group: Group) -> int:
     return sum(category(n) == "pointwise" for n in group.nodes)
 
 
+class _Output:
+    """Where an output is stored."""
+
+    def __init__(self, ref: Ref) -> None:
+        self.ref, self._bits = ref, _bits(ref)
+
+    def store(self, value: Expr, index: Sequence[Expr]) -> None:
+        if self._bits is None:
+            self.ref.store(value, index)
+        else:
+            bits = tir.reinterpret("uint16", value)
+            T.buffer_store(self._bits, bits, [self.ref.offset(index)])
+
+
 @dataclass(frozen=True)
 class _Region:
     """Elements computed alike: where they go, and what they are.
@@ -119,7 +133,7 @@ class _Region:
     """
 
     arg: TensorArg
-    stores: tuple[tuple[Ref, Callable[[Sequence[Expr]], tuple[Expr, list[Expr]]]], ...]
+    stores: tuple[tuple[_Output, Callable[[Sequence[Expr]], tuple[Expr, list[Expr]]]], ...]
 
 
 @dataclass
@@ -170,12 +184,12 @@ class _Builder:
                 own = list(index) if same else unravel(linear(index, shape), ref.shape)
                 return value.load(own), own
 
-            stores.append((ref, store))
+            stores.append((_Output(ref), store))
         return [_Region(self.outputs[0], tuple(stores))]
 
     def _parts(self, emitter: Emitter, env: dict[fx.Node, Value], node: fx.Node) -> list[_Region]:
         """One region for each tensor that an output joins."""
-        out, ref = self.outputs[0], emitter.outputs[0]
+        out, output = self.outputs[0], _Output(emitter.outputs[0])
         tensors: Any = node.args[0]
         rank = len(out.shape)
         dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -195,7 +209,7 @@ class _Builder:
                 own[dim] = own[dim] + at
                 return value.load(index), own
 
-            regions.append(_Region(arg, ((ref, store),)))
+            regions.append(_Region(arg, ((output, store),)))
             start = start + dims[dim]
         return regions
 
@@ -209,9 +223,9 @@ class _Builder:
             full = [*index, *[i64(0)] * (rank - len(index))]
             recorded.clear()
             with rehearsal() as conditions:
-                for ref, store in region.stores:
+                for output, store in region.stores:
                     _, own = store(full)
-                    recorded.append(ref.offset(own))
+                    recorded.append(output.ref.offset(own))
             return list(recorded), conditions
 
         probe = Probe(emitter, accesses)
@@ -236,9 +250,9 @@ class _Builder:
             index = output_index(axes, [*row, column], emitter)
             full = [*index, *[i64(0)] * (rank - len(index))]
             with sharing():
-                for ref, store in region.stores:
+                for output, store in region.stores:
                     value, own = store(full)
-                    ref.store(plain(value), own)
+                    output.store(plain(value), own)
 
         def run(row: Expr, start: Expr, size: Any) -> None:
             place = unravel(row, [emitter.dim(a.extent) for a in outer])
@@ -292,13 +306,26 @@ def _all_wide(dtypes: Sequence[torch.dtype]) -> bool:
 
 def _recording(ref: Ref, offsets: list[Expr]) -> Value:
     """The value of an input that also notes the offset of each load."""
+    bits = _bits(ref)
 
     def load(index: Sequence[Expr]) -> Expr:
         offset = ref.offset(index)
         offsets.append(offset)
-        return ref.load_flat(offset)
+        if bits is not None:
+            return tir.reinterpret("bfloat16", bits[offset])
+        return plain(ref.load_flat(offset))
 
     return Value(tuple(ref.shape), ref.arg.dtype, load)
+
+
+def _bits(ref: Ref) -> Any:
+    """A buffer over the bits of a bfloat16 tensor, else None.
+
+    TVM lowers vectors of bfloat16 that a scalar is spread over to ill-typed code; integers it can.
+    """
+    if ref.arg.dtype != torch.bfloat16:
+        return None
+    return T.decl_buffer(ref.buffer.shape, "uint16", data=ref.buffer.data)
 
 
 def _even(total: int, chunk: int, multiple: int) -> int:

@@ -23,7 +23,7 @@ from tvm.script.ir_builder import tirx as T
 
 from ..abi import Dim
 from ..emit import Emitter, Expr, expr_dtype, tvm_dtype
-from ..ops.common import i64, linear, product, unravel
+from ..ops.common import i64, linear, product, unravel, widened
 from ..ops.rows import Monoid, better, extreme
 from ..ops.scope import bind, sharing
 from ..value import Value
@@ -32,6 +32,26 @@ from .row_space import RowSpace
 KEEP_ELEMENTS = 16384  # the most elements of a value that are kept on the stack
 STRETCH = 128  # additions in a row to one float before it is added to another
 Body = Callable[[], None]
+
+
+def held_dtype(dtype: torch.dtype) -> str:
+    """TVM's type of a temporary for elements of ``dtype``: bfloat16 is held as float32."""
+    return "float32" if dtype == torch.bfloat16 else tvm_dtype(dtype)
+
+
+def to_held(value: Expr, dtype: torch.dtype) -> Expr:
+    """An element as a temporary holds it."""
+    if dtype == torch.bfloat16:
+        return widened(value)
+    return tir.Cast("int8", value) if dtype == torch.bool else value
+
+
+def from_held(value: Expr, dtype: torch.dtype) -> Expr:
+    """The element that a temporary holds; no bit is lost."""
+    if dtype == torch.bfloat16:
+        top = tir.reinterpret("uint32", value) >> tir.IntImm("uint32", 16)
+        return tir.reinterpret("bfloat16", tir.Cast("uint16", top))
+    return value != tir.IntImm("int8", 0) if dtype == torch.bool else value
 
 
 @dataclass
@@ -185,8 +205,7 @@ class Engine:
         room = self.room()
         if room is None:
             return value
-        held = tvm_dtype(value.dtype)
-        buffer = self.em.local(room, held)
+        buffer = self.em.local(room, held_dtype(value.dtype))
         state: dict[str, Any] = {"sweep": None, "site": None, "value": None}
 
         def load(_: Any) -> Expr:
@@ -194,12 +213,11 @@ class Engine:
             assert site is not None
             at = self.buffer_index(site)
             if state["sweep"] not in (None, self.number):
-                x = buffer[at]
-                return x != tir.IntImm("int8", 0) if value.dtype == torch.bool else x
+                return from_held(buffer[at], value.dtype)
             if state["site"] is not site:
-                x = bind(value.load(self.here()))
-                T.buffer_store(buffer, x if expr_dtype(x) == held else tir.Cast(held, x), [at])
-                state.update(sweep=self.number, site=site, value=x)
+                x = bind(to_held(value.load(self.here()), value.dtype))
+                T.buffer_store(buffer, x, [at])
+                state.update(sweep=self.number, site=site, value=from_held(x, value.dtype))
             return state["value"]
 
         return Value(value.shape, value.dtype, load)
@@ -315,10 +333,10 @@ class AlongRow(Engine):
         ]
 
     def define(self, dtype: torch.dtype, compute: Callable[[], Expr]) -> Value:
-        buffer = self.em.local(1, tvm_dtype(dtype))
+        buffer = self.em.local(1, held_dtype(dtype))
         with self.vector(1):
-            T.buffer_store(buffer, compute(), [i64(0)])
-        return Value((), dtype, lambda _: buffer[i64(0)])
+            T.buffer_store(buffer, to_held(compute(), dtype), [i64(0)])
+        return Value((), dtype, lambda _: from_held(buffer[i64(0)], dtype))
 
     def row_here(self) -> list[Expr]:
         return [self.row.get(a, i64(0)) for a in range(len(self.dims))]
@@ -389,9 +407,9 @@ class AcrossRows(Engine):
         ]
 
     def define(self, dtype: torch.dtype, compute: Callable[[], Expr]) -> Value:
-        buffer = self.em.local(self.slots, tvm_dtype(dtype))
-        self._lanes(lambda slot, _: T.buffer_store(buffer, compute(), [slot]))
-        return Value((), dtype, lambda _: buffer[self.slot])
+        buffer = self.em.local(self.slots, held_dtype(dtype))
+        self._lanes(lambda slot, _: T.buffer_store(buffer, to_held(compute(), dtype), [slot]))
+        return Value((), dtype, lambda _: from_held(buffer[self.slot], dtype))
 
     def row_here(self) -> list[Expr]:
         where = {**self.outer, self.lane: self.start + self.slot}

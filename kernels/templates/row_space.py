@@ -107,9 +107,19 @@ def row_space(group: Group, io: IO) -> RowSpace:
     if groups is not None:
         order = tuple(j for i in order for j in ((1, 2) if i == 1 else (i + (i > 1),)))
     space = RowSpace(dims, axes, shape, groups is not None, order)
+    bound = row_bound(group)
     for node in group.nodes:
-        _check(node, space, group)
+        _check(node, space, group, bound)
     return space
+
+
+def row_bound(group: Group) -> set[fx.Node]:
+    """The nodes whose values depend on folded ones, and so on the row that is being computed."""
+    found: set[fx.Node] = set()
+    for node in group.nodes:
+        if is_heavy(node) or any(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _folds(node: fx.Node) -> tuple[tuple[Dim, ...], tuple[int, ...], int | None]:
@@ -130,22 +140,21 @@ def _folds(node: fx.Node) -> tuple[tuple[Dim, ...], tuple[int, ...], int | None]
     return shape, reduced_axes(node), None
 
 
-def _check(node: fx.Node, space: RowSpace, group: Group) -> None:
+def _check(node: fx.Node, space: RowSpace, group: Group, bound: set[fx.Node]) -> None:
     if is_heavy(node) or node.target is operator.getitem or category(node) == "symbolic":
         return
     if category(node) != "pointwise":
         raise Unsupported("PLT-ROW-004", f"{node} is a view in a group with reductions")
-    inside = [a for a in node.all_input_nodes if a in group.nodes and _is_tensor(a)]
     shape = dims_of(node)
     whole, row = shape == space.shape, space.is_row_shape(shape)
-    if not (whole or row) and (inside or node in group.outputs):
+    if not (whole or row) and (node in bound or node in group.outputs):
         raise Unsupported("PLT-ROW-005", f"{node} has neither the rows' shape nor the space's")
-    for source in inside:
+    for source in node.all_input_nodes:
+        if source not in bound or not _is_tensor(source):
+            continue  # computed from its index, whatever row that is in
         have = dims_of(source)
-        same = have == shape
         spread = whole and space.is_row_shape(have) and len(have) == len(space.shape)
-        fill = not [a for a in source.all_input_nodes if _is_tensor(a)]
-        if not (same or (spread and not space.grouped) or fill):
+        if have != shape and (not spread or space.grouped):
             raise Unsupported("PLT-ROW-006", f"{node} reads other rows of {source}")
 
 

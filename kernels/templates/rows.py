@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 import tvm.tirx as tir
-from tvm.sym import Analyzer
 from tvm.script.ir_builder import tirx as T
+from tvm.sym import Analyzer
 
 from ..abi import Dim, Kernel, TensorArg, contiguous_strides
 from ..emit import Emitter, Expr, Ref
@@ -28,7 +28,7 @@ from ..ops.rows import RowContext
 from ..target import Target
 from ..value import Value
 from .row_engine import AcrossRows, AlongRow, Engine
-from .row_space import RowSpace, ceil_div, is_heavy, row_space, symbol_names
+from .row_space import RowSpace, ceil_div, is_heavy, row_bound, row_space, symbol_names
 
 TASK_ELEMENTS = 8192
 MIN_TASKS = 16  # enough to balance a few workers, while a task still is a row or more
@@ -114,7 +114,11 @@ def lower(
     em = Emitter(name, inputs, outputs, symbols)
     along = config["lane"] in space.axes
     with em.function() as task:
-        tasks = (_along if along else _across)(em, group, space, config, task)
+        if space.rows == 0:
+            T.evaluate(0)
+            tasks: Dim = 0
+        else:
+            tasks = (_along if along else _across)(em, group, space, config, task)
     elements = product(space.dims)
     return Kernel(
         name=name,
@@ -182,7 +186,7 @@ class _Body:
         self.ctx = RowContext(em, self.env, engine)
 
     def emit(self) -> None:
-        kept = keeps(self.group, self.space)
+        kept, bound = keeps(self.group, self.space), row_bound(self.group)
         for node in self.group.nodes:
             try:
                 evaluate([node], self.ctx)
@@ -190,13 +194,13 @@ class _Body:
                 raise Unsupported("PLT-ROW-008", str(error)) from error
             if node in kept:
                 self.env[node] = self.engine.keep(self.env[node])
-            elif self._is_row_value(node):
+            elif node in bound and self._is_row_value(node):
                 self.env[node] = self._once(self.env[node])
         self._store()
 
     def _is_row_value(self, node: fx.Node) -> bool:
         """Whether a node computes on folded values."""
-        if category(node) != "pointwise" or is_heavy(node) or not node.all_input_nodes:
+        if category(node) != "pointwise":
             return False
         shape = dims_of(node)
         return shape != self.space.shape and self.space.is_row_shape(shape)

@@ -76,7 +76,7 @@ def error_of(*arguments: str | Path, code: int = 2) -> str:
 def test_help_names_every_command() -> None:
     result = plait("--help")
     assert result.exit_code == 0
-    for command in ("check", "passes", "run", "explain", "tune", "cache", "bench"):
+    for command in ("check", "passes", "run", "explain", "cache", "bench"):
         assert command in result.output
 
 

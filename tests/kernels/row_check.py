@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from trace import group_for, outputs_of, tensor_arg, trace
 from typing import Any
 
 import torch
 import torch.fx as fx
-from harness import Batch
 from torch.testing._internal.common_methods_invocations import op_db
 
 from plait.kernels.abi import Kernel, TensorArg, contiguous_strides
@@ -17,6 +15,9 @@ from plait.kernels.group import IO, Group
 from plait.kernels.ops import category
 from plait.kernels.ops.common import dim_of
 from plait.kernels.target import host
+
+from .harness import Batch
+from .trace import group_for, outputs_of, tensor_arg, trace
 
 Function = Callable[..., Any]
 
@@ -98,7 +99,7 @@ def case(
         for size, actual in zip(io[node].shape, tensor.shape, strict=True):
             if not isinstance(size, int) and size.is_Symbol:
                 symbols[size.name] = actual
-    used = {n for n in group.inputs}
+    used = set(group.inputs)
     held = given if len(group.inputs) == len(given) else _held(function, tensors, given, used)
     expected = results_of(function, [t.clone() for t in given])
     return Case(kernel, held, expected, symbols)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from row_check import Case, case, check, errors, opinfos, traced
 from torch.utils import _pytree as pytree
 
 from plait.kernels.group import Unsupported
 from plait.kernels.target import host
 from plait.kernels.templates import rows
+
+from .row_check import Case, case, check, errors, opinfos, traced
 
 SIZES = (1, 2, 3, 5, 8, 15, 16, 17, 31, 50, 64, 65, 100, 257, 768, 1000)
 FULL = (torch.float32, torch.bfloat16)
@@ -93,13 +94,21 @@ def test_parts_of_tuples_and_statistics() -> None:
     aten = torch.ops.aten
     check(
         [
-            case(rows, "native", lambda x, w, b: aten.native_layer_norm(x, [24], w, b, 1e-5), x, w, b),
+            case(
+                rows, "native", lambda x, w, b: aten.native_layer_norm(x, [24], w, b, 1e-5), x, w, b
+            ),
             case(rows, "two", lambda x: aten.native_layer_norm(x, [3, 24], None, None, 1e-5), x),
-            case(rows, "group", lambda x: aten.native_group_norm(x, None, None, 2, 6, 15, 3, 1e-5), g),
+            case(
+                rows, "group", lambda x: aten.native_group_norm(x, None, None, 2, 6, 15, 3, 1e-5), g
+            ),
         ],
         atol=1e-5,
         rtol=1e-5,
     )
+
+
+def group_norm(groups: int) -> Any:
+    return lambda x, w, b: F.group_norm(x, groups, w, b)
 
 
 def test_group_norm_in_both_memory_orders() -> None:
@@ -110,12 +119,12 @@ def test_group_norm_in_both_memory_orders() -> None:
         for groups in (1, 3, 12):
             name = f"gn_{i}_{groups}"
             if shape != (2, 12) or groups != 12:
-                cases.append(
-                    case(rows, name, lambda x, w, b, g=groups: F.group_norm(x, g, w, b), x, w, b)
-                )
+                cases.append(case(rows, name, group_norm(groups), x, w, b))
         if len(shape) == 4:
             last = x.to(memory_format=torch.channels_last)
-            cases.append(case(rows, f"nhwc_{i}", lambda x, w: F.silu(F.group_norm(x, 3, w)), last, w))
+            cases.append(
+                case(rows, f"nhwc_{i}", lambda x, w: F.silu(F.group_norm(x, 3, w)), last, w)
+            )
     check(cases, atol=2e-5, rtol=2e-5)
 
 
@@ -184,9 +193,7 @@ def test_sizes_known_at_run_time() -> None:
         cases.append(case(rows, f"norm{i}", norm, first, w, dynamic=shapes, run=[x, w]))
     for i, n in enumerate([1, 2, 15, 16, 17, 63, 64, 65, 129, 200, 1000]):
         first, x = torch.randn(3, 7), torch.randn(4, n)
-        cases.append(
-            case(rows, f"softmax{i}", softmax, first, dynamic=[{0: dim, 1: dim}], run=[x])
-        )
+        cases.append(case(rows, f"softmax{i}", softmax, first, dynamic=[{0: dim, 1: dim}], run=[x]))
         first, x = torch.randn(2, 5, 7), torch.randn(3, 6, n)
         cases.append(
             case(rows, f"down{i}", down, first, dynamic=[{0: dim, 1: dim, 2: dim}], run=[x])
@@ -237,9 +244,9 @@ def test_groups_that_mix_rows_are_declined() -> None:
 def test_torchs_samples() -> None:
     names = ("softmax", "log_softmax", "logsumexp", "nn.functional.layer_norm")
     names += ("nn.functional.group_norm", "nn.functional.rms_norm", "native_layer_norm")
-    cases: list[Case] = []
-    for op in opinfos(*names):
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        cases: list[Case] = []
+        for op in opinfos(*names):
             if dtype not in op.supported_dtypes("cpu"):
                 continue
             samples = list(op.sample_inputs("cpu", dtype))
@@ -247,8 +254,9 @@ def test_torchs_samples() -> None:
                 sample = sample.noncontiguous() if i % 2 else sample
                 found = sample_case(op, sample, f"{op.name.split('.')[-1]}_{len(cases)}")
                 cases += [found] if found else []
-    assert len(cases) > 80
-    check(cases)
+        assert len(cases) > 25, (dtype, len(cases))
+        # torch computes some of these in bfloat16 itself.
+        check(cases, **({"atol": 8e-3, "rtol": 1.6e-2} if dtype == torch.bfloat16 else {}))
 
 
 def sample_case(op: Any, sample: Any, name: str, template: Any = rows) -> Case | None:
