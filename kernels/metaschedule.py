@@ -56,10 +56,6 @@ class Found:
     failures: dict[str, int] = field(default_factory=dict)
 
 
-class OutOfTime(Exception):
-    """Raised through the search when its time is spent; what was found so far is kept."""
-
-
 @dataclass
 class Bench:
     """How to run a kernel: ``candidate(kernel, address)`` prepares a run of it, ``check`` and
@@ -80,7 +76,7 @@ def search(
     name: str = "kernel",
     trials: int = 64,
     seconds: float = math.inf,
-    seed: int = 0,
+    seed: int = 1,
     progress: Callable[[int, float], None] | None = None,
 ) -> Found:
     """Searches a schedule for ``definition`` in ``trials`` measurements or ``seconds``.
@@ -99,24 +95,39 @@ def search(
         session.best = _best_seconds(database)
         left = trials - session.trials
         if left > 0 and not session.is_late():
-            with contextlib.suppress(OutOfTime):
-                ms.tune_tir(
-                    definition.func,
-                    target.tvm(),
-                    str(directory),
+            try:
+                context = ms.TuneContext(
+                    mod=definition.func,
+                    target=target.tvm(),
+                    space_generator=_space(definition, target),
+                    search_strategy=_strategy(),
+                    task_name=name,
+                    rand_state=seed,
+                    num_threads=1,
+                    logger=logging.getLogger(__name__),
+                )
+                ms.tune.tune_tasks(
+                    tasks=[context],
+                    task_weights=[1.0],
+                    work_dir=str(directory),
                     max_trials_global=left,
                     num_trials_per_iter=min(BATCH, left),
                     builder=_Builder(session),  # type: ignore[arg-type]
                     runner=_Runner(session),  # type: ignore[arg-type]
                     database=database,
                     cost_model=_cost_model(),
-                    space=_space(definition, target),
-                    strategy=_strategy(),
                     measure_callbacks=[ms.measure_callback.AddToDatabase()],
-                    num_tuning_cores=1,
-                    seed=seed,
+                    task_scheduler="round-robin",
                 )
+            except Exception as error:
+                # TVM changes the class of errors that pass through it, KeyboardInterrupt's too.
+                if not isinstance(session.raised, _OutOfTime):
+                    raise session.raised or error from None
         return session.result(database, name)
+
+
+class _OutOfTime(Exception):
+    """Ends a search early, which MetaSchedule offers no other way to do."""
 
 
 class _Session:
@@ -134,17 +145,28 @@ class _Session:
         self.deadline = time.monotonic() + seconds
         self.progress = progress
         self.trials, self.best = 0, math.inf
+        self.raised: BaseException | None = None
         self.failures: dict[str, int] = {}
         self._built: dict[str, tuple[Kernel, loader.Library]] = {}
         self._count = 0
 
+    @contextlib.contextmanager
+    def remembered(self) -> Iterator[None]:
+        """Keeps what is raised inside, for `search` to raise again."""
+        try:
+            yield
+        except BaseException as error:
+            self.raised = error
+            raise
+
     def is_late(self) -> bool:
+        """Whether no further batch should begin."""
         return time.monotonic() > self.deadline
 
     def build(self, modules: Sequence[Any]) -> list[tuple[str | None, str | None]]:
         """(artifact, error) of each schedule; an artifact is the kernel's symbol."""
         if self.is_late():
-            raise OutOfTime
+            raise _OutOfTime
         kernels: list[Kernel | None] = []
         errors: list[str | None] = []
         for module in modules:
@@ -231,7 +253,8 @@ class _Builder(ms.builder.PyBuilder):
         self._session = session
 
     def build(self, build_inputs: list[Any]) -> list[Any]:
-        results = self._session.build([i.mod for i in build_inputs])
+        with self._session.remembered():
+            results = self._session.build([i.mod for i in build_inputs])
         return [ms.builder.BuilderResult(artifact, error) for artifact, error in results]
 
 
@@ -242,13 +265,14 @@ class _Runner(ms.runner.PyRunner):
         self._session = session
 
     def run(self, runner_inputs: list[Any]) -> list[Any]:
-        futures = []
-        for task in runner_inputs:
-            seconds, error = self._session.measure(str(task.artifact_path))
-            result = ms.runner.RunnerResult([seconds] if seconds is not None else None, error)
-            futures.append(_Done(result))
-        self._session.finish_batch(len(runner_inputs))
-        return futures
+        with self._session.remembered():
+            futures = []
+            for task in runner_inputs:
+                seconds, error = self._session.measure(str(task.artifact_path))
+                runs = [seconds] if seconds is not None else None
+                futures.append(_Done(ms.runner.RunnerResult(runs, error)))
+            self._session.finish_batch(len(runner_inputs))
+            return futures
 
 
 @derived_object
@@ -403,7 +427,7 @@ def _bare() -> Iterator[None]:
     if absent:
         sys.modules[intrinsics] = types.ModuleType(intrinsics)
         s_tir.tensor_intrin = sys.modules[intrinsics]  # type: ignore[attr-defined]
-    logger = logging.getLogger("tvm.s_tir.meta_schedule")
+    logger = logging.getLogger(__name__)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

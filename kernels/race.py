@@ -47,10 +47,12 @@ class Candidate:
         call = loader.function(address, len(words))
         prepared = [ctypes.c_int64(w) for w in (0, tasks, *words)]
 
-        def run() -> None:
+        alive = (words, keep)
+
+        def run(alive: Any = alive) -> None:  # whoever has only the function has its memory, too
             call(*prepared)
 
-        return Candidate(name, run, dict(config or {}), resources, (words, keep))
+        return Candidate(name, run, dict(config or {}), resources, alive)
 
 
 @dataclass

@@ -85,9 +85,10 @@ class Outcome:
 
 @dataclass
 class _State:
-    """What is kept between runs of one task: ``trials`` counts schedules by width of panels."""
+    """What is kept between runs of one task: how many template candidates were raced, and how
+    many schedules tried by width of panels."""
 
-    raced: bool = False
+    raced: int = 0
     trials: dict[str, int] = field(default_factory=dict)
 
 
@@ -166,7 +167,7 @@ class _Tuning:
         self.deadline = time.monotonic() + seconds
         self._name = f"tune:{task.key}"
         kept = database.progress(self._name) or {}
-        self.state = _State(bool(kept.get("raced")), dict(kept.get("trials", {})))
+        self.state = _State(kept.get("raced", 0), dict(kept.get("trials", {})))
 
     @functools.cached_property
     def bench(self) -> Bench:
@@ -192,16 +193,18 @@ class _Tuning:
         """Does the steps that are not done yet, as far as time allows."""
         before = self.database.lookup(self.task.key)
         if before is None or not self.state.raced:
-            self._race(self._lowered(), "template")
-            self._keep(raced=True)
+            kernels = self._lowered()
+            self._race(kernels, "template", len(kernels))
+            self._keep(raced=len(kernels))
         wanted = math.ceil(self.limit / max(len(self.definitions), 1))
         for width, wide in self.definitions.items():
             left = self.deadline - time.monotonic()
             if left < _LEAST_SECONDS or self.state.trials.get(str(width), 0) >= wanted:
                 continue
-            found = self._search(width, wide, wanted, left)
+            others = self._tried() - self.state.trials.get(str(width), 0)
+            found = self._search(width, wide, wanted, left, others)
             if found.kernel is not None:
-                self._race([found.kernel], "metaschedule")
+                self._race([found.kernel], "metaschedule", others + found.trials)
             self._keep(trials={**self.state.trials, str(width): found.trials})
         best = self.database.lookup(self.task.key)
         after = best.seconds if best is not None else None
@@ -211,7 +214,7 @@ class _Tuning:
         return Outcome(self.task.name, seconds, after, source, self._tried())
 
     def _tried(self) -> int:
-        return len(self.database.measurements(self.task.key)) + sum(self.state.trials.values())
+        return self.state.raced + sum(self.state.trials.values())
 
     def _keep(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
@@ -230,8 +233,11 @@ class _Tuning:
     def _symbol(self, suffix: str) -> str:
         return f"plait_{self.task.key}_{suffix}"
 
-    def _race(self, kernels: list[Kernel], source: str) -> None:
-        """Races newcomers against what the database has, and stores those that win."""
+    def _race(self, kernels: list[Kernel], source: str, tried: int) -> None:
+        """Races newcomers against what the database has, and stores those that win.
+
+        ``tried`` counts what was tried so far, for the record.
+        """
         bundle = build(kernels, self.target)
         new = [k for k in kernels if k.name not in bundle.failed]
         entrants = [self.bench.candidate(k, bundle.address(k.name)) for k in new]
@@ -257,7 +263,7 @@ class _Tuning:
             if best is None or best.seconds is None:
                 continue
             if role == FAST:
-                self.notify(_STAGES[source], self._tried(), best.seconds)
+                self.notify(_STAGES[source], tried, best.seconds)
             number = next(i for i, r in enumerate(results) if r is best)
             if number < len(new):
                 kernel = new[number]
@@ -272,7 +278,7 @@ class _Tuning:
                 record={**self.task.record(kernel), "source": source},
                 role=role,
                 seconds=seconds,
-                effort=self._tried(),
+                effort=tried,
             )
             for kernel, roles in winners.values()
             for role, seconds in roles.items()
@@ -281,8 +287,9 @@ class _Tuning:
 
     # -- search ---------------------------------------------------------------------------------
 
-    def _search(self, width: int, wide: Definition, trials: int, seconds: float) -> Found:
-        others = self._tried() - self.state.trials.get(str(width), 0)
+    def _search(
+        self, width: int, wide: Definition, trials: int, seconds: float, others: int
+    ) -> Found:
         with self._directory(width) as directory:
             return search(
                 wide,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math as pymath
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -163,13 +164,14 @@ def _truth(node: fx.Node, ctx: Context) -> Value:
 
 @converter("any", "any.dim", "any.dims")
 def _any(node: fx.Node, ctx: Context) -> Value:
-    return result(node, ctx, rows_of(ctx).fold(extreme(torch.int64, True), _truth(node, ctx)))
+    either = replace(extreme(torch.int64, largest=True), identity=0)  # nothing is False
+    return result(node, ctx, rows_of(ctx).fold(either, _truth(node, ctx)))
 
 
 @converter("all", "all.dim", "all.dims")
 def _all(node: fx.Node, ctx: Context) -> Value:
-    # The neutral element, the largest integer, becomes True: all of nothing.
-    return result(node, ctx, rows_of(ctx).fold(extreme(torch.int64, False), _truth(node, ctx)))
+    both = replace(extreme(torch.int64, largest=False), identity=1)  # nothing is True
+    return result(node, ctx, rows_of(ctx).fold(both, _truth(node, ctx)))
 
 
 @converter("count_nonzero", "count_nonzero.dim_IntList")

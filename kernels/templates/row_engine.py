@@ -23,8 +23,8 @@ from tvm.script.ir_builder import tirx as T
 
 from ..abi import Dim
 from ..emit import Emitter, Expr, expr_dtype, tvm_dtype
-from ..ops.common import i64, linear, product, unravel, widened
-from ..ops.rows import Monoid, better, extreme
+from ..ops.common import cast, convert_expr, i64, linear, product, unravel, widened
+from ..ops.rows import Monoid, better, constant, extreme
 from ..ops.scope import bind, sharing
 from ..value import Value
 from .row_space import RowSpace
@@ -151,16 +151,18 @@ class Engine:
 
     def fold(self, monoid: Monoid, value: Value) -> Value:
         """See `Rows.fold`."""
-        acc = self.partial(monoid.dtype, monoid.neutral())
+        dtype = monoid.dtype
+        acc = self.partial(dtype, monoid.neutral())
         long = monoid.long and self._long
-        total = self.partial(monoid.dtype, monoid.neutral()) if long else acc
+        wide = torch.float64 if long else dtype  # additions of whole stretches must not round
+        total = self.partial(wide, constant(monoid.identity, wide)) if long else acc
 
         def body() -> None:
             assert self.site is not None
             x, slot = value.load(self.here()), self.site.slot
             if self.site.valid is not None and not monoid.idempotent:
                 x = tir.Select(self.site.valid, x, monoid.neutral())
-            elif monoid.dtype.is_floating_point:
+            elif dtype.is_floating_point:
                 x = bind(x)
             T.buffer_store(acc, monoid.combine(acc[slot], x), [slot])
 
@@ -168,13 +170,15 @@ class Engine:
             for u in range(self.unroll):
                 with self.vector(self.width) as j:
                     slot = u * self.width + j
-                    T.buffer_store(total, monoid.combine(total[slot], acc[slot]), [slot])
+                    x = convert_expr(acc[slot], dtype, wide)
+                    T.buffer_store(total, monoid.combine(total[slot], x), [slot])
                     T.buffer_store(acc, monoid.neutral(), [slot])
 
         self.sweep(body, flush if long else None)
         if long:
             flush()
-        return self.finish_fold([total], lambda a, b: [monoid.combine(a[0], b[0])])[0]
+        (folded,) = self.finish_fold([total], lambda a, b: [monoid.combine(a[0], b[0])])
+        return cast(folded, dtype)
 
     def find(self, value: Value, largest: bool) -> tuple[Value, Value]:
         """See `Rows.find`."""

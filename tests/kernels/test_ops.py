@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from trace import group_for, outputs_of, tensor_arg, trace
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
+from plait.kernels.abi import Kernel
 from plait.kernels.ops import CATEGORY, category, library_reason
 from plait.kernels.target import host
 from plait.kernels.templates import pointwise

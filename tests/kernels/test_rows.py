@@ -49,7 +49,9 @@ def residual(n: int) -> Any:
 @pytest.mark.parametrize("dtype", FULL, ids=str)
 def test_rows_of_every_length(dtype: torch.dtype) -> None:
     cases = [c for n in SIZES for c in norm_cases(n, dtype, f"{n}_{str(dtype)[6:]}")]
-    tolerance = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {}
+    tolerance = (
+        {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 1.6e-2}
+    )
     check(cases, **tolerance)
 
 
