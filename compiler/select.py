@@ -114,6 +114,8 @@ class Kernels:
         """The kernel for ``group``, or why there is none."""
         if group.kind not in TEMPLATES:
             return self._remark(group, "PLT-KER-001", f"no template for {group.kind} groups", "")
+        if any(str(n.target).startswith(("aten.any.", "aten.all.")) for n in group.nodes):
+            return self._remark(group, "PLT-KER-004", "any and all of NaN are left to the library")
         if _has_half(group):
             return self._remark(
                 group, "PLT-KER-006", "16-bit floating point runs as library operators", ""
@@ -252,7 +254,7 @@ class Kernels:
         return packing.apply(pack, tensor).contiguous()
 
     @staticmethod
-    def _remark(group: Group, remark: str, reason: str, hint: str) -> Remark:
+    def _remark(group: Group, remark: str, reason: str, hint: str = "") -> Remark:
         return missed(remark, tuple(n.name for n in group.nodes), reason, hint)
 
 

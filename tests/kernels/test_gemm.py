@@ -230,26 +230,6 @@ def test_symbolic_sizes() -> None:
     )  # fmt: skip
 
 
-def test_bfloat16() -> None:
-    def half(*shape: int) -> torch.Tensor:
-        return rand(*shape, dtype=torch.bfloat16)
-
-    def layer(x: Any, w: Any, b: Any) -> Any:
-        return F.relu(F.linear(x, w, b))
-
-    special = half(9, 64)
-    special[2, 3], special[4, 5], special[6, 7] = float("nan"), float("inf"), float("-inf")
-    check(
-        [
-            Case("linear", layer, [half(2, 9, 64), half(40, 64), half(40)], [1, 2]),
-            Case("deep", layer, [half(9, 4096), half(40, 4096), half(40)], [1, 2]),
-            Case("special", F.linear, [special, half(40, 64)], [1]),
-            Case("bmm", torch.bmm, [half(3, 9, 64), half(3, 64, 40)]),
-            Case("bmm t", torch.bmm, [half(3, 9, 64), half(3, 40, 64).transpose(1, 2)]),
-        ]
-    )
-
-
 def test_nan_and_infinity_stay_in_their_rows() -> None:
     x = rand(13, 40)
     x[3, 7], x[5, 0], x[12, 39] = float("nan"), float("inf"), float("-inf")
