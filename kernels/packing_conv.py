@@ -30,4 +30,17 @@ def conv_direct(weight: torch.Tensor, *, groups: int, lanes: int, vectors: int) 
     return packed.permute(0, 3, 4, 2, 1).contiguous()
 
 
-PACKERS: dict[str, Callable[..., torch.Tensor]] = {"conv_direct": conv_direct}
+def conv_winograd(weight: torch.Tensor, *, lanes: int, vectors: int) -> torch.Tensor:
+    """[OC, C, 3, 3] -> [blocks, 16, C, vectors * lanes]: G w G' of F(2x2, 3x3), in float64."""
+    g = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=torch.float64) / 2
+    changed = torch.einsum("ik,ockl,jl->ijco", g, weight.double(), g).to(weight.dtype)
+    starts = torch.tensor(vector_starts(weight.shape[0], lanes, vectors))
+    columns = (starts[:, None] + torch.arange(lanes)).flatten()
+    packed = changed.reshape(16, weight.shape[1], -1).index_select(2, columns)
+    return packed.view(16, weight.shape[1], -1, vectors * lanes).permute(2, 0, 1, 3).contiguous()
+
+
+PACKERS: dict[str, Callable[..., torch.Tensor]] = {
+    "conv_direct": conv_direct,
+    "conv_winograd": conv_winograd,
+}

@@ -1,7 +1,8 @@
 """Convolution: picks a template and its tile sizes for a group around a convolution node.
 
-`conv_direct` covers every 1-d and 2-d convolution; `conv_lanes` covers depthwise ones and those
-whose groups are narrower than a vector register, where it is several times as fast.
+`conv_direct` covers every 1-d and 2-d convolution; `conv_winograd` saves half the multiplications
+of 3x3 ones; `conv_lanes` covers depthwise ones and those whose groups are narrower than a vector
+register, where it is several times as fast.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.fx as fx
 from ..abi import Kernel
 from ..group import IO, Group
 from ..target import Target
-from . import conv_direct, conv_lanes, conv_tiling
+from . import conv_direct, conv_lanes, conv_tiling, conv_winograd
 from .conv_common import lane_count
 from .conv_spec import CONVOLUTIONS, parse, parse_geometry
 
@@ -35,7 +36,14 @@ def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
             # and do where a stride leaves few taps to share a permuted input.
             found = direct + found if spec.sw > 1 else found + direct
         return found[:MOST]
-    return conv_tiling.configs(spec, io, target)[:MOST]
+    direct = conv_tiling.configs(spec, io, target)
+    if not conv_winograd.covers(spec, io, target):
+        return direct[:MOST]
+    estimates = conv_winograd.estimates(spec, target)
+    found = [config for _, config in estimates]
+    if not found or estimates[0][0] < conv_tiling.least_cycles(spec, io, target):
+        return [*found[:2], *direct, *found[2:]][:MOST]
+    return [*direct[:1], *found[:1], *direct[1:]][:MOST]
 
 
 def lower(
@@ -47,6 +55,8 @@ def lower(
     fit the group.
     """
     spec = parse(group, io)
+    if config["kind"] == "winograd":
+        return conv_winograd.lower(spec, group, io, target, config, name)
     if config["kind"] == "lanes":
         return conv_lanes.lower(spec, group, io, target, config, name)
     return conv_direct.lower(spec, group, io, target, config, name)

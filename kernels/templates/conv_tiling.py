@@ -27,6 +27,23 @@ SHAPES = (("rows", False), ("cols", False), ("rows", True), ("cols", True), ("fl
 
 def configs(spec: ConvSpec, io: IO, target: Target) -> list[dict[str, Any]]:
     """Configurations in the order of a cost model: cycles of all tiles, tails included."""
+    found = _estimates(spec, io, target)
+    result: list[dict[str, Any]] = []
+    for cost, config in found[:4]:
+        if cost > 1.25 * found[0][0]:
+            break
+        result.append(config | _blocking(spec, config))
+    other = "pixel" if result[0]["order"] == "panel" else "panel"
+    return [*result[:2], result[0] | {"order": other}, *result[2:]]
+
+
+def least_cycles(spec: ConvSpec, io: IO, target: Target) -> float:
+    """Estimated cycles of the best configuration."""
+    return _estimates(spec, io, target)[0][0]
+
+
+def _estimates(spec: ConvSpec, io: IO, target: Target) -> list[tuple[float, dict[str, Any]]]:
+    """Tiles with their estimated cycles, fewest first."""
     lanes = lane_count(spec.og, target)
     have, need = halo_of(io[spec.x], spec.rank), spec.needed()
     guarded = any(h[side] < n[side] for h, n in zip(have, need, strict=True) for side in (0, 1))
@@ -45,13 +62,7 @@ def configs(spec: ConvSpec, io: IO, target: Target) -> list[dict[str, Any]]:
                     config = {"kind": "direct", "lanes": lanes, "tile": tile, "split": split}
                     found.append((cost, config | {"ri": ri, "nv": nv}))
     found.sort(key=lambda f: f[0])  # stable: simpler tiles first among equals
-    result: list[dict[str, Any]] = []
-    for cost, config in found[:4]:
-        if cost > 1.25 * found[0][0]:
-            break
-        result.append(config | _blocking(spec, config))
-    other = "pixel" if result[0]["order"] == "panel" else "panel"
-    return [*result[:2], result[0] | {"order": other}, *result[2:]]
+    return found
 
 
 def tile_count(spec: ConvSpec, kind: str, ri: int) -> Dim:

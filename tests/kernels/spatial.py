@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -27,6 +28,7 @@ from plait.kernels.abi import Dim, Kernel, TensorArg, contiguous_strides
 from plait.kernels.group import Group
 from plait.kernels.ops import category
 from plait.kernels.target import host
+from plait.kernels.templates import conv
 
 from .harness import Batch
 
@@ -207,3 +209,33 @@ def _compare(
     size = want[~special].abs().max().item()
     allowed = slack * reference + torch.finfo(result.dtype).eps * max(size, 1e-30)
     assert error <= allowed, f"{label}: error {error:.2e}, torch {reference:.2e}"
+
+
+NHWC = Layout()
+
+
+def case(
+    n: int, c: int, oc: int, kernel: tuple[int, int], size: tuple[int, int], *,
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, bias: bool = True,
+    halo: bool = True, layout: Layout | None = None, out: Layout = NHWC,
+    label: str = "", symbolic: bool = False,
+) -> Case:  # fmt: skip
+    """A convolution alone; with ``halo`` its input has all the zeros around it that it reads."""
+    torch.manual_seed(0)
+    x = torch.randn(n, c, *size)
+    weight = torch.randn(oc, c // groups, *kernel) / (c // groups * kernel[0] * kernel[1]) ** 0.5
+    tensors = [x, weight, torch.randn(oc)] if bias else [x, weight]
+
+    def function(*args: torch.Tensor) -> torch.Tensor:
+        x, w, b = args if bias else (*args, None)
+        return F.conv2d(x, w, b, stride, padding, dilation, groups)
+
+    made = Case(label, function, tensors, {}, (1, 2) if bias else (1,), out, symbolic)
+    if layout is None:
+        layout = NHWC
+        if halo:
+            layout = Layout(conv.required_halo(made.trace()[1].anchor)[2:])
+    made.layouts[0] = layout
+    text = f"{n}x{c}->{oc} k{kernel} {size} s{stride} p{padding} d{dilation} g{groups} {layout}"
+    made.label = f"{label} {text}"
+    return made

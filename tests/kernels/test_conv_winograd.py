@@ -1,0 +1,116 @@
+"""Winograd convolution against torch in float64: odd sizes, tails, layouts, epilogues."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from plait.kernels import packing, packing_conv
+from plait.kernels.target import host
+from plait.kernels.templates import conv, conv_winograd
+from plait.kernels.templates.conv_spec import parse
+
+from .spatial import Case, Layout, case, check
+
+HALO = ((1, 1), (1, 1))
+
+
+def configs(group: Any, io: Any, target: Any) -> list[dict[str, Any]]:
+    """All that the cost model offers, and some that it does not: cut tasks, uneven ones."""
+    spec = parse(group, io)
+    found = [config for _, config in conv_winograd.estimates(spec, target)]
+    patches = spec.n * -(-spec.oh // 2) * -(-spec.ow // 2)
+    ri = min(6, patches)
+    for parts in (1, 2):
+        found.append({"kind": "winograd", "ri": ri, "nv": 1, "tiles": ri, "parts": parts})
+    return found[:6]
+
+
+WINOGRAD = SimpleNamespace(candidates=configs, lower=conv.lower)
+
+
+def test_odd_and_even_images_of_several_batches() -> None:
+    check(
+        [
+            case(n, 16, 32, (3, 3), size, padding=1)
+            for n, size in [(1, (8, 8)), (1, (7, 9)), (2, (6, 13)), (3, (5, 5)), (1, (2, 2))]
+        ],
+        WINOGRAD,
+        every=True,
+    )
+
+
+def test_no_padding_and_more_of_it() -> None:
+    check(
+        [case(1, 16, 16, (3, 3), (9, 8), padding=p) for p in (0, (1, 0), (0, 2), 2)],
+        WINOGRAD,
+        every=True,
+    )
+
+
+def test_channels_that_fill_no_vector() -> None:
+    check(
+        [
+            case(1, c, oc, (3, 3), (7, 6), padding=1)
+            for c, oc in [(17, 16), (16, 17), (33, 50), (24, 100), (80, 192)]
+        ],
+        WINOGRAD,
+        every=True,
+    )
+
+
+def test_deep_sums_stay_accurate() -> None:
+    check([case(1, 448, 48, (3, 3), (8, 8), padding=1)], WINOGRAD, every=True)
+
+
+def test_slices_of_larger_buffers_and_what_follows() -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 20, 9, 9), torch.randn(36, 20, 3, 3) / 13, torch.randn(36)]
+    other = torch.randn(1, 36, 9, 9)
+
+    def function(x: Any, w: Any, b: Any, y: Any) -> Any:
+        return F.relu(F.conv2d(x, w, b, 1, 1) + y)
+
+    layouts = {0: Layout(HALO, 4, 12), 3: Layout(HALO, 0, 3)}
+    out = Layout(HALO, 8, 16)
+    check([Case("concat", function, [*tensors, other], layouts, (1, 2), out)], WINOGRAD, every=True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"stride": 2},
+        {"dilation": 2, "padding": 2},
+        {"groups": 2},
+        {"halo": False},
+        {"symbolic": True},
+    ],
+)
+def test_what_it_does_not_cover_goes_elsewhere(other: dict[str, Any]) -> None:
+    made = case(1, 32, 32, (3, 3), (9, 9), **{"padding": 1, **other})
+    _, group, io = made.trace()
+    assert not conv_winograd.covers(parse(group, io), io, host())
+    assert all(c["kind"] != "winograd" for c in conv.candidates(group, io, host()))
+
+
+def test_large_images_are_offered_it_first_and_the_direct_form_too() -> None:
+    _, group, io = case(1, 64, 96, (3, 3), (35, 35), padding=1).trace()
+    kinds = [c["kind"] for c in conv.candidates(group, io, host())]
+    assert kinds[0] == "winograd" and "direct" in kinds[:3]
+
+
+def test_weights_are_transformed_in_blocks() -> None:
+    weight = torch.randn(20, 5, 3, 3)
+    packed = packing.PACKERS["conv_winograd"](weight, lanes=16, vectors=2)
+    assert packed.shape == (1, 16, 5, 32) and packed.is_contiguous()
+    starts = packing_conv.vector_starts(20, 16, 2)
+    assert starts == [0, 4]
+    # Position (0, 0) of G w G' is the first tap itself, (3, 3) the last.
+    for vector, start in enumerate(starts):
+        block = packed[0, :, :, vector * 16 : vector * 16 + 16]
+        torch.testing.assert_close(block[0], weight[start : start + 16, :, 0, 0].t())
+        torch.testing.assert_close(block[15], weight[start : start + 16, :, 2, 2].t())
