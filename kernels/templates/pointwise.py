@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -31,6 +31,7 @@ from ..value import Context, Value
 from .pointwise_axes import Axis, Probe, initial_axes, output_index
 
 _GRAIN = 32768
+MOST_LOADS = 512  # joins of joins double their code each time
 
 
 def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
@@ -60,7 +61,7 @@ def lower(
         raise Unsupported("PLT-PNT-001", str(error)) from error
     return Kernel(
         name=name,
-        func=emitter.finish(),
+        func=builder.placed(emitter.finish()),
         inputs=inputs,
         outputs=outputs,
         symbols=symbols,
@@ -113,15 +114,15 @@ def _operations(group: Group) -> int:
 class _Output:
     """Where an output is stored."""
 
-    def __init__(self, ref: Ref) -> None:
-        self.ref, self._bits = ref, _bits(ref)
+    def __init__(self, ref: Ref, simplify: Callable[[Expr], Expr]) -> None:
+        self.ref, self._bits, self._simplify = ref, _bits(ref), simplify
 
     def store(self, value: Expr, index: Sequence[Expr]) -> None:
+        offset = self._simplify(self.ref.offset(index))
         if self._bits is None:
-            self.ref.store(value, index)
+            self.ref.store_flat(value, offset)
         else:
-            bits = tir.reinterpret("uint16", value)
-            T.buffer_store(self._bits, bits, [self.ref.offset(index)])
+            T.buffer_store(self._bits, tir.reinterpret("uint16", value), [offset])
 
 
 @dataclass(frozen=True)
@@ -138,18 +139,39 @@ class _Region:
 
 @dataclass
 class _Builder:
-    """Emits the body of one kernel."""
+    """Emits the body of one kernel.
+
+    Elements are written for variables that stand for a region's axes: with these, and their ranges,
+    TVM can tell that an offset such as ``i // 7 * 7 + i % 7`` is ``i``. What they stand for is put
+    in their places at last.
+    """
 
     group: Group
     outputs: tuple[TensorArg, ...]
     target: Target
     grain: int
+    places: dict[Expr, Expr] = field(default_factory=dict)
+    loads: list[Expr] = field(default_factory=list)  # offsets, of the element looked at last
+    simplify: Callable[[Expr], Expr] = lambda offset: offset
+
+    def placed(self, func: Any) -> Any:
+        """The function with loop indices in place of the axes' variables."""
+        if not self.places:
+            return func
+        # As parameters that are then given, which is TVM's way to replace variables in a function.
+        params = [*self.places, *func.params]
+        open_func = tir.PrimFunc(params, func.body, func.ret_type, attrs=func.attrs)
+        return open_func.specialize(self.places)
+
+    def _simplified(self, offset: Expr) -> Expr:
+        return self.simplify(offset)
 
     def emit(self, emitter: Emitter, task: Expr) -> Dim:
         """Emits the body of a task and returns the number of tasks."""
-        recorded: list[Expr] = []
         refs = zip(self.group.inputs, emitter.inputs, strict=True)
-        env: dict[fx.Node, Value] = {n: _recording(r, recorded) for n, r in refs}
+        env: dict[fx.Node, Value] = {
+            n: _recording(r, self.loads, self._simplified) for n, r in refs
+        }
         evaluate(self.group.nodes, Context(emitter, env))
         first: Dim = 0
         regions = self._regions(emitter, env)
@@ -157,8 +179,8 @@ class _Builder:
             if 0 in region.arg.shape:
                 count, body = 0, _nothing
             else:
-                axes, vector = self._plan(emitter, region, recorded)
-                count, body = self._loops(emitter, region, axes, vector)
+                probe, axes = self._plan(emitter, region)
+                count, body = self._loops(emitter, region, probe, axes)
             if len(regions) == 1:
                 body(task)
                 return count
@@ -184,12 +206,12 @@ class _Builder:
                 own = list(index) if same else unravel(linear(index, shape), ref.shape)
                 return value.load(own), own
 
-            stores.append((_Output(ref), store))
+            stores.append((_Output(ref, self._simplified), store))
         return [_Region(self.outputs[0], tuple(stores))]
 
     def _parts(self, emitter: Emitter, env: dict[fx.Node, Value], node: fx.Node) -> list[_Region]:
         """One region for each tensor that an output joins."""
-        out, output = self.outputs[0], _Output(emitter.outputs[0])
+        out, output = self.outputs[0], _Output(emitter.outputs[0], self._simplified)
         tensors: Any = node.args[0]
         rank = len(out.shape)
         dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -213,33 +235,30 @@ class _Builder:
             start = start + dims[dim]
         return regions
 
-    def _plan(
-        self, emitter: Emitter, region: _Region, recorded: list[Expr]
-    ) -> tuple[list[Axis], bool]:
-        """The axes of a region, and whether the innermost runs as vector code."""
+    def _plan(self, emitter: Emitter, region: _Region) -> tuple[Probe, list[Axis]]:
+        """The axes of a region and what is known of accesses along them."""
         rank = len(region.arg.shape)
 
         def accesses(index: Sequence[Expr]) -> tuple[list[Expr], list[Expr]]:
             full = [*index, *[i64(0)] * (rank - len(index))]
-            recorded.clear()
+            self.loads.clear()
             with rehearsal() as conditions:
                 for output, store in region.stores:
                     _, own = store(full)
-                    recorded.append(output.ref.offset(own))
-            return list(recorded), conditions
+                    self.loads.append(output.ref.offset(own))
+            return list(self.loads), conditions
 
         probe = Probe(emitter, accesses)
         axes = probe.merged(initial_axes(self.group, region.arg))
-        axes = axes or [Axis(1, ())]
-        return axes, not probe.lanes_differ(axes)
+        return probe, axes or [Axis(1, ())]
 
     def _loops(
-        self, emitter: Emitter, region: _Region, axes: list[Axis], vector: bool
+        self, emitter: Emitter, region: _Region, probe: Probe, axes: list[Axis]
     ) -> tuple[Dim, Callable[[Expr], None]]:
         """The number of tasks of a region and the function that emits one."""
         *outer, inner = axes
         rows, length = product([a.extent for a in outer]), inner.extent
-        lanes = self._lanes() if vector else 1
+        lanes = 1 if probe.lanes_differ(axes) else self._lanes()
         touched = sum(a.dtype.itemsize for a in self.outputs) + sum(
             n.meta["val"].dtype.itemsize for n in self.group.inputs
         )
@@ -247,8 +266,12 @@ class _Builder:
         rank = len(region.arg.shape)
 
         def element(row: Sequence[Expr], column: Expr) -> None:
-            index = output_index(axes, [*row, column], emitter)
+            variables = probe.variables(axes)
+            self.places |= zip(variables, [*row, column], strict=True)
+            self.simplify = probe.simplify
+            index = output_index(axes, variables, emitter)
             full = [*index, *[i64(0)] * (rank - len(index))]
+            self.loads.clear()
             with sharing():
                 for output, store in region.stores:
                     value, own = store(full)
@@ -304,13 +327,19 @@ def _all_wide(dtypes: Sequence[torch.dtype]) -> bool:
     return all(d.itemsize == 8 for d in dtypes)
 
 
-def _recording(ref: Ref, offsets: list[Expr]) -> Value:
+def _recording(ref: Ref, offsets: list[Expr], simplify: Callable[[Expr], Expr]) -> Value:
     """The value of an input that also notes the offset of each load."""
     bits = _bits(ref)
 
     def load(index: Sequence[Expr]) -> Expr:
-        offset = ref.offset(index)
+        offset = simplify(ref.offset(index))
         offsets.append(offset)
+        if len(offsets) > MOST_LOADS:
+            raise Unsupported(
+                "PLT-PNT-003",
+                f"a chain of joins reads its inputs more than {MOST_LOADS} times per element",
+                "write the tensor between two joins to memory, for example by returning it",
+            )
         if bits is not None:
             return tir.reinterpret("bfloat16", bits[offset])
         return plain(ref.load_flat(offset))

@@ -98,10 +98,14 @@ class Probe:
 
     def _at(self, axes: Sequence[Axis], variables: Sequence[Expr]) -> tuple[list[Any], list[Any]]:
         offsets, conditions = self._accesses(output_index(axes, variables, self._emitter))
-        simplify = self._analyzer.simplify
-        return [simplify(o) for o in offsets], [simplify(c) for c in conditions]
+        return [self.simplify(o) for o in offsets], [self.simplify(c) for c in conditions]
 
-    def _variables(self, axes: Sequence[Axis]) -> list[Expr]:
+    def simplify(self, offset: Expr) -> Expr:
+        """``offset`` as simple as the ranges of the `variables` made so far allow."""
+        return self._analyzer.simplify(offset)
+
+    def variables(self, axes: Sequence[Axis]) -> list[Expr]:
+        """A new variable for each axis, known to lie within it."""
         variables = []
         for i, axis in enumerate(axes):
             var = tir.Var(f"axis{i}", "int64")
@@ -115,10 +119,10 @@ class Probe:
         done = False
         while not done:
             done = True
-            plain = _complexity(self._at(axes, self._variables(axes))[0])
+            plain = _complexity(self._at(axes, self.variables(axes))[0])
             for i in reversed(range(len(axes) - 1)):
                 joined = _join(axes, i)
-                variables = self._variables(joined)
+                variables = self.variables(joined)
                 offsets, conditions = self._at(joined, variables)
                 depends = any(_mentions(c, variables[i]) for c in conditions)
                 if not depends and _complexity(offsets) <= plain:
@@ -128,7 +132,7 @@ class Probe:
 
     def lanes_differ(self, axes: Sequence[Axis]) -> bool:
         """Whether a guarded load's condition depends on the innermost axis."""
-        variables = self._variables(axes)
+        variables = self.variables(axes)
         return any(_mentions(c, variables[-1]) for c in self._at(axes, variables)[1])
 
 
