@@ -1,0 +1,294 @@
+"""Kernels for NVIDIA GPUs: definitions scheduled by DLight's rules and compiled by nvcc.
+
+A group becomes a `GpuKernel`: launches of compiled functions, written down as data, so that running
+it takes CUDA's driver and nothing of TVM (`cuda_loader`). Usually it is one launch; rules that keep
+stages apart make several, with temporaries between them. Rules are tried in the order matrix
+product, matrix-vector product, reduction, normalisation; what none of them takes gets one thread
+for each element, so every definition has some schedule.
+
+Feng et al., "TensorIR: An Abstraction for Automatic Tensorized Program Optimization", ASPLOS 2023.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tvm
+import tvm.tirx as tir
+from tvm import s_tir
+from tvm.s_tir import dlight
+
+from . import loader
+from .build import BuildError
+from .cuda_loader import GpuKernel, Launch
+from .definition import Definition
+from .definitions import DEFINITIONS
+from .group import IO, Group, Unsupported
+from .target import Target
+
+THREADS = 256  # of a block in a plain schedule
+_AXES = ("x", "y", "z")
+
+
+@dataclass
+class CudaBundle:
+    """Compiled GPU kernels.
+
+    ``image`` is a cubin for one GPU generation, ``source`` the CUDA C it was made from, ``kernels``
+    says by name how to launch; ``failed`` names the others with the compiler's message.
+    """
+
+    image: bytes
+    source: str
+    kernels: dict[str, GpuKernel]
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """The content hash of the image."""
+        return loader.digest(self.image)
+
+
+def sm90() -> Target:
+    """NVIDIA's Hopper generation (H100, H200)."""
+    return Target("cuda", "sm_90", 16, 255)
+
+
+def available() -> bool:
+    """Whether GPU code can be compiled here."""
+    return shutil.which("nvcc") is not None
+
+
+def lower(group: Group, io: IO, target: Target) -> Definition:
+    """What a group computes, ready for `schedule`.
+
+    Raises `Unsupported` for kinds of groups that have no definition, and for symbolic sizes.
+    """
+    if group.kind not in DEFINITIONS:
+        raise Unsupported("PLT-GPU-001", f"{group.kind} groups have no GPU kernel")
+    try:
+        return DEFINITIONS[group.kind](group, io, target)
+    except NotImplementedError as error:
+        raise Unsupported("PLT-GPU-002", str(error)) from error
+
+
+def schedule(definition: Definition, target: Target, *, plain: bool = False) -> Any:
+    """The definition's function with its loops bound to blocks and threads.
+
+    ``plain`` gives every element of every stage a thread, which always works.
+    """
+    if not plain:
+        gpu = dlight.gpu
+        rules = [gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction()]
+        # A rule may fail on what it does not know instead of declining it.
+        with target.tvm(), contextlib.suppress(Exception):
+            apply: Any = dlight.ApplyDefaultSchedule(*rules)
+            module = apply(tvm.IRModule({"main": definition.func}))
+            if module["main"].attrs.get("tirx.is_scheduled", False):
+                return module["main"]
+    return _one_thread_each(definition)
+
+
+def _one_thread_each(definition: Definition) -> Any:
+    """Every stage a launch of its own, every element that it writes a thread."""
+    made = s_tir.Schedule(definition.func)
+    for name in definition.blocks:
+        block = made.get_sblock(name)
+        stage: Any = made.get(block)
+        axes: list[Any] = list(stage.iter_vars)
+        loops = made.get_loops(block)
+        spatial = [
+            loop
+            for loop, axis in zip(loops, axes, strict=True)
+            if axis.iter_type == tir.IterVar.DataPar
+        ]
+        loop = made.fuse(*spatial) if spatial else made.add_unit_loop(loops[0] if loops else block)
+        blocks, threads = made.split(loop, [None, THREADS])
+        made.bind(blocks, "blockIdx.x")
+        made.bind(threads, "threadIdx.x")
+    return made.mod["main"]
+
+
+def compile_cuda(definitions: Mapping[str, Definition], target: Target) -> CudaBundle:
+    """Schedules and compiles definitions, by the name each is to have, for one GPU generation.
+
+    Where a rule's schedule does not compile, the plain one is taken. A definition that does not
+    compile even so is left out and named in ``failed``. Raises BuildError when none compiles or
+    nvcc is missing.
+    """
+    if not available():
+        raise BuildError("nvcc is not on the PATH: install the CUDA toolkit to compile GPU kernels")
+    kernels: dict[str, GpuKernel] = {}
+    device: dict[str, dict[Any, Any]] = {}
+    failed: dict[str, str] = {}
+    for name, definition in definitions.items():
+        for plain in (False, True):
+            try:
+                function = schedule(definition, target, plain=plain)
+                kernels[name], device[name] = _split(name, function, definition, target)
+                failed.pop(name, None)
+                break
+            except Exception as error:  # TVM raises many kinds
+                failed[name] = _first_line(error)
+    try:
+        source, image = _compile(list(device.values()), target)
+    except BuildError:
+        source, image = _compile_sound(device, target, failed)
+    kernels = {n: k for n, k in kernels.items() if n in device}
+    if not kernels:
+        name, why = next(iter(failed.items()), ("nothing", "no definitions were given"))
+        raise BuildError(f"none of {len(failed)} GPU kernels compiled; {name}: {why}")
+    return CudaBundle(image, source, kernels, failed)
+
+
+def _compile_sound(
+    device: dict[str, dict[Any, Any]], target: Target, failed: dict[str, str]
+) -> tuple[str, bytes]:
+    """Compiles what compiles alone; the rest leaves ``device`` for ``failed``."""
+    for name, functions in list(device.items()):
+        try:
+            _compile([functions], target)
+        except BuildError as error:
+            failed[name] = str(error)
+            del device[name]
+    return _compile(list(device.values()), target)
+
+
+def _compile(parts: list[dict[Any, Any]], target: Target) -> tuple[str, bytes]:
+    """CUDA C and cubin of device functions. Raises BuildError with nvcc's message."""
+    if not parts:
+        return "", b""
+    functions = {k: v for part in parts for k, v in part.items()}
+    generate = tvm.get_global_func("target.build.cuda")
+    source = generate(tvm.IRModule(functions), target.tvm()).inspect_source()
+    with tempfile.TemporaryDirectory(prefix="plait-cuda-") as scratch:
+        text, image = Path(scratch) / "kernels.cu", Path(scratch) / "kernels.cubin"
+        text.write_text(source)
+        command = ["nvcc", "-cubin", f"-arch={target.arch}", "-O3", "-o", str(image), str(text)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise BuildError(f"nvcc failed: {_errors(done.stderr or done.stdout)}")
+        return source, image.read_bytes()
+
+
+# -- host and device --------------------------------------------------------------------------
+
+
+def _split(
+    name: str, function: Any, definition: Definition, target: Target
+) -> tuple[GpuKernel, dict[Any, Any]]:
+    """Separates what the host does, as data, from the device's functions."""
+    _register()
+    # With a C calling convention TVM leaves the host's part as it is: a list of launches.
+    function = function.with_attr("global_symbol", name).with_attr("calling_conv", 1)
+    bound = target.tvm()
+    module = tvm.tirx.transform.BindTarget(bound)(tvm.IRModule({name: function}))
+    pipeline: Any = tvm.tirx.get_default_tir_pipeline(bound)
+    module = pipeline[0](module)
+    host = module[name]
+    others = {v: f for v, f in module.functions_items() if v.name_hint != name}
+    device = pipeline[2]()(tvm.IRModule(others))
+    arguments = (*definition.inputs, *definition.outputs)
+    reader = _HostReader(host, [p.arg.dtype.itemsize * p.offset for p in arguments])
+    return reader.kernel(name), dict(device.functions_items())
+
+
+class _HostReader:
+    """Reads launches and temporaries out of the host's part of a function."""
+
+    def __init__(self, host: Any, offsets: list[int]) -> None:
+        self.launches: list[Launch] = []
+        self.temporaries: list[int] = []
+        self._offsets = offsets
+        self._known: list[tuple[Any, int]] = [(p, i) for i, p in enumerate(host.params)]
+        self._read(host.body)
+
+    def kernel(self, name: str) -> GpuKernel:
+        """What was read."""
+        return GpuKernel(name, tuple(self.launches), tuple(self._offsets), tuple(self.temporaries))
+
+    def _read(self, stmt: Any) -> None:
+        kind = type(stmt).__name__
+        if kind == "SeqStmt":
+            for part in stmt.seq:
+                self._read(part)
+        elif kind == "AttrStmt":
+            self._read(stmt.body)
+        elif kind == "AllocBuffer":
+            buffer = stmt.buffer
+            bits = tvm.DataType(str(buffer.dtype)).bits
+            self._known.append((buffer, len(self._offsets) + len(self.temporaries)))
+            self.temporaries.append(math.prod(int(e) for e in buffer.shape) * (bits // 8))
+        elif kind == "DeclBuffer":
+            self._known.append((stmt.buffer, self._number(stmt.data)))
+        elif kind == "Evaluate" and getattr(stmt.value, "op", None) is not None:
+            if stmt.value.op.name != "tirx.call_ffi_kernel":
+                raise BuildError(f"the host part calls {stmt.value.op.name}")
+            self._launch(stmt.value)
+        else:
+            raise BuildError(f"the host part has a {kind}")
+
+    def _launch(self, call: Any) -> None:
+        names = [str(p) for p in call.attrs.launch_params]
+        function, *rest = call.args
+        pointers, sizes = rest[: len(rest) - len(names)], rest[len(rest) - len(names) :]
+        extents = {n: int(s) for n, s in zip(names, sizes, strict=True)}
+        grid, block = (
+            tuple(extents.pop(f"{kind}.{axis}", 1) for axis in _AXES)
+            for kind in ("blockIdx", "threadIdx")
+        )
+        shared = extents.pop("tirx.use_dyn_shared_memory", 0)
+        if extents:
+            raise BuildError(f"unknown launch parameters {sorted(extents)}")
+        buffers = tuple(self._number(p) for p in pointers)
+        self.launches.append(Launch(str(function.value), grid, block, shared, buffers))
+
+    def _number(self, pointer: Any) -> int:
+        """Which buffer an expression such as ``buffer.data`` points to."""
+        for buffer, number in self._known:
+            if pointer.args[0].same_as(buffer):
+                return number
+        raise BuildError(f"the host part passes {pointer}")
+
+
+_AS = {
+    ("float32", "int32"): "__float_as_int",
+    ("int32", "float32"): "__int_as_float",
+    ("float64", "int64"): "__double_as_longlong",
+    ("int64", "float64"): "__longlong_as_double",
+}
+
+
+@functools.cache
+def _register() -> None:
+    """Teaches TVM what some operators are on a GPU."""
+    # CUDA's compiler keeps to IEEE 754 by itself: naming a value needs no fence there.
+    tir.register_intrin_lowering("plait.named", "cuda", f=lambda call: call.args[0], level=11)
+    # TVM would take the address of the operand, which need not have one.
+    tir.register_intrin_lowering("tirx.reinterpret", "cuda", f=_reinterpret, level=11)
+
+
+def _reinterpret(call: Any) -> Any:
+    source, dest = (str(getattr(e.ty, "dtype", "")) for e in (call.args[0], call))
+    name = _AS.get((source, dest))
+    return call if name is None else tir.call_pure_extern(dest, name, call.args[0])
+
+
+def _errors(output: str) -> str:
+    """What matters of a compiler's output: its errors, not its pages of warnings."""
+    lines = [line for line in output.splitlines() if "error" in line]
+    return "\n".join(lines or [output.strip()])[:2000]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
