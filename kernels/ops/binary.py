@@ -14,7 +14,7 @@ from .. import math
 from ..emit import Expr, expr_dtype
 from ..value import Context, Value
 from . import converter
-from .common import Promotion, dtype_of, elementwise, number, opmath, promoted, scalar
+from .common import Promotion, dtype_of, elementwise, negate, number, opmath, promoted, scalar
 from .scope import bind, opaque
 from .table import argument
 from .unary import is_float, like
@@ -270,7 +270,7 @@ def _comparison(name: str, function: Function) -> None:
 
 for _name, _function in {
     "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
+    "ne": lambda a, b: negate(a == b) if is_float(a) else a != b,
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,

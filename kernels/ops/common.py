@@ -102,7 +102,10 @@ def convert_expr(value: Expr, source: torch.dtype, dest: torch.dtype) -> Expr:
     if source in HALF and dest != torch.float32:
         return convert_expr(convert_expr(value, source, torch.float32), torch.float32, dest)
     if dest == torch.bool:
-        return plain(value != tir.const(0, compute_dtype(source)))
+        zero = tir.const(0, compute_dtype(source))
+        if source.is_floating_point:  # NaN is True; TVM's ``!=`` is False for it
+            return negate(plain(value == zero))
+        return plain(value != zero)
     if dest in HALF and source != torch.float32:
         return convert_expr(convert_expr(value, source, torch.float32), torch.float32, dest)
     if source == torch.bfloat16:
@@ -204,7 +207,10 @@ def elementwise(
 
 
 def negate(condition: Expr) -> Expr:
-    """``not condition``. (TVM would turn ``not a < b`` into ``b <= a``, wrong for NaN.)"""
+    """``not condition``.
+
+    (TVM would turn ``not a < b`` into ``b <= a``; and its ``a != b`` is false for NaN.)
+    """
     return plain((tir.Cast("int32", condition) ^ tir.IntImm("int32", 1)) != tir.IntImm("int32", 0))
 
 

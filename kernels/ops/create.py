@@ -118,7 +118,7 @@ def _one_hot(node: fx.Node, ctx: Context) -> Value:
 @converter(
     *("_to_copy", "to.dtype", "to.dtype_layout", "to.device", "to.other", "type_as", "clone"),
     *("contiguous", "alias", "detach", "detach_", "lift", "lift_fresh", "lift_fresh_copy"),
-    *("_conj", "conj", "resolve_conj", "resolve_neg"),
+    *("conj", "resolve_conj", "resolve_neg"),
     *("dropout", "feature_dropout", "alpha_dropout"),
 )
 def _copy(node: fx.Node, ctx: Context) -> Value:

@@ -51,7 +51,7 @@ squeeze.dim squeeze.dims unsqueeze slice.Tensor select.int split.Tensor split_wi
 chunk unsafe_chunk unsafe_split.Tensor unbind.int movedim.int movedim.intlist swapaxes narrow
 diagonal unfold
 alias detach lift_fresh_copy lift_fresh lift detach_ dropout feature_dropout alpha_dropout
-_conj conj resolve_conj resolve_neg
+conj resolve_conj resolve_neg
 flip roll cat stack concat repeat repeat_interleave.self_int tile constant_pad_nd pad
 pixel_shuffle pixel_unshuffle channel_shuffle tril triu reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d embedding index_select gather index.Tensor _unsafe_index.Tensor

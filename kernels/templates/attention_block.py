@@ -22,7 +22,14 @@ from ..abi import Dim
 from ..emit import Emitter, Expr
 from ..ops.common import i64
 from ..ops.scope import sharing
-from .attention_spec import AttentionSpec, Operand, masked, task_index, vector_starts
+from .attention_spec import (
+    AttentionSpec,
+    Operand,
+    lane_loop,
+    masked,
+    task_index,
+    vector_starts,
+)
 
 NEG_INF = -math.inf
 
@@ -83,7 +90,7 @@ class Block:
     def _vectors(self, body: Callable[[Expr], None]) -> None:
         """``body(query)`` for all queries of the task, in vectors."""
         for v in range(self.nv):
-            with T.vectorized(i64(0), i64(self.lanes)) as j, sharing():
+            with lane_loop(self.lanes) as j, sharing():
                 body(v * self.lanes + j)
 
     def _load_queries(self, first: Expr) -> None:
@@ -104,7 +111,7 @@ class Block:
         """``body(i)`` for i below ``size``: whole vectors, then one by one."""
         if size // lanes:
             with T.serial(i64(0), i64(size // lanes)) as c:
-                with T.vectorized(i64(0), i64(lanes)) as j, sharing():
+                with lane_loop(lanes) as j, sharing():
                     body(c * lanes + j)
         if size % lanes:
             with T.serial(i64(0), i64(size % lanes)) as c, sharing():
@@ -117,7 +124,7 @@ class Block:
 
         self._vectors(start)
         with T.serial(i64(0), i64(self.bq * self.row // self.width)) as c:
-            with T.vectorized(i64(0), i64(self.width)) as j:
+            with lane_loop(self.width) as j:
                 T.buffer_store(self.out, self.em.f32(0.0), [c * self.width + j])
 
     def _stage(self, start: Expr, count: Expr) -> None:
@@ -149,7 +156,7 @@ class Block:
                 else:
                     rows.append(T.bind(self.bases["k"] + (start + t) * self.k.row_stride))
                 for v in range(self.nv):
-                    with T.vectorized(i64(0), i64(self.lanes)) as j:
+                    with lane_loop(self.lanes) as j:
                         T.buffer_store(acc, em.f32(0.0), [r * bq + v * self.lanes + j])
             unroll = next(u for u in (4, 2, 1) if depth % u == 0)
             with T.serial(i64(0), i64(depth // unroll)) as d0, T.unroll(i64(unroll)) as d1:
@@ -160,13 +167,13 @@ class Block:
                     else:
                         key = self.k.ref.load_flat(rows[r] + d)
                     for v in range(self.nv):
-                        with T.vectorized(i64(0), i64(self.lanes)) as j:
+                        with lane_loop(self.lanes) as j:
                             at = r * bq + v * self.lanes + j
                             x = self.qt[d * bq + v * self.lanes + j]
                             T.buffer_store(acc, acc[at] + key * x, [at])
             for r in range(self.rk):
                 for v in range(self.nv):
-                    with T.vectorized(i64(0), i64(self.lanes)) as j:
+                    with lane_loop(self.lanes) as j:
                         at = v * self.lanes + j
                         where = (tile * self.rk + r) * bq + at
                         T.buffer_store(self.scores, acc[r * bq + at], [where])
@@ -246,7 +253,7 @@ class Block:
         def each(body: Callable[[int, int, Expr, Expr], None]) -> None:
             for r in range(self.ri):
                 for c, slot in enumerate(slots):
-                    with T.vectorized(i64(0), i64(width)) as j:
+                    with lane_loop(width) as j:
                         body(r, slot, (r * n + c) * width + j, j)
 
         def place(r: int, slot: int, j: Expr) -> Expr:
@@ -288,6 +295,6 @@ class Block:
         with T.serial(i64(0), tir.min(i64(self.bq), self.queries - first)) as i:
             scale = kernel_math.bind(self.decay[i])
             for slot, begin in enumerate(self.starts):
-                with T.vectorized(i64(0), i64(self.width)) as j, sharing():
+                with lane_loop(self.width) as j, sharing():
                     x = self.out[i * self.row + slot * self.width + j] * scale
                     self.store([*self.lead, first + i, begin + j], x)

@@ -19,7 +19,14 @@ from ..abi import Dim
 from ..emit import Emitter, Expr
 from ..ops.common import i64
 from ..ops.scope import sharing
-from .attention_spec import AttentionSpec, Operand, masked, task_index, vector_starts
+from .attention_spec import (
+    AttentionSpec,
+    Operand,
+    lane_loop,
+    masked,
+    task_index,
+    vector_starts,
+)
 
 NEG_INF = -math.inf
 
@@ -56,7 +63,7 @@ class Line:
         T.buffer_store(self.total, em.f32(0.0), [i64(0)])
         self._load_query()
         for slot in range(len(self.starts)):
-            with T.vectorized(i64(0), i64(self.width)) as j:
+            with lane_loop(self.width) as j:
                 T.buffer_store(self.out, em.f32(0.0), [slot * self.width + j])
         end = T.bind(tir.min(self.keys, row + 1)) if spec.causal else self.keys
         with T.serial(i64(0), tir.floordiv(end + (self.tb - 1), i64(self.tb))) as b:
@@ -75,7 +82,7 @@ class Line:
         scale = self.em.f32(self.spec.scale)
         for slot, begin in enumerate(self.depth_starts):
             repeated = slot * width - begin
-            with T.vectorized(i64(0), i64(width)) as j, sharing():
+            with lane_loop(width) as j, sharing():
                 x = self.q.wide(self.bases["q"], self.row, begin + j) * scale
                 if repeated:
                     x = tir.Select(j >= i64(repeated), x, self.em.f32(0.0))
@@ -84,28 +91,25 @@ class Line:
     def _products(self, start: Expr, count: Expr) -> None:
         em, width = self.em, self.depth_width
         with T.serial(i64(0), i64(self.tb // self.lanes)) as c:
-            with T.vectorized(i64(0), i64(self.lanes)) as j:
+            with lane_loop(self.lanes) as j:
                 T.buffer_store(self.scores, em.f32(NEG_INF), [c * self.lanes + j])
         with T.serial(i64(0), count) as t:
             acc = em.local(width)
             for slot, begin in enumerate(self.depth_starts):
-                with T.vectorized(i64(0), i64(width)) as j, sharing():
+                with lane_loop(width) as j, sharing():
                     key = self.k.wide(self.bases["k"], start + t, begin + j)
                     x = self.query[slot * width + j] * key
                     T.buffer_store(acc, acc[j] + x if slot else x, [j + i64(0)])
             half = width
             while half > 1:
                 half //= 2
-                if half == 1:
-                    T.buffer_store(acc, acc[i64(0)] + acc[i64(1)], [i64(0)])
-                else:
-                    with T.vectorized(i64(0), i64(half)) as j:
-                        T.buffer_store(acc, acc[j] + acc[j + half], [j + i64(0)])
+                with lane_loop(half) as j:
+                    T.buffer_store(acc, acc[j] + acc[j + half], [j + i64(0)])
             T.buffer_store(self.scores, acc[i64(0)], [t])
 
     def _key_vectors(self, body: Callable[[Expr], None]) -> None:
         with T.serial(i64(0), i64(self.tb // self.lanes)) as c:
-            with T.vectorized(i64(0), i64(self.lanes)) as j, sharing():
+            with lane_loop(self.lanes) as j, sharing():
                 body(c * self.lanes + j)
 
     def _apply_mask(self, start: Expr) -> None:
@@ -125,15 +129,15 @@ class Line:
         """Folds scores over the block in lanes, then across lanes."""
         lanes = self.lanes
         acc = self.em.local(lanes)
-        with T.vectorized(i64(0), i64(lanes)) as j:
+        with lane_loop(lanes) as j:
             T.buffer_store(acc, start, [j + i64(0)])
         with T.serial(i64(0), i64(self.tb // lanes)) as c:
-            with T.vectorized(i64(0), i64(lanes)) as j:
+            with lane_loop(lanes) as j:
                 T.buffer_store(acc, body(acc[j], self.scores[c * lanes + j]), [j + i64(0)])
         half = lanes
         while half > 1:
             half //= 2
-            with T.vectorized(i64(0), i64(half)) if half > 1 else T.serial(i64(0), i64(1)) as j:
+            with lane_loop(half) as j:
                 T.buffer_store(acc, body(acc[j + i64(0)], acc[j + half]), [j + i64(0)])
         return acc[i64(0)]
 
@@ -160,12 +164,12 @@ class Line:
     def _weighted_sum(self, start: Expr, count: Expr) -> None:
         width = self.width
         for slot in range(len(self.starts)):
-            with T.vectorized(i64(0), i64(width)) as j:
+            with lane_loop(width) as j:
                 at = slot * width + j
                 T.buffer_store(self.out, self.out[at] * self.decay[i64(0)], [at])
         with T.serial(i64(0), count) as t:
             for slot, begin in enumerate(self.starts):
-                with T.vectorized(i64(0), i64(width)) as j, sharing():
+                with lane_loop(width) as j, sharing():
                     at = slot * width + j
                     value = self.v.wide(self.bases["v"], start + t, begin + j)
                     T.buffer_store(self.out, self.out[at] + self.scores[t] * value, [at])
@@ -177,6 +181,6 @@ class Line:
         inverse = tir.Select(none, em.f32(0.0), em.f32(1.0) / self.total[i64(0)])
         T.buffer_store(scale, inverse, [i64(0)])
         for slot, begin in enumerate(self.starts):
-            with T.vectorized(i64(0), i64(self.width)) as j, sharing():
+            with lane_loop(self.width) as j, sharing():
                 x = self.out[slot * self.width + j] * scale[i64(0)]
                 self.store([*index, begin + j], x)

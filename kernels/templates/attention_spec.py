@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
 import tvm.tirx as tir
+from tvm.script.ir_builder import tirx as T
 
 from ..abi import Dim, TensorArg
 from ..emit import Emitter, Expr, Ref
@@ -166,6 +168,13 @@ def masked(score: Expr, mask: Expr, dtype: torch.dtype) -> Expr:
 def task_index(em: Emitter, spec: AttentionSpec, task: Expr, blocks: Dim) -> list[Expr]:
     """(leading index..., block) of a task."""
     return unravel(task, [*(em.dim(d) for d in spec.lead), em.dim(blocks)])
+
+
+@contextlib.contextmanager
+def lane_loop(width: int) -> Iterator[Expr]:
+    """A loop over the lanes of a vector, which TVM refuses to call one for a single lane."""
+    with T.vectorized(i64(0), i64(width)) if width > 1 else T.serial(i64(0), i64(1)) as j:
+        yield j
 
 
 def vector_starts(size: int, lanes: int) -> tuple[int, list[int]]:

@@ -17,7 +17,7 @@ from plait.kernels.ops.common import dim_of
 from plait.kernels.target import host
 
 from .harness import Batch
-from .trace import group_for, outputs_of, tensor_arg, trace
+from .traced import group_for, outputs_of, tensor_arg, trace
 
 Function = Callable[..., Any]
 
