@@ -79,11 +79,9 @@ def workload_table(results: Sequence[Result]) -> Group:
 
 def summary_table(means: dict[str, float]) -> Table:
     """Geometric means of plait's speed-up."""
-    table = Table(
-        title="plait is faster, geometric mean", title_justify="left", box=box.SIMPLE_HEAD
-    )
+    table = Table(title="plait is faster", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("than")
-    table.add_column("times", justify="right")
+    table.add_column("geometric mean", justify="right")
     for name, value in means.items():
         table.add_row(name, _times(value))
     return table

@@ -21,7 +21,7 @@ def draw(workload: Workload, path: Path) -> Path:
     model, inputs = workload.build()
     with torch.no_grad():
         compiled = compile(model, example_inputs=inputs)
-        program = compiled._dispatcher.programs[-1]
+        program = compiled.programs[-1]
         executor = program.executable.executor  # type: ignore[attr-defined]
         leaves, _ = flatten((inputs, {}))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]

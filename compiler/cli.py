@@ -158,6 +158,22 @@ def explain(
         cli_explain.explain(cli_model.load(model, input), pipeline, threads, json)
 
 
+@app.command()
+def tune(
+    model: Model,
+    input: Inputs = [],  # noqa: B006
+    pipeline: Pipeline = None,
+    budget: Annotated[float, typer.Option(min=1.0, help="Seconds to spend.")] = 300.0,
+    trials: Annotated[int, typer.Option(min=1, help="Schedules to try per kernel.")] = 64,
+    threads: Threads = None,
+) -> None:
+    """Search faster kernels for MODEL; what is found stays in the cache. Can be interrupted."""
+    with reported():
+        from . import cli_model, cli_tune
+
+        cli_tune.tune(cli_model.load(model, input), pipeline, budget, trials, threads)
+
+
 @cache_app.command("path")
 def cache_path() -> None:
     """Print where the database is."""

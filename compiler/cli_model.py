@@ -99,7 +99,7 @@ def load(name: str, inputs: Sequence[str]) -> Loaded:
 
 def newest(compiled: Compiled) -> Program:
     """The program that compiling made. Raises CliError with the reason where there is none."""
-    programs = compiled._dispatcher.programs
+    programs = compiled.programs
     if not programs:
         why = next((r.reason for r in reversed(compiled.remarks) if r.kind == "missed"), "unknown")
         raise CliError(f"the model was not compiled ({why})", "plait check MODEL shows more")

@@ -16,6 +16,7 @@ from ..passes.remarks import Remark, render
 from .dispatch import Dispatcher
 from .errors import InputError
 from .options import Options
+from .program import Program
 
 _SHARED = (
     "_parameters",
@@ -113,6 +114,11 @@ class Compiled(nn.Module):
         return self._original
 
     @property
+    def programs(self) -> tuple[Program, ...]:
+        """What was compiled so far, one for each structure and range of sizes met, oldest first."""
+        return tuple(self._dispatcher.programs)
+
+    @property
     def options(self) -> Options:
         """The options it was compiled with."""
         return self._dispatcher.options
@@ -120,25 +126,25 @@ class Compiled(nn.Module):
     @property
     def remarks(self) -> tuple[Remark, ...]:
         """What was done, or not done and why, oldest first."""
-        programs = self._dispatcher.programs
+        programs = self.programs
         return (*self._dispatcher.remarks, *(r for p in programs for r in p.executable.remarks))
 
     @property
     def graph(self) -> fx.GraphModule | None:
         """The graph of the newest program after all passes; None before the first call."""
-        programs = self._dispatcher.programs
+        programs = self.programs
         return programs[-1].executable.graph if programs else None
 
     @property
     def plan(self) -> Any:
         """The plan of the newest program; None before the first call."""
-        programs = self._dispatcher.programs
+        programs = self.programs
         return programs[-1].executable.plan if programs else None
 
     def explain(self) -> str:
         """A text for people: programs, what they are specialised on, and remarks."""
         lines = []
-        for number, program in enumerate(self._dispatcher.programs, 1):
+        for number, program in enumerate(self.programs, 1):
             captured = program.captured
             lines.append(f"program {number}: ({captured.signature()})")
             for name, (low, high) in captured.ranges.items():

@@ -77,6 +77,15 @@ class _Pending:
     failures: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Request:
+    """A group that a kernel was asked for, and this graph's symbols by their canonical names."""
+
+    group: Group
+    io: Mapping[fx.Node, TensorArg]
+    rename: Mapping[str, str]
+
+
 @functools.cache
 def database() -> Database:
     """The kernel database of this process."""
@@ -86,13 +95,14 @@ def database() -> Database:
 class Kernels:
     """The kernels of one compilation.
 
-    ``functions`` maps content hashes to addresses once `finish` has run; ``libraries`` keeps the
-    loaded code alive; ``raced`` counts races.
+    ``functions`` maps content hashes to addresses once `finish` has run, ``requests`` to what they
+    were made from; ``libraries`` keeps the loaded code alive; ``raced`` counts races.
     """
 
     def __init__(self, target: Target, store: Database, tune: str = "quick") -> None:
         self.target, self.store, self.tune = target, store, tune
         self.functions: dict[str, int] = {}
+        self.requests: dict[str, Request] = {}
         self.libraries: list[Any] = []
         self.raced = 0
         self.built = 0
@@ -141,11 +151,12 @@ class Kernels:
         if key in self._declined:
             why = self._declined[key]
             return self._remark(group, why.remark, why.reason, why.hint)
+        self.requests.setdefault(key, Request(group, io, spec.rename))
         return Choice(key, {v: k for k, v in spec.rename.items()})
 
     def resolve(self, choice: Choice) -> Selected:
         """What was built for a choice; call after `finish`."""
-        return _selected(choice.key, self._known[choice.key].record, choice.symbols)
+        return selected(choice.key, self._known[choice.key].record, choice.symbols)
 
     def _lower(
         self, group: Group, io: Mapping[fx.Node, TensorArg], key: str, spec: Spec
@@ -162,7 +173,7 @@ class Kernels:
             if number and not _worth_racing(kernel):
                 break
             kernels.append(kernel)
-            entries.append(Entry(key, name, _record(_describe(group), kernel, spec.rename)))
+            entries.append(Entry(key, name, record(group, kernel, spec.rename)))
         return _Pending(group, io, kernels, entries)
 
     def finish(self) -> bool:
@@ -293,14 +304,14 @@ def _operator(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _record(name: str, kernel: Kernel, rename: Mapping[str, str]) -> dict[str, Any]:
-    """What the database keeps of a kernel, in canonical symbols."""
+def record(group: Group, kernel: Kernel, rename: Mapping[str, str]) -> dict[str, Any]:
+    """What the database keeps of a group's kernel, in canonical symbols."""
 
     def canonical(value: Any) -> int | str:
         return _substitute(sizes.text(value), rename)
 
     return {
-        "name": name,
+        "name": _describe(group),
         "symbol": kernel.name,
         "tasks": canonical(kernel.tasks),
         "flops": canonical(kernel.flops),
@@ -312,7 +323,8 @@ def _record(name: str, kernel: Kernel, rename: Mapping[str, str]) -> dict[str, A
     }
 
 
-def _selected(key: str, record: Mapping[str, Any], rename: Mapping[str, str]) -> Selected:
+def selected(key: str, record: Mapping[str, Any], rename: Mapping[str, str]) -> Selected:
+    """A kernel that the database has, in a graph's symbols."""
     packs = tuple(
         p and Pack(p[0], tuple((name, value) for name, value in p[1])) for p in record["packs"]
     )

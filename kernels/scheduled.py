@@ -21,7 +21,6 @@ from .emit import ON_STACK, tvm_dtype
 from .group import Unsupported
 from .target import Target
 
-REMARK = "scheduled"
 _ON_STACK = {k: tir.IntImm("int32", v) for k, v in ON_STACK.items()}
 _STACK_BYTES = 64 << 10  # a kernel runs on any thread's stack
 
@@ -37,7 +36,7 @@ def to_kernel(
     outer, allocations = _outermost(loops.body)
     outer, used = _on_stack(outer)
     if used > _STACK_BYTES or allocations:
-        raise Unsupported(f"{REMARK}.memory", f"{used} bytes of temporaries in a task")
+        raise Unsupported("PLT-SCH-003", f"{used} bytes of temporaries in a task")
     lo, hi = tir.Var("lo", "int64"), tir.Var("hi", "int64")
     body, tasks = _task_loop(outer, lo, hi)
     params, declared = [lo, hi], []
@@ -97,7 +96,7 @@ def _outermost(body: Any) -> tuple[Any, list[Any]]:
         for part in body.seq:
             (allocations if _is(part, tir.AllocBuffer) else rest).append(part)
         if len(rest) != 1:
-            raise Unsupported(f"{REMARK}.stages", f"{len(rest)} loop nests need barriers")
+            raise Unsupported("PLT-SCH-001", f"{len(rest)} loop nests need barriers")
         body = rest[0]
     return body, allocations
 
@@ -107,7 +106,7 @@ def _task_loop(outer: Any, lo: Any, hi: Any) -> tuple[Any, int]:
     serial = tir.ForKind.SERIAL
     if _is(outer, tir.For) and outer.kind == tir.ForKind.PARALLEL:
         if not _is(outer.extent, tir.IntImm) or int(outer.min) != 0:
-            raise Unsupported(f"{REMARK}.loop", "the parallel loop has no constant range")
+            raise Unsupported("PLT-SCH-002", "the parallel loop has no constant range")
         var = outer.loop_var
         dtype = str(var.ty.dtype)
         first, count = (tir.Cast(dtype, e) if dtype != "int64" else e for e in (lo, hi - lo))

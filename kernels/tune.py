@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import definition, race
+from . import definitions, race
 from .abi import Kernel
 from .build import BuildError, build
 from .database import FAST, FRUGAL, Database, Entry, Measured
@@ -27,7 +27,7 @@ from .group import IO, Group, Unsupported
 from .metaschedule import Bench, Found, search
 from .target import Target
 
-SEARCHED: dict[str, Callable[..., Definition]] = {"gemm": definition.gemm, "conv": definition.conv}
+SEARCHED = {kind: definitions.DEFINITIONS[kind] for kind in ("gemm", "conv")}
 _STAGES = {"template": "templates", "metaschedule": "search"}
 _RACE_SECONDS = 3.0
 _LEAST_FLOPS = 1 << 20  # below, a call takes microseconds and there is nothing to find

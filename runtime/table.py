@@ -8,7 +8,7 @@ whole on one worker, chains of them on the same one, without any barrier between
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -81,10 +81,10 @@ class Table:
     arrays: list[np.ndarray]
     workers: int
     barriers: int
+    address: int = field(init=False)
 
-    @property
-    def address(self) -> int:
-        return self.block.ctypes.data
+    def __post_init__(self) -> None:
+        self.address = self.block.ctypes.data
 
 
 @dataclass(frozen=True)
