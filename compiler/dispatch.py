@@ -40,6 +40,7 @@ MAX_KEYS = 4096
 """Remembered keys; the table is emptied when full."""
 
 _VALUES = frozenset(SCALARS)
+_autocast = torch._C._is_any_autocast_enabled
 
 
 @dataclass
@@ -75,13 +76,12 @@ class Dispatcher:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The result of ``target(*args, **kwargs)``."""
-        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and not _autocast():
             leaf = args[0]
-            if not torch._C._is_any_autocast_enabled():
-                one = (leaf.shape, leaf.dtype, leaf.device)
-                return self._dispatch(one, [leaf], leaf.requires_grad, args, kwargs)
+            key: Any = (leaf.shape, leaf.dtype, leaf.device)
+            return self._dispatch(key, [leaf], leaf.requires_grad, args, kwargs)
         tensors: list[Tensor] = []
-        key: list[Any] = [len(args), *kwargs]
+        key = [len(args), *kwargs]
         grad = False
         for leaf in (*args, *kwargs.values()) if kwargs else args:
             kind = type(leaf)
@@ -97,7 +97,7 @@ class Dispatcher:
                 key.append(leaf)
             else:
                 return self._call_nested(args, kwargs)
-        if torch._C._is_any_autocast_enabled():
+        if _autocast():
             key.append(autocast_key())
         return self._dispatch(tuple(key), tensors, grad, args, kwargs)
 
@@ -122,7 +122,7 @@ class Dispatcher:
                     key += (kind, leaf)
                 else:
                     return self._refuse(kind.__name__, args, kwargs)
-            if torch._C._is_any_autocast_enabled():
+            if _autocast():
                 key.append(autocast_key())
             whole = tuple(key)
             hash(whole)

@@ -25,6 +25,9 @@ MAX_INSTANCES = 64
 ALIGNMENT = 64
 
 
+_threads = torch.get_num_threads
+
+
 def _slow_empty(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
@@ -78,7 +81,7 @@ class Executor:
             if isinstance(s, LibraryStep)
         }
         self._symbols = list(plan.symbols.items())
-        self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
+        self._instances: OrderedDict[tuple[int, ...] | int, Instance] = OrderedDict()
         self._launch = driver.launch_function()
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -86,18 +89,22 @@ class Executor:
 
         Raises ValueError when a guard on the sizes does not hold.
         """
-        key = (torch.get_num_threads(), *[tensors[i].shape[d] for _, (i, d) in self._symbols])
+        if self._symbols:
+            key = (_threads(), *[tensors[i].shape[d] for _, (i, d) in self._symbols])
+        else:
+            key = _threads()
         instance = self._instances.get(key)
         if instance is None:
             instance = self._instantiate(key)
         return instance.run(tensors)
 
-    def _instantiate(self, key: tuple[int, ...]) -> Instance:
-        values = dict(zip((name for name, _ in self._symbols), key[1:], strict=True))
+    def _instantiate(self, key: tuple[int, ...] | int) -> Instance:
+        threads, *sizes = (key,) if isinstance(key, int) else key
+        values = dict(zip((name for name, _ in self._symbols), sizes, strict=True))
         message = check_guards(self.plan, values)
         if message:
             raise ValueError(message)
-        instance = Instance(self, values, key[0])
+        instance = Instance(self, values, threads)
         self._instances[key] = instance
         while len(self._instances) > MAX_INSTANCES:
             self._instances.popitem(last=False)
@@ -173,6 +180,9 @@ class Instance:
             for b in self.plan.buffers.values()
             if b.kind == "output"
         ]
+        self._slots = [slot for slot, _ in self._inputs]
+        self._made = [(slot, tuple(geometry)) for slot, _, *geometry in self._fresh]
+        self._launch = executor._launch
         self._free: list[_Workspace] = []
         self.on_step: Callable[[], None] | None = None  # called after every segment, for profiling
         # The common case: every output is its own fresh tensor, no library step.
@@ -221,21 +231,20 @@ class Instance:
             workspace = _Workspace(self)
         ext = workspace.ext
         held = []
-        for (slot, _), tensor in zip(self._inputs, tensors, strict=True):
+        for slot, tensor in zip(self._slots, tensors, strict=True):
             if slot >= 0:
                 if not tensor.is_contiguous():
                     tensor = tensor.contiguous()
                     held.append(tensor)
                 ext[slot] = tensor.data_ptr()
         fresh = []
-        for slot, _, shape, strides, dtype in self._fresh:
-            out = _empty(shape, strides, dtype)
+        for slot, geometry in self._made:
+            out = _empty(*geometry)
             ext[slot] = out.data_ptr()
             fresh.append(out)
-        launch = self.executor._launch
         if self._simple and self.on_step is None:
             for address in workspace.launches:
-                launch(address, workspace.ext_address)
+                self._launch(address, workspace.ext_address)
             self._free.append(workspace)
             return fresh
         return self._run_mixed(workspace, tensors, held, fresh)
@@ -256,7 +265,7 @@ class Instance:
             zip(self.segments, workspace.tables, strict=True)
         ):
             if table is not None:
-                self.executor._launch(table.address, workspace.ext_address)
+                self._launch(table.address, workspace.ext_address)
             else:
                 assert isinstance(segment, LibraryStep)
                 self._call_library(workspace, segment, number, live)
