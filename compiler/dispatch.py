@@ -9,11 +9,13 @@ left open.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +43,19 @@ MAX_KEYS = 4096
 
 _VALUES = frozenset(SCALARS)
 _autocast = torch._C._is_any_autocast_enabled
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without garbage collection: graphs are many live objects, which it would visit in vain, for
+    a fifth of the time of a compilation."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass
@@ -202,7 +217,8 @@ class Dispatcher:
             args, kwargs, order = self._canonical(args, kwargs)
             if order is not None:
                 tensors = [tensors[i] for i in order]
-            program = self._program(tensors, args, kwargs)
+            with _collector_paused():
+                program = self._program(tensors, args, kwargs)
             found = None if program is None else (program, order)
             self._table[key] = found
             return found

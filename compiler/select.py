@@ -19,10 +19,10 @@ import torch.fx as fx
 
 from ..kernels import race
 from ..kernels.abi import Kernel, Pack, TensorArg
-from ..kernels.build import BuildError, build
 from ..kernels.database import Database, Entry, Measured
 from ..kernels.group import Group, Unsupported
 from ..kernels.target import Target
+from ..kernels.templates.conv_spec import required_halo
 from ..passes.remarks import Remark
 from . import sizes
 from .spec import Spec
@@ -116,7 +116,7 @@ class Kernels:
     @staticmethod
     def halo_of(node: fx.Node) -> tuple[tuple[int, int], ...]:
         """The zero halo that a convolution node wants around its input."""
-        return template("conv").required_halo(node)
+        return required_halo(node)
 
     # -- selection --------------------------------------------------------------------------
 
@@ -195,6 +195,8 @@ class Kernels:
         return True
 
     def _build(self, pending: Mapping[str, _Pending]) -> None:
+        from ..kernels.build import BuildError, build  # imports TVM
+
         kernels = [k for p in pending.values() for k in p.kernels]
         try:
             bundle = build(kernels, self.target)

@@ -56,7 +56,7 @@ def tasks_of(graph: CompiledGraph, tensors: Sequence[torch.Tensor]) -> list[Task
         step = graph.plan.steps[time.number]
         if isinstance(step, KernelStep):
             weights[step.kernel] += time.seconds  # type: ignore[assignment] - seconds, not counts
-            names[step.kernel] = step.name
+            names[step.kernel] = f"{step.name} {list(step.args[-1].shape)}"
     return [
         _task(key, names[key], float(weight), graph.kernels.requests[key])
         for key, weight in weights.most_common()

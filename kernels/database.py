@@ -31,10 +31,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from . import loader
 from .index import TABLES, Index, Note
+from .loader import cache_directory
 
 FAST, FRUGAL = "fast", "frugal"
 _ORPHAN_SECONDS = 3600.0  # a library younger than this may belong to a transaction under way
@@ -58,11 +57,6 @@ def codegen_version() -> str:
             installed = "none"
         state.update(f"{package}={installed}".encode())
     return state.hexdigest()[:16]
-
-
-def cache_directory() -> Path:
-    """``$PLAIT_CACHE_DIR``, or plait's directory in the user's cache."""
-    return Path(os.environ.get("PLAIT_CACHE_DIR") or platformdirs.user_cache_dir("plait"))
 
 
 @dataclass(frozen=True)

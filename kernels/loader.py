@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 
 class LoadError(RuntimeError):
     """A kernel library that cannot be used: damaged, of another machine, or without the symbol."""
@@ -91,3 +93,8 @@ def function(address: int, arguments: int) -> Any:
     It takes Python ints (pointers and symbol values alike) and releases the GIL.
     """
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * (2 + arguments))(address)
+
+
+def cache_directory() -> Path:
+    """``$PLAIT_CACHE_DIR``, or plait's directory in the user's cache."""
+    return Path(os.environ.get("PLAIT_CACHE_DIR") or platformdirs.user_cache_dir("plait"))

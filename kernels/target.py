@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import importlib.metadata
+import os
 import platform
+import re
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from .loader import cache_directory
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,8 @@ class Target:
 
 @functools.cache
 def host() -> Target:
-    """The CPU this process runs on. Imports TVM (LLVM knows the CPU's name)."""
-    import tvm
-
-    arch = str(tvm.get_global_func("target.llvm_get_system_cpu")())
+    """The CPU this process runs on."""
+    arch = _cpu_name()
     capability = torch.backends.cpu.get_cpu_capability()
     if "AVX512" in capability:
         return Target("cpu", arch, 64, 32)
@@ -60,3 +67,32 @@ def host() -> Target:
         return Target("cpu", arch, 32, 16)
     arm = platform.machine() in ("aarch64", "arm64")
     return Target("cpu", arch, 16, 32 if arm else 16)
+
+
+def _cpu_name() -> str:
+    """LLVM's name of this CPU. Importing TVM to ask takes a second, so the answer is kept."""
+    kept = cache_directory() / f"cpu-{_cpu_identity()}.txt"
+    with contextlib.suppress(OSError, UnicodeError):
+        name = kept.read_text("ascii").strip()
+        if re.fullmatch(r"[\w.+-]+", name):
+            return name
+    import tvm
+
+    name = str(tvm.get_global_func("target.llvm_get_system_cpu")())
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=kept.parent, prefix=".cpu-")
+        with os.fdopen(handle, "w") as file:
+            file.write(name)
+        os.replace(scratch, kept)
+    return name
+
+
+def _cpu_identity() -> str:
+    """Text that differs between machines whose CPUs LLVM may name differently."""
+    parts = [platform.machine(), platform.processor(), importlib.metadata.version("apache-tvm")]
+    with contextlib.suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n")[0]
+        wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")
+        parts += [line for line in first.splitlines() if line.startswith(wanted)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -159,9 +159,10 @@ def _fold_into(rewriter: Rewriter, norm: _Norm, aliases: Aliases) -> bool:
         return False
     dtype = weight.dtype
     column = norm.scale.reshape(-1, *[1] * (weight.dim() - 1))
-    new_weight = weight.double() * column
+    new_weight = (weight * column).to(dtype)  # computed in float64, the type of ``column``
     new_bias = norm.shift if bias is None else norm.shift + bias.double() * norm.scale
-    if not _fits(new_weight, dtype) or not _fits(new_bias, dtype):
+    new_bias = new_bias.to(dtype)
+    if not (new_weight.isfinite().all() and new_bias.isfinite().all()):
         return False
     if not allow("fold batch norm", [norm.node, source]):
         return False
@@ -169,8 +170,8 @@ def _fold_into(rewriter: Rewriter, norm: _Norm, aliases: Aliases) -> bool:
     stem = alias_root(weight_node).name
     args = list(source.args) + [None] * (3 - len(source.args))
     kwargs = {k: v for k, v in source.kwargs.items() if k not in ("weight", "bias")}
-    args[1] = rewriter.constant(_laid_out(new_weight.to(dtype), weight), stem, like)
-    args[2] = rewriter.constant(new_bias.to(dtype), f"{stem}_shift", like)
+    args[1] = rewriter.constant(_laid_out(new_weight, weight), stem, like)
+    args[2] = rewriter.constant(new_bias, f"{stem}_shift", like)
     new = rewriter.call(source.target, tuple(args), kwargs, like=like)  # type: ignore[arg-type]
     rewriter.replace(norm.result, new)
     if norm.result is not norm.node:

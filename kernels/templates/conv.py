@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.fx as fx
-
 from ..abi import Kernel
 from ..group import IO, Group
 from ..target import Target
 from . import conv_direct, conv_lanes, conv_tiling, conv_winograd
 from .conv_common import lane_count
-from .conv_spec import CONVOLUTIONS, parse, parse_geometry
+from .conv_spec import CONVOLUTIONS, parse, required_halo
 
 __all__ = ["CONVOLUTIONS", "candidates", "lower", "required_halo"]
 
@@ -60,13 +58,3 @@ def lower(
     if config["kind"] == "lanes":
         return conv_lanes.lower(spec, group, io, target, config, name)
     return conv_direct.lower(spec, group, io, target, config, name)
-
-
-def required_halo(node: fx.Node) -> tuple[tuple[int, int], ...]:
-    """Zeros wanted around the input of a convolution node, per dimension (before, after).
-
-    With at least this halo no kernel checks bounds; with less, kernels are right but slower.
-    """
-    geometry = parse_geometry(node)
-    rows, cols = geometry.needed()
-    return ((0, 0), (0, 0), rows, cols) if geometry.rank == 2 else ((0, 0), (0, 0), cols)

@@ -1,4 +1,7 @@
-"""The geometry of one convolution node, read once and shared by all convolution templates."""
+"""The geometry of one convolution node, read once and shared by all convolution templates.
+
+Needs no TVM, so that a model whose kernels are all in the database is laid out without it.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,9 @@ import torch
 import torch.fx as fx
 
 from ..abi import Dim, TensorArg
-from ..emit import Expr
 from ..group import IO, Group, Unsupported
-from .conv_common import check_epilogue
 
+Expr = Any  # tvm.tirx.Expr
 _COMMON = ("input", "weight", "bias", "stride", "padding", "dilation")
 _NAMES: dict[Any, tuple[str, ...]] = {
     torch.ops.aten.conv1d.default: (*_COMMON, "groups"),
@@ -102,6 +104,8 @@ def parse(group: Group, io: IO) -> ConvSpec:
 
     Raises `Unsupported` for what no convolution template covers.
     """
+    from .conv_common import check_epilogue
+
     node = group.anchor
     assert node is not None
     args = _arguments(node)
@@ -124,6 +128,16 @@ def parse_geometry(node: fx.Node) -> ConvSpec:
     tensors = (args["input"], args["weight"], node)
     shapes = (tuple(_dim(d) for d in t.meta["val"].shape) for t in tensors)
     return _spec(args, *shapes)
+
+
+def required_halo(node: fx.Node) -> tuple[tuple[int, int], ...]:
+    """Zeros wanted around the input of a convolution node, per dimension (before, after).
+
+    With at least this halo no kernel checks bounds; with less, kernels are right but slower.
+    """
+    geometry = parse_geometry(node)
+    rows, cols = geometry.needed()
+    return ((0, 0), (0, 0), rows, cols) if geometry.rank == 2 else ((0, 0), (0, 0), cols)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

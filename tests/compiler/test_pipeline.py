@@ -2,6 +2,10 @@
 should be.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -158,3 +162,31 @@ def test_results_stay_valid_after_the_next_call():
         kept = first.clone()
         compiled(torch.randn(1, 3, 39, 39))
     assert torch.equal(first, kept)
+
+
+def test_known_kernels_need_no_tvm(tmp_path) -> None:
+    """Importing TVM takes a second: a model whose kernels are all in the database goes without."""
+    code = (
+        "import sys, torch, plait\n"
+        "torch.manual_seed(0)\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(),"
+        " torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 4)).eval()\n"
+        "x = torch.randn(1, 3, 12, 12)\n"
+        "with torch.no_grad():\n"
+        "    compiled = plait.compile(model, example_inputs=x)\n"
+        "    torch.testing.assert_close(compiled(x), model(x))\n"
+        "assert compiled.plan is not None\n"
+        "print('tvm' in sys.modules)\n"
+    )
+    environment = {**os.environ, "PLAIT_CACHE_DIR": str(tmp_path)}
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert told == [["True"], ["False"]]
