@@ -29,7 +29,6 @@ from .spec import Spec
 from .trial import Trial, numbers
 
 TEMPLATES = ("pointwise", "rows", "reduce", "gemm", "conv", "pool", "attention")
-HALF = (torch.bfloat16, torch.float16)
 HEAVY = ("gemm", "conv", "pool", "attention")
 CANDIDATES = {"off": 1, "quick": 3, "full": 6}
 REPORT = "set PLAIT_DEBUG=1 to see where, and report it"
@@ -124,12 +123,6 @@ class Kernels:
         """The kernel for ``group``, or why there is none."""
         if group.kind not in TEMPLATES:
             return self._remark(group, "PLT-KER-001", f"no template for {group.kind} groups", "")
-        if any(str(n.target).startswith(("aten.any.", "aten.all.")) for n in group.nodes):
-            return self._remark(group, "PLT-KER-004", "any and all of NaN are left to the library")
-        if _has_half(group):
-            return self._remark(
-                group, "PLT-KER-006", "16-bit floating point runs as library operators", ""
-            )
         spec = Spec(group, io)
         key = spec.hash(*self._context)
         if key not in self._known and key not in self._pending and key not in self._declined:
@@ -269,13 +262,6 @@ class Kernels:
     @staticmethod
     def _remark(group: Group, remark: str, reason: str, hint: str = "") -> Remark:
         return missed(remark, tuple(n.name for n in group.nodes), reason, hint)
-
-
-def _has_half(group: Group) -> bool:
-    """Whether a 16-bit floating-point tensor takes part: the library's products are faster."""
-    values = [n.meta.get("val") for n in (*group.inputs, *group.nodes)]
-    parts = [p for v in values for p in (v if isinstance(v, (tuple, list)) else (v,))]
-    return any(isinstance(p, torch.Tensor) and p.dtype in HALF for p in parts)
 
 
 def _worth_racing(kernel: Kernel) -> bool:

@@ -69,7 +69,7 @@ class Ref:
         self.store_flat(value, self.offset(index))
 
     def store_flat(self, value: Expr, offset: Expr) -> None:
-        want = tvm_dtype(self.arg.dtype)
+        value, want = plain(value), tvm_dtype(self.arg.dtype)
         if expr_dtype(value) != want:
             value = tir.Cast(want, value)
         T.buffer_store(self.buffer, value, [offset])
@@ -195,6 +195,11 @@ def sympy_to_tir(expr: Any, variables: dict[str, Expr]) -> Expr:
             total = tir.min(total, a)
         return total
     raise NotImplementedError(f"size expression {expr} has no lowering ({type(expr).__name__})")
+
+
+def plain(value: Expr) -> Expr:
+    """An expression for what ``==`` and ``!=`` return in TVM: objects that are not one yet."""
+    return value.asobject() if hasattr(value, "asobject") else value
 
 
 def expr_dtype(value: Expr) -> str:

@@ -220,7 +220,6 @@ CATALOGUE: dict[str, str] = {
     "PLT-KER-003": "The code generator rejected a kernel; the group runs as library operators.",
     "PLT-KER-004": "An operator or size of the group has no lowering.",
     "PLT-KER-005": "A kernel template failed unexpectedly; the group runs as library operators.",
-    "PLT-KER-006": "16-bit floating point has no kernels of its own; the library runs it.",
     "PLT-LOW-001": "A value is not a single tensor in memory, so a library call computes it.",
     "PLT-LOW-002": "A size depends on data, so a library call computes the value.",
     "PLT-NRM-001": "A batch normalisation was folded into the convolution or linear before it.",

@@ -12,9 +12,9 @@ import tvm.tirx as tir
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes
 
 from ..abi import Dim
-from ..emit import Expr, compute_dtype
+from ..emit import Expr, compute_dtype, plain
 from ..value import Context, Value
-from .scope import bind, opaque, plain
+from .scope import bind, opaque
 
 HALF = (torch.bfloat16, torch.float16)
 Promotion = ELEMENTWISE_TYPE_PROMOTION_KIND

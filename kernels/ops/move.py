@@ -10,7 +10,7 @@ import torch.fx as fx
 import tvm.tirx as tir
 
 from ..abi import Dim
-from ..emit import Expr
+from ..emit import Expr, plain
 from ..value import Context, Value
 from . import converter
 from .common import (
@@ -29,7 +29,7 @@ from .common import (
     unravel,
 )
 from .common import linear as position_of
-from .scope import bind, guarded, plain
+from .scope import bind, guarded
 from .table import argument
 from .views import first_index, remap
 

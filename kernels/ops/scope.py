@@ -21,7 +21,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx.script.builder.frame import ForFrame
 
-from ..emit import Emitter, Expr, expr_dtype
+from ..emit import Emitter, Expr, expr_dtype, plain
 from ..value import Value
 
 _FLOATS = ("float32", "float64")
@@ -81,11 +81,6 @@ def opaque(value: Expr) -> Expr:
 
 
 _BITS = {"float32": "int32", "float64": "int64", "float16": "int16", "bfloat16": "int16"}
-
-
-def plain(value: Expr) -> Expr:
-    """An expression for what ``==`` and ``!=`` return in TVM: objects that are not one yet."""
-    return value.asobject() if hasattr(value, "asobject") else value
 
 
 def bind(value: Expr) -> Expr:

@@ -124,6 +124,9 @@ CATEGORY: dict[str, str] = {
 }
 """``str(target)`` of every operator that has a lowering, mapped to its category."""
 
+PRODUCTS = ("gemm", "conv", "pool")
+"""Categories whose kernels compute in float32 and float64 only."""
+HALF = (torch.bfloat16, torch.float16)
 DTYPES = frozenset(
     {
         torch.float32,
@@ -183,6 +186,8 @@ def library_reason(node: fx.Node) -> str | None:
             return f"{name} has no lowering for {tensor.dtype}"
         if tensor.layout != torch.strided or tensor.is_quantized:
             return f"{name} has no lowering for {tensor.layout} tensors"
+        if CATEGORY[name] in PRODUCTS and tensor.dtype in HALF:
+            return f"{name} in {tensor.dtype} is faster in the library"
     if "val" not in node.meta:
         return f"{name} has no shape information"
     narrowed = _CHECKS.get(name)

@@ -21,11 +21,11 @@ from torch.utils._sympy.functions import FloorDiv
 from tvm.script.ir_builder import tirx as T
 
 from ..abi import Dim, Kernel, TensorArg
-from ..emit import Emitter, Expr, Ref
+from ..emit import Emitter, Expr, Ref, plain
 from ..group import IO, Group, Unsupported
 from ..ops import category, evaluate
 from ..ops.common import cast, dims_of, i64, linear, product, unravel
-from ..ops.scope import plain, rehearsal, sharing
+from ..ops.scope import rehearsal, sharing
 from ..target import Target
 from ..value import Context, Value
 from .pointwise_axes import Axis, Probe, initial_axes, output_index

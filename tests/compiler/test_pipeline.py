@@ -2,6 +2,7 @@
 should be.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -18,8 +19,6 @@ torch.manual_seed(0)
 
 def relative_error(model, compiled, *inputs):
     """(plait's, eager's) largest error against float64, relative to the largest result."""
-    import copy
-
     with torch.no_grad():
         have, eager = compiled(*inputs), model(*inputs)
         exact = copy.deepcopy(model).double()(*[
@@ -190,3 +189,47 @@ def test_known_kernels_need_no_tvm(tmp_path) -> None:
         for _ in range(2)
     ]
     assert told == [["True"], ["False"]]
+
+
+class Mixed(nn.Module):
+    """A convolution, norms, an embedding and reductions of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.rows, self.table = nn.LayerNorm(16), nn.Embedding(50, 16)
+
+    def forward(self, x, index):
+        y = nn.functional.max_pool2d(torch.relu(self.norm(self.conv(x))), 2)
+        z = y.mean((2, 3)) + self.table(index).sum(1)
+        z = torch.softmax(self.rows(z) * 2, -1)
+        return z, y.amax(1), y.sum(), nn.functional.gelu(y) * torch.sigmoid(y) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_as_accurate_as_eager(dtype) -> None:
+    torch.manual_seed(0)
+    model = Mixed().eval().to(dtype)
+    x, index = torch.randn(2, 8, 12, 12).to(dtype), torch.randint(0, 50, (2, 5))
+    with torch.no_grad():
+        compiled = plait.compile(model, example_inputs=(x, index))
+        have, eager = compiled(x, index), model(x, index)
+        exact = copy.deepcopy(model).double()(x.double(), index)
+    for mine, theirs, true in zip(have, eager, exact, strict=True):
+        assert mine.dtype == theirs.dtype == dtype
+        scale = true.abs().max()
+        allowed = 2 * (theirs.double() - true).abs().max() / scale + torch.finfo(dtype).eps
+        assert (mine.double() - true).abs().max() / scale <= allowed
+    targets = {s.target for s in compiled.plan.steps if isinstance(s, LibraryStep)}
+    assert targets <= {"aten.conv2d.default", "aten.max_pool2d.default"}
+    assert any(isinstance(s, KernelStep) for s in compiled.plan.steps)
+
+
+def test_any_and_all_of_nan() -> None:
+    x = torch.tensor([[0.0, float("nan")], [0.0, 0.0], [float("nan"), 1.0]])
+    compiled = plait.compile(
+        lambda x: (x.any(1), x.all(1), (x * 1).any(), x.all()), example_inputs=(x,)
+    )
+    for mine, theirs in zip(compiled(x), (x.any(1), x.all(1), x.any(), x.all()), strict=True):
+        assert torch.equal(mine, theirs)
+    assert all(isinstance(s, KernelStep) for s in compiled.plan.steps)
