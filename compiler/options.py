@@ -37,11 +37,7 @@ class Options:
 
 
 class Executable(Protocol):
-    """A compiled graph. Safe to call from several threads at once.
-
-    It may also have ``artifacts() -> Mapping[str, bytes]``: files that a saved program carries, so
-    that ``pipeline.restore(captured, options, files)`` need not compile when it is loaded.
-    """
+    """A compiled graph. Safe to call from several threads at once."""
 
     @property
     def plan(self) -> Any:

@@ -5,7 +5,10 @@ Members::
     manifest.json              format, versions, options, SHA-256 of every other member
     weights.safetensors        weights and states of all programs, each once
     program<i>/program.json    the captured graph and how a call maps onto it
-    program<i>/<artifact>      what the backend adds (plan, kernels) to skip compilation
+    program<i>/plan.json       buffers, steps, and kernels by content hash, for readers
+
+A loaded program is laid out again for the machine it is on; kernels that the database there knows
+by their hash are not built again.
 
 The file is written beside its place and renamed, so a reader never sees half of one.
 """
@@ -34,7 +37,7 @@ from .captured import Captured, InputSpec, Mutation
 from .compiled import Compiled
 from .dispatch import Dispatcher, build
 from .errors import FileError
-from .options import Executable, Options
+from .options import Options
 from .program import Program
 from .serialize_graph import (
     Symbols,
@@ -69,8 +72,8 @@ def save(dispatcher: Dispatcher, path: Path) -> None:
         for i, program in enumerate(programs):
             data = _program_to_json(program.captured, weights)
             members[f"program{i}/program.json"] = json.dumps(data).encode()
-            for name, content in _artifacts(program.executable).items():
-                members[f"program{i}/{name}"] = bytes(content)
+            if program.executable.plan is not None:
+                members[f"program{i}/plan.json"] = program.executable.plan.to_json().encode()
     except Unsavable as error:
         raise FileError("PLT-SAV-002", str(error), "the compiled model itself still runs") from None
     members["weights.safetensors"] = weights.dump()
@@ -116,25 +119,9 @@ def load(path: str | Path) -> Compiled:
         ) from error
     compiled = Compiled(None, options, shell=_shell(captured), signature=signature)
     compiled._dispatcher.remarks += remarks
-    for i, item in enumerate(captured):
-        prefix = f"program{i}/"
-        files = {n.removeprefix(prefix): b for n, b in members.items() if n.startswith(prefix)}
-        compiled._dispatcher.adopt(Program(item, _executable(item, options, files)))
+    for item in captured:
+        compiled._dispatcher.adopt(Program(item, build(item, options)))
     return compiled
-
-
-def _artifacts(executable: Executable) -> Mapping[str, bytes]:
-    maker = getattr(executable, "artifacts", None)
-    return {} if maker is None else maker()
-
-
-def _executable(captured: Captured, options: Options, files: Mapping[str, bytes]) -> Executable:
-    """The executable from its artifacts, or compiled again where those do not fit this machine."""
-    from . import pipeline
-
-    restore = getattr(pipeline, "restore", None)
-    found = None if restore is None else restore(captured, options, files)
-    return build(captured, options) if found is None else found
 
 
 def _signature_to_json(signature: inspect.Signature | None) -> list[Any] | None:

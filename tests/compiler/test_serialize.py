@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import Dim
 
 import plait
+from plait.runtime.plan import Plan
 
 
 @dataclass
@@ -184,3 +185,17 @@ def test_failed_save_leaves_the_old_file(
 def test_saving_into_a_missing_directory(saved: tuple[Net, Path], tmp_path: Path) -> None:
     with pytest.raises(plait.FileError, match="No such file"):
         plait.load(saved[1]).save(tmp_path / "no" / "x.plait")
+
+
+def test_a_saved_file_holds_a_readable_plan_and_loading_builds_no_kernel(tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        compiled = plait.compile(model, example_inputs=x)
+        compiled.save(tmp_path / "model.plait")
+        with zipfile.ZipFile(tmp_path / "model.plait") as archive:
+            plan = Plan.from_json(archive.read("program0/plan.json").decode())
+        assert plan.to_json() == compiled.plan.to_json()
+        loaded = plait.load(tmp_path / "model.plait")
+        assert torch.equal(loaded(x), compiled(x))
+    assert loaded.programs[0].executable.kernels.built == 0
