@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from ..kernels.abi import Pack, TensorArg
 from ..kernels.group import Group
-from ..passes.plan_memory import Lifetime, MemoryPlan, plan_memory
+from ..passes.plan_memory import Lifetime, MemoryPlan, describe, plan_memory
 from ..passes.remarks import Remark
 from ..runtime import library
 from ..runtime.plan import Buffer, KernelStep, LibraryStep, Plan, TensorRef
@@ -350,6 +350,8 @@ class _Lowering:
             if name not in self.buffers:
                 self.buffers[name] = Buffer(name, "const", self.constants[name].nbytes)
         memory = plan_memory(lifetimes)
+        if lifetimes:
+            self.remarks.append(describe(lifetimes, memory))
         for name, offset in memory.offsets.items():
             self.buffers[name] = replace(self.buffers[name], offset=offset)
         return memory

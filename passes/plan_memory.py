@@ -4,17 +4,17 @@ before: every intermediate buffer has memory of its own
 after:  buffers share one arena; two buffers overlap only if their lifetimes do not
 
 Buffers of fixed size are placed first by decreasing size, each at the lowest offset that is free
-over
-its lifetime (the "greedy by size" method of Pisarchyk and Lee, "Efficient Memory Management for
-Deep
-Neural Net Inference", MLSys 2020 workshop). Buffers whose size depends on symbols share a slot with
-others of the same size expression, first come first served; slots follow one another.
+over its lifetime (the "greedy by size" method of Pisarchyk and Lee, "Efficient Memory Management
+for Deep Neural Net Inference", MLSys 2020 workshop). Buffers whose size depends on symbols share a
+slot with others of the same size expression, first come first served; slots follow one another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from .remarks import Remark
 
 ALIGNMENT = 64
 
@@ -71,6 +71,24 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
             offsets[name] = total
         total = f"{total} + (({size}) + {ALIGNMENT - 1})//{ALIGNMENT}*{ALIGNMENT}"
     return MemoryPlan(offsets, total, live_peak(fixed))
+
+
+def describe(lifetimes: Sequence[Lifetime], plan: MemoryPlan) -> Remark:
+    """What planning gained: the arena beside the sum of its buffers and the largest live set."""
+    fixed = [b for b in lifetimes if isinstance(b.nbytes, int)]
+    whole = sum(_align(int(b.nbytes)) for b in fixed)
+    size = _bytes(plan.total) if isinstance(plan.total, int) else "an arena that grows with sizes"
+    reason = (
+        f"{size} for {len(lifetimes)} buffers of {_bytes(whole)}; "
+        f"at most {_bytes(plan.lower_bound)} are alive at once"
+    )
+    if len(fixed) < len(lifetimes):
+        reason += f" ({len(lifetimes) - len(fixed)} of unknown size not counted)"
+    return Remark("PLT-MEM-001", "done", "plan-memory", (), reason)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / (1 << 20):.2f} MiB" if count >= 1 << 20 else f"{count / 1024:.1f} KiB"
 
 
 def _align(nbytes: int) -> int:

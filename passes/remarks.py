@@ -222,6 +222,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-KER-005": "A kernel template failed unexpectedly; the group runs as library operators.",
     "PLT-LOW-001": "A value is not a single tensor in memory, so a library call computes it.",
     "PLT-LOW-002": "A size depends on data, so a library call computes the value.",
+    "PLT-MEM-001": "Intermediate tensors share one arena of memory.",
     "PLT-NRM-001": "A batch normalisation was folded into the convolution or linear before it.",
     "PLT-NRM-002": "A batch normalisation became one scale and one shift by constants.",
     "PLT-NRM-003": "A batch normalisation was left alone: its statistics are not constants.",

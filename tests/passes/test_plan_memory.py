@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.passes.plan_memory import ALIGNMENT, Lifetime, live_peak, plan_memory
+from plait.passes.plan_memory import ALIGNMENT, Lifetime, describe, live_peak, plan_memory
 from plait.runtime.sizes import evaluate
 
 
@@ -60,3 +60,16 @@ def test_equal_symbolic_sizes_share_a_slot():
 def test_duplicate_names_are_refused():
     with pytest.raises(ValueError, match="same name"):
         plan_memory([Lifetime("a", 1, 0, 0), Lifetime("a", 1, 1, 1)])
+
+
+def test_the_remark_tells_what_was_gained():
+    buffers = [
+        Lifetime("a", 2 << 20, 0, 1),
+        Lifetime("b", 2 << 20, 2, 3),
+        Lifetime("c", 1024, 0, 3),
+    ]
+    remark = describe(buffers, plan_memory(buffers))
+    assert remark.id == "PLT-MEM-001" and remark.kind == "done"
+    assert remark.reason.startswith("2.00 MiB for 3 buffers of 4.00 MiB; at most 2.00 MiB")
+    open_size = [*buffers, Lifetime("d", "n*4", 0, 1)]
+    assert "1 of unknown size" in describe(open_size, plan_memory(open_size)).reason
