@@ -32,6 +32,8 @@ TEMPLATES = ("pointwise", "rows", "reduce", "gemm", "conv", "pool", "attention")
 HEAVY = ("gemm", "conv", "pool", "attention")
 CANDIDATES = {"off": 1, "quick": 3, "full": 6}
 REPORT = "set PLAIT_DEBUG=1 to see where, and report it"
+LIBRARY_MARGIN = 1.25
+"""How much faster the library must be: a library step between kernels costs a launch more."""
 RACE_FLOPS = 2_000_000  # below some 20 us candidates hardly differ
 
 
@@ -128,7 +130,7 @@ class Kernels:
         if key not in self._known and key not in self._pending and key not in self._declined:
             entry = self.store.lookup(key)
             if entry is not None:
-                self._known[key] = entry
+                self._adopt(entry)
             else:
                 try:
                     self._pending[key] = self._lower(group, io, key, spec)
@@ -210,18 +212,22 @@ class Kernels:
                 why = bundle.failed[item.kernels[0].name]
                 self._declined[key] = Unsupported("PLT-KER-003", f"code generation failed: {why}")
                 continue
-            best = usable[0][1]
+            best: Entry | None = usable[0][1]
             if len(usable) > 1:
                 best, results = self._race(item, usable, bundle)
                 measured += results
-            winners.append(best)
+            if best is not None:
+                winners.append(best)
         for entry in self.store.store(winners, bundle.data, bundle.library, measured):
-            self._known[entry.key] = entry
+            self._adopt(entry)
 
     def _race(
         self, item: _Pending, usable: Sequence[tuple[Kernel, Entry]], bundle: Any
-    ) -> tuple[Entry, list[Measured]]:
-        """The fastest correct candidate on one thread; the first where none could be measured."""
+    ) -> tuple[Entry | None, list[Measured]]:
+        """The fastest correct candidate on one thread, timed beside the library.
+
+        None, and the kernel declined, where every candidate's result was wrong.
+        """
         trial = Trial(item.group, item.io, {})
         candidates = [
             race.Candidate.kernel(
@@ -245,12 +251,32 @@ class Kernels:
             budget=0.5,
         )
         self.raced += 1
-        best = race.fastest(results)
-        number = results.index(best) if best is not None else 0
         key = usable[0][1].key
         measured = [Measured(key, r.candidate.config, r.seconds, r.error, r.note) for r in results]
-        entry = usable[number][1]
-        return replace(entry, seconds=best and best.seconds, effort=len(results)), measured
+        best = race.fastest(results)
+        if best is None:
+            why = f"no candidate passed its test ({results[0].note})"
+            self._declined[key] = Unsupported("PLT-KER-006", why, REPORT)
+            return None, measured
+        entry = usable[results.index(best)][1]
+        library = trial.library_seconds() * torch.get_num_threads()
+        record = {**entry.record, "library_seconds": library}
+        entry = replace(entry, record=record, seconds=best.seconds, effort=len(results))
+        return entry, measured
+
+    def _adopt(self, entry: Entry) -> None:
+        """Takes a kernel from the database, unless its race told that the library is faster."""
+        library = entry.record.get("library_seconds")
+        kernel = entry.seconds
+        if library is not None and kernel is not None and library < kernel / LIBRARY_MARGIN:
+            self._declined[entry.key] = Unsupported(
+                "PLT-KER-007",
+                f"the library took {library * 1e6:.0f} us of a core's time in the race, "
+                f"the best kernel {kernel * 1e6:.0f} us",
+                "plait cache clear lets them race again",
+            )
+        else:
+            self._known[entry.key] = entry
 
     @staticmethod
     def pack(tensor: torch.Tensor, pack: Pack) -> torch.Tensor:

@@ -7,6 +7,8 @@ result is compared with the group's operators run by torch in float64.
 from __future__ import annotations
 
 import ctypes
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,6 +95,27 @@ class Trial:
                 kwargs["dtype"] = torch.float64
             env[node] = node.target(*fx.map_arg(node.args, value), **kwargs)  # type: ignore[operator]
         return [env[n] for n in self.group.outputs]
+
+    def library_seconds(self, rounds: int = 5, seconds: float = 0.05) -> float:
+        """Best wall time of the group's operators run by torch, on tensors laid as torch likes."""
+        strided = self.inputs
+        try:
+            self.inputs = [
+                t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous()
+                for t in strided
+            ]
+            best, started = math.inf, time.perf_counter()
+            with torch.no_grad():
+                self.eager()  # the first call pays for cold code
+                for _ in range(rounds):
+                    begin = time.perf_counter()
+                    self.eager()
+                    best = min(best, time.perf_counter() - begin)
+                    if time.perf_counter() - started > seconds:
+                        break
+            return best
+        finally:
+            self.inputs = strided
 
     def spoil(self) -> None:
         """Fills the outputs with values that no kernel leaves behind."""

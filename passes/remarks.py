@@ -220,6 +220,8 @@ CATALOGUE: dict[str, str] = {
     "PLT-KER-003": "The code generator rejected a kernel; the group runs as library operators.",
     "PLT-KER-004": "An operator or size of the group has no lowering.",
     "PLT-KER-005": "A kernel template failed unexpectedly; the group runs as library operators.",
+    "PLT-KER-006": "Every candidate of a kernel gave a wrong result in its race.",
+    "PLT-KER-007": "The library won the race against the kernels; the group runs there.",
     "PLT-LOW-001": "A value is not a single tensor in memory, so a library call computes it.",
     "PLT-LOW-002": "A size depends on data, so a library call computes the value.",
     "PLT-MEM-001": "Intermediate tensors share one arena of memory.",

@@ -1,0 +1,68 @@
+"""Choosing kernels: races, the library among the runners, and what happens to losers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import plait
+from plait.compiler import select
+from plait.compiler.trial import Trial
+from plait.kernels.database import Database
+from plait.runtime.plan import KernelStep, LibraryStep
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Database:
+    """A database of its own, so that races are run."""
+    store = Database(tmp_path)
+    monkeypatch.setattr(select, "database", lambda: store)
+    return store
+
+
+def compiled_linear() -> tuple[plait.Compiled, nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU()).eval()
+    x = torch.randn(64, 128)
+    with torch.no_grad():
+        compiled = plait.compile(model, example_inputs=x)
+        torch.testing.assert_close(compiled(x), model(x))
+    return compiled, model, x
+
+
+def remarks(compiled: plait.Compiled) -> dict[str, str]:
+    return {r.id: r.reason for r in compiled.remarks}
+
+
+def test_the_library_is_timed_beside_the_kernels(fresh: Database) -> None:
+    compiled, *_ = compiled_linear()
+    (key,) = compiled.programs[0].executable.kernels.requests
+    entry = fresh.lookup(key)
+    assert entry.record["library_seconds"] > 0 and entry.seconds > 0 and entry.effort > 1
+
+
+def test_a_faster_library_wins_and_stays_chosen(
+    fresh: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trial, "library_seconds", lambda self: 1e-9)
+    for _ in range(2):  # raced, then from the database
+        compiled, *_ = compiled_linear()
+        assert "PLT-KER-007" in remarks(compiled)
+        assert all(isinstance(s, LibraryStep) for s in compiled.plan.steps)
+
+
+def test_wrong_candidates_never_run(fresh: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "error", lambda self: float("nan"))
+    compiled, *_ = compiled_linear()
+    assert "wrong result" in remarks(compiled)["PLT-KER-006"]
+    assert all(isinstance(s, LibraryStep) for s in compiled.plan.steps)
+
+
+def test_without_tuning_nothing_is_raced(fresh: Database) -> None:
+    model = nn.Linear(128, 256).eval()
+    x = torch.randn(64, 128)
+    with torch.no_grad():
+        compiled = plait.compile(model, example_inputs=x, tune="off")
+    assert compiled.programs[0].executable.kernels.raced == 0
+    assert all(isinstance(s, KernelStep) for s in compiled.plan.steps)
