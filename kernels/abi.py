@@ -15,11 +15,13 @@ Every CPU kernel is one C function that works through a range of its own tasks::
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 Dim = int | sympy.Expr
 """A dimension, stride or count: a Python int, or a sympy expression over shape symbols."""
@@ -66,6 +68,42 @@ def contiguous_strides(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
         strides.append(acc)
         acc = acc * (max(dim, 1) if isinstance(dim, int) else dim)
     return tuple(reversed(strides))
+
+
+def product(dims: Iterable[Dim]) -> Dim:
+    """The product of sizes."""
+    total: Any = 1
+    for dim in dims:
+        total = total * dim
+    return total if isinstance(total, int) else sympy.expand(total)
+
+
+def ceil_div(value: Dim, by: int) -> Dim:
+    """``value / by`` rounded up."""
+    if isinstance(value, int):
+        return -(-value // by)
+    result: Any = FloorDiv(value + (by - 1), by)
+    return result
+
+
+def symbol_names(args: Iterable[TensorArg]) -> tuple[str, ...]:
+    """Names of the shape symbols that the arguments depend on, sorted."""
+    return names_in(d for a in args for d in (*a.shape, *a.strides))
+
+
+def names_in(dims: Iterable[Any]) -> tuple[str, ...]:
+    """Names of the symbols in sizes, sorted."""
+    return tuple(
+        sorted({str(s) for d in dims if isinstance(d, sympy.Expr) for s in d.free_symbols})
+    )
+
+
+def compulsory_bytes(args: Iterable[TensorArg]) -> Dim:
+    """Bytes of all arguments, each touched once."""
+    total: Any = 0
+    for arg in args:
+        total = total + product(arg.shape) * arg.dtype.itemsize
+    return total
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,12 @@ import tvm.tirx as tir
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from .abi import Pack, TensorArg
+from .abi import Pack, TensorArg, compulsory_bytes
 from .emit import Expr, tvm_dtype
 from .group import IO, Group, Unsupported
 from .ops import evaluate
 from .ops.scope import _nested as nested
 from .target import Target
-from .templates.conv_common import compulsory_bytes
 from .value import Context, Value
 
 

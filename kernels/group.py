@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.fx as fx
 
-from .abi import TensorArg
+from .abi import TensorArg, names_in
 
 IO = Mapping[fx.Node, TensorArg]
 """How every input and output node of a group lies in memory."""
@@ -35,3 +37,24 @@ class Unsupported(Exception):
     def __init__(self, remark: str, reason: str, hint: str = "") -> None:
         super().__init__(f"{remark}: {reason}")
         self.remark, self.reason, self.hint = remark, reason, hint
+
+
+def symbols_of(group: Group, args: Sequence[TensorArg]) -> tuple[str, ...]:
+    """Names of all shape symbols that the code of a group's kernel may mention, sorted."""
+    dims: list[Any] = [d for a in args for d in (*a.shape, *a.strides)]
+
+    def collect(value: Any) -> None:
+        if isinstance(value, (tuple, list)):
+            for part in value:
+                collect(part)
+        elif isinstance(value, torch.Tensor):
+            collect(list(value.shape))
+        elif isinstance(value, torch.SymInt):
+            dims.append(value.node.expr)
+        elif isinstance(value, fx.Node):
+            collect(value.meta.get("val"))
+
+    for node in group.nodes:
+        collect(node.meta.get("val"))
+        collect([*node.args, *node.kwargs.values()])
+    return names_in(dims)

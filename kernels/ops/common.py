@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
 import torch
 import torch.fx as fx
 import tvm.tirx as tir
@@ -229,11 +228,3 @@ def unravel(position: Expr, shape: Sequence[Expr]) -> list[Expr]:
         index.append(tir.floormod(position, extent))
         position = tir.floordiv(position, extent)
     return [position, *reversed(index)] if shape else []
-
-
-def product(dims: Sequence[Dim]) -> Dim:
-    """The product of dimensions."""
-    total: Dim = 1
-    for d in dims:
-        total = total * d
-    return total if isinstance(total, int) else sympy.expand(total)

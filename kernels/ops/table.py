@@ -124,7 +124,7 @@ CATEGORY: dict[str, str] = {
 }
 """``str(target)`` of every operator that has a lowering, mapped to its category."""
 
-PRODUCTS = ("gemm", "conv", "pool")
+PRODUCTS = ("gemm", "conv")
 """Categories whose kernels compute in float32 and float64 only."""
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = frozenset(

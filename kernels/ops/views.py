@@ -9,22 +9,11 @@ import sympy
 import torch.fx as fx
 import tvm.tirx as tir
 
-from ..abi import Dim
+from ..abi import Dim, product
 from ..emit import Expr
 from ..value import Context, Value
 from . import converter
-from .common import (
-    axis,
-    dim_of,
-    dims_of,
-    i64,
-    linear,
-    number,
-    product,
-    shape_of,
-    size,
-    unravel,
-)
+from .common import axis, dim_of, dims_of, i64, linear, number, shape_of, size, unravel
 from .table import argument
 
 Index = Sequence[Expr]

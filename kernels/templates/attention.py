@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Dim, Kernel
+from ..abi import Dim, Kernel, ceil_div, product
 from ..emit import Emitter, Expr
-from ..group import IO, Group, Unsupported
+from ..group import IO, Group, Unsupported, symbols_of
 from ..ops import evaluate
-from ..ops.common import convert_expr, dims_of, dtype_of, product
+from ..ops.common import convert_expr, dims_of, dtype_of
 from ..target import Target
 from ..value import Context, Value
 from .attention_block import Block
 from .attention_line import Line
 from .attention_spec import AttentionSpec, Operand, parse, result_nodes
-from .row_space import ceil_div, symbol_names
 
 FEW = 6  # up to so many queries are handled one by one
 # Time of a register tile with so many vectors of queries, relative to that of four.
@@ -68,7 +67,7 @@ def lower(
     lanes = max(1, target.vector_bytes // 4)
     inputs = tuple(io[n] for n in group.inputs)
     outputs = tuple(io[n] for n in group.outputs)
-    symbols = symbol_names(group, (*inputs, *outputs))
+    symbols = symbols_of(group, (*inputs, *outputs))
     em = Emitter(name, inputs, outputs, symbols)
     if config["kind"] == "line":
         blocks: Dim = spec.queries

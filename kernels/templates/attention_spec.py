@@ -14,11 +14,11 @@ import torch.fx as fx
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Dim, TensorArg
+from ..abi import Dim, TensorArg, product
 from ..emit import Emitter, Expr, Ref
 from ..group import IO, Group, Unsupported
 from ..ops import argument, category
-from ..ops.common import convert_expr, dims_of, i64, product, unravel
+from ..ops.common import convert_expr, dims_of, i64, unravel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

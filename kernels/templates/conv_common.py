@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch.fx as fx
 import tvm.tirx as tir
-from torch.utils._sympy.functions import FloorDiv
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Dim, TensorArg
+from ..abi import Dim
 from ..emit import Emitter, Expr
 from ..group import Group, Unsupported
 from ..ops import category, evaluate
@@ -129,29 +126,3 @@ def inside(pixels: int, tap: int, stride: int, pad: int, dilation: int, size: Di
 def within(index: Expr, size: Expr) -> Expr:
     """1 (int32) if ``0 <= index < size``, else 0."""
     return tir.Cast("int32", tir.And(index >= 0, index < size))
-
-
-def ceil_div(value: Dim, by: int) -> Dim:
-    """``value / by`` rounded up."""
-    if isinstance(value, int):
-        return -(-value // by)
-    result: Any = FloorDiv(value + (by - 1), by)
-    return result
-
-
-def symbol_names(args: Iterable[TensorArg]) -> tuple[str, ...]:
-    """Names of the shape symbols that the arguments depend on, sorted."""
-    names: set[str] = set()
-    for arg in args:
-        for dim in (*arg.shape, *arg.strides):
-            if isinstance(dim, sympy.Expr):
-                names |= {s.name for s in dim.free_symbols}  # type: ignore[attr-defined]
-    return tuple(sorted(names))
-
-
-def compulsory_bytes(args: Iterable[TensorArg]) -> Dim:
-    """Bytes of all arguments, each touched once."""
-    total: Any = 0
-    for arg in args:
-        total = total + math.prod(arg.shape) * arg.dtype.itemsize  # type: ignore[arg-type]
-    return total

@@ -31,23 +31,12 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel, Pack
+from ..abi import Kernel, Pack, ceil_div, compulsory_bytes, symbol_names
 from ..emit import Emitter, Expr
 from ..group import IO, Group
 from ..packing_conv import vector_starts
 from ..target import Target
-from .conv_common import (
-    Epilogue,
-    ceil_div,
-    clip,
-    compulsory_bytes,
-    inside,
-    loop,
-    name_index,
-    symbol_names,
-    vector,
-    within,
-)
+from .conv_common import Epilogue, clip, inside, loop, name_index, vector, within
 from .conv_spec import ConvSpec, halo_of
 from .conv_tiling import inner_unroll, tile_count
 

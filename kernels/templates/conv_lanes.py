@@ -17,22 +17,12 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel, Pack
+from ..abi import Kernel, Pack, ceil_div, compulsory_bytes, symbol_names
 from ..emit import Emitter, Expr
 from ..group import IO, Group
 from ..packing_conv import vector_starts
 from ..target import Target
-from .conv_common import (
-    Epilogue,
-    ceil_div,
-    clip,
-    compulsory_bytes,
-    inside,
-    lane_count,
-    name_index,
-    symbol_names,
-    vector,
-)
+from .conv_common import Epilogue, clip, inside, lane_count, name_index, vector
 from .conv_spec import ConvSpec, halo_of
 
 TASK_STEPS = 1 << 15  # vector multiply-adds of one task: some ten microseconds of one core

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..abi import Dim
+from ..abi import Dim, ceil_div
 from ..group import IO
 from ..packing_conv import vector_starts
 from ..target import Target
-from .conv_common import ceil_div, lane_count
+from .conv_common import lane_count
 from .conv_spec import ConvSpec, halo_of
 
 L1_BYTES = 32 << 10

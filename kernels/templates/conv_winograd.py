@@ -21,12 +21,12 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel, Pack
+from ..abi import Kernel, Pack, compulsory_bytes
 from ..emit import Emitter, Expr
 from ..group import IO, Group
 from ..packing_conv import vector_starts
 from ..target import Target
-from .conv_common import Epilogue, compulsory_bytes, lane_count, loop, name_index, vector
+from .conv_common import Epilogue, lane_count, loop, name_index, vector
 from .conv_spec import ConvSpec, halo_of
 from .conv_tiling import inner_unroll
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Dim, Kernel, Pack, TensorArg
+from ..abi import Dim, Kernel, Pack, TensorArg, ceil_div, product, symbol_names
 from ..emit import Emitter
 from ..group import IO, Group, Unsupported
 from ..target import Target
 from .gemm_body import Body, Tiling
 from .gemm_epilogue import Epilogue
 from .gemm_model import tilings
-from .gemm_spec import ANCHORS, GemmSpec, ceil_div, parse, product, symbol_names
+from .gemm_spec import ANCHORS, GemmSpec, parse
 
 __all__ = ["ANCHORS", "candidates", "lower"]
 

@@ -21,9 +21,10 @@ import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
+from ..abi import ceil_div
 from ..emit import Emitter, Expr, Ref
 from .gemm_epilogue import Epilogue
-from .gemm_spec import GemmSpec, ceil_div, unravel
+from .gemm_spec import GemmSpec, unravel
 
 LoadPanel = Callable[[Expr, Expr], Expr]
 """(step along the block, column within the panel) -> element."""

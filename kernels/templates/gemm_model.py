@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..abi import Dim
+from ..abi import Dim, ceil_div
 from ..target import Target
 from .gemm_body import Tiling
-from .gemm_spec import GemmSpec, ceil_div
+from .gemm_spec import GemmSpec
 
 LATENCY = 4  # cycles until a sum can be added to again
 DEPTH = 256  # steps in a block: its panel fits the second-level cache, its sums stay accurate

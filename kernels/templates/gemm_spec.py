@@ -10,9 +10,8 @@ import sympy
 import torch
 import torch.fx as fx
 import tvm.tirx as tir
-from torch.utils._sympy.functions import FloorDiv
 
-from ..abi import Dim, TensorArg, contiguous_strides
+from ..abi import Dim, contiguous_strides, product
 from ..emit import Expr
 from ..group import IO, Group, Unsupported
 
@@ -212,21 +211,6 @@ def _scalar(value: Any) -> float:
 # -- sizes and strides --------------------------------------------------------------------------
 
 
-def product(dims: Iterable[Dim]) -> Dim:
-    """The product of sizes."""
-    total: Dim = 1
-    for d in dims:
-        total = total * d
-    return total
-
-
-def ceil_div(value: Dim, by: int) -> Dim:
-    """``value / by`` rounded up."""
-    if isinstance(value, int):
-        return -(-value // by)
-    return FloorDiv(value + (by - 1), by)  # type: ignore[return-value]
-
-
 def same(a: Dim, b: Dim) -> bool:
     """Whether two sizes are equal for every value of their symbols."""
     return a == b or sympy.expand(a - b) == 0
@@ -235,12 +219,6 @@ def same(a: Dim, b: Dim) -> bool:
 def dim_of(size: Any) -> Dim:
     """A torch size as a plain int or a sympy expression."""
     return size if isinstance(size, int) else size.node.expr
-
-
-def symbol_names(args: Iterable[TensorArg]) -> tuple[str, ...]:
-    """Names of the shape symbols that the arguments depend on, sorted."""
-    exprs = [d for a in args for d in (*a.shape, *a.strides) if isinstance(d, sympy.Expr)]
-    return tuple(sorted({s.name for e in exprs for s in e.free_symbols}))  # type: ignore[attr-defined]
 
 
 def unravel(flat: Expr, sizes: Sequence[Expr | int]) -> list[Expr]:

@@ -17,14 +17,13 @@ import sympy
 import torch
 import torch.fx as fx
 import tvm.tirx as tir
-from torch.utils._sympy.functions import FloorDiv
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Dim, Kernel, TensorArg
+from ..abi import Dim, Kernel, TensorArg, ceil_div, product
 from ..emit import Emitter, Expr, Ref, plain
-from ..group import IO, Group, Unsupported
+from ..group import IO, Group, Unsupported, symbols_of
 from ..ops import category, evaluate
-from ..ops.common import cast, dims_of, i64, linear, product, unravel
+from ..ops.common import cast, dims_of, i64, linear, unravel
 from ..ops.scope import rehearsal, sharing
 from ..target import Target
 from ..value import Context, Value
@@ -70,26 +69,6 @@ def lower(
         bytes=sum(product(a.shape) * a.dtype.itemsize for a in (*inputs, *outputs)),
         config=dict(config),
     )
-
-
-def symbols_of(group: Group, args: Sequence[TensorArg]) -> tuple[str, ...]:
-    """Names of the shape symbols that a group's tensors and size arguments mention, sorted."""
-    dims: list[Any] = [d for a in args for d in (*a.shape, *a.strides)]
-    for node in group.nodes:
-        for other in (node, *node.all_input_nodes):
-            dims.extend(_sizes(other.meta.get("val")))
-    found = {str(s) for d in dims if isinstance(d, sympy.Expr) for s in d.free_symbols}
-    return tuple(sorted(found))
-
-
-def _sizes(value: Any) -> list[Any]:
-    if isinstance(value, torch.Tensor):
-        return [s.node.expr for s in value.shape if isinstance(s, torch.SymInt)]
-    if isinstance(value, torch.SymInt):
-        return [value.node.expr]
-    if isinstance(value, (tuple, list)):
-        return [s for v in value for s in _sizes(v)]
-    return []
 
 
 def _check(group: Group) -> None:
@@ -297,10 +276,10 @@ class _Builder:
                     with T.serial(first, last) as row:
                         run(row, i64(0), length)
 
-            return _ceil_div(rows, block), rows_body
+            return ceil_div(rows, block), rows_body
         if isinstance(length, int):
             chunk = _even(length, chunk, lanes)
-        pieces = _ceil_div(length, chunk)
+        pieces = ceil_div(length, chunk)
 
         def piece_body(task: Expr) -> None:
             count = emitter.dim(pieces)
@@ -362,10 +341,6 @@ def _even(total: int, chunk: int, multiple: int) -> int:
     pieces = -(-total // chunk)
     each = -(-total // pieces)
     return min(-(-each // multiple) * multiple, total)
-
-
-def _ceil_div(a: Dim, b: int) -> Dim:
-    return -(-a // b) if isinstance(a, int) else FloorDiv(a + (b - 1), b)
 
 
 def _columns(start: Expr, size: Any, lanes: int) -> Iterator[Any]:

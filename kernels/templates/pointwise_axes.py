@@ -15,10 +15,10 @@ import torch.fx as fx
 import tvm
 import tvm.tirx as tir
 
-from ..abi import Dim, TensorArg
+from ..abi import Dim, TensorArg, product
 from ..emit import Emitter, Expr
 from ..group import Group
-from ..ops.common import dims_of, product
+from ..ops.common import dims_of
 from ..ops.views import reshape_groups
 
 _LIKELY = 97  # what a symbol counts for where only an order is wanted

@@ -18,21 +18,12 @@ import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel
+from ..abi import Kernel, ceil_div, compulsory_bytes, symbol_names
 from ..emit import Emitter, Expr, compute_dtype
 from ..group import IO, Group
 from ..math import is_nan
 from ..target import Target
-from .conv_common import (
-    Epilogue,
-    ceil_div,
-    clip,
-    compulsory_bytes,
-    inside,
-    name_index,
-    symbol_names,
-    vector,
-)
+from .conv_common import Epilogue, clip, inside, name_index, vector
 from .pool_spec import POOLS, Axis, PoolSpec, parse
 
 __all__ = ["POOLS", "candidates", "lower"]

@@ -21,9 +21,9 @@ import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Dim
+from ..abi import Dim, product
 from ..emit import Emitter, Expr, expr_dtype, tvm_dtype
-from ..ops.common import cast, convert_expr, i64, linear, product, unravel, widened
+from ..ops.common import cast, convert_expr, i64, linear, unravel, widened
 from ..ops.rows import Monoid, better, constant, extreme
 from ..ops.scope import bind, sharing
 from ..value import Value

@@ -11,16 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 import torch.fx as fx
 from torch.utils._sympy.functions import FloorDiv
 
-from ..abi import Dim, TensorArg
+from ..abi import Dim, TensorArg, product
 from ..emit import Expr
 from ..group import IO, Group, Unsupported
 from ..ops import argument, category
-from ..ops.common import dims_of, i64, product
+from ..ops.common import dims_of, i64
 from ..ops.norms import groups_of
 from ..ops.reductions import reduced_axes
 
@@ -179,33 +178,3 @@ def _order(group: Group, io: IO, shape: tuple[Dim, ...]) -> tuple[int, ...]:
 
 def _size(dim: Dim) -> int:
     return dim if isinstance(dim, int) else 1 << 20
-
-
-def ceil_div(value: Dim, by: int) -> Dim:
-    """``value / by``, rounded up."""
-    if isinstance(value, int):
-        return -(-value // by)
-    return FloorDiv(value + (by - 1), by)
-
-
-def symbol_names(group: Group, args: Sequence[TensorArg]) -> tuple[str, ...]:
-    """Names of all shape symbols that the kernel's code may mention, sorted."""
-    dims: list[Any] = [d for a in args for d in (*a.shape, *a.strides)]
-
-    def collect(value: Any) -> None:
-        if isinstance(value, (tuple, list)):
-            for part in value:
-                collect(part)
-        elif isinstance(value, torch.Tensor):
-            collect(list(value.shape))
-        elif isinstance(value, torch.SymInt):
-            dims.append(value.node.expr)
-        elif isinstance(value, fx.Node):
-            collect(value.meta.get("val"))
-
-    for node in group.nodes:
-        collect(node.meta.get("val"))
-        collect([*node.args, *node.kwargs.values()])
-    return tuple(
-        sorted({s.name for d in dims if isinstance(d, sympy.Expr) for s in d.free_symbols})
-    )

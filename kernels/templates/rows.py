@@ -19,16 +19,16 @@ import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 from tvm.sym import Analyzer
 
-from ..abi import Dim, Kernel, TensorArg, contiguous_strides
+from ..abi import Dim, Kernel, TensorArg, ceil_div, contiguous_strides, product
 from ..emit import Emitter, Expr, Ref
-from ..group import IO, Group, Unsupported
+from ..group import IO, Group, Unsupported, symbols_of
 from ..ops import category, evaluate
-from ..ops.common import dims_of, i64, product, unravel
+from ..ops.common import dims_of, i64, unravel
 from ..ops.rows import RowContext
 from ..target import Target
 from ..value import Value
 from .row_engine import AcrossRows, AlongRow, Engine
-from .row_space import RowSpace, ceil_div, is_heavy, row_bound, row_space, symbol_names
+from .row_space import RowSpace, is_heavy, row_bound, row_space
 
 TASK_ELEMENTS = 8192
 MIN_TASKS = 16  # enough to balance a few workers, while a task still is a row or more
@@ -110,7 +110,7 @@ def lower(
     space = row_space(group, io)
     inputs = tuple(io[n] for n in group.inputs)
     outputs = tuple(io[n] for n in group.outputs)
-    symbols = symbol_names(group, (*inputs, *outputs))
+    symbols = symbols_of(group, (*inputs, *outputs))
     em = Emitter(name, inputs, outputs, symbols)
     along = config["lane"] in space.axes
     with em.function() as task:
