@@ -16,6 +16,7 @@ from .capture_tree import flatten
 from .cli_error import CliError
 from .cli_model import Loaded, compile_loaded, newest
 from .pipeline import CompiledGraph
+from .serialize import load
 from .tuning import tune_graph
 
 ROUNDS = 5
@@ -31,11 +32,6 @@ def tune(
     console = Console()
     if threads is not None:
         torch.set_num_threads(threads)
-    if loaded.saved:
-        raise CliError(
-            "a saved program holds kernels by hash, not the groups they were made from",
-            "tune the model itself, then save it again",
-        )
     before = compile_loaded(loaded, pipeline, "quick", console)
     program = newest(before)
     graph = program.executable
@@ -45,7 +41,10 @@ def tune(
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     outcomes = _watched(graph, [*tensors, *program.captured.states], budget, trials, console)
     console.print(_table(outcomes))
-    after = compile_loaded(loaded, pipeline, "quick", console)
+    if loaded.saved:
+        after = load(loaded.name)  # lays it out again, with what is now in the database
+    else:
+        after = compile_loaded(loaded, pipeline, "quick", console)
     with torch.no_grad():
         timings = interleave(
             {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -260,15 +261,16 @@ class Kernels:
             return None, measured
         entry = usable[results.index(best)][1]
         library = trial.library_seconds() * torch.get_num_threads()
-        record = {**entry.record, "library_seconds": library}
+        kernel = min(best.samples)  # the library's is the best of its samples, too
+        record = {**entry.record, "library_seconds": library, "kernel_seconds": kernel}
         entry = replace(entry, record=record, seconds=best.seconds, effort=len(results))
         return entry, measured
 
     def _adopt(self, entry: Entry) -> None:
         """Takes a kernel from the database, unless its race told that the library is faster."""
-        library = entry.record.get("library_seconds")
-        kernel = entry.seconds
-        if library is not None and kernel is not None and library < kernel / LIBRARY_MARGIN:
+        library = entry.record.get("library_seconds", math.inf)
+        kernel = entry.record.get("kernel_seconds", 0.0)
+        if library < kernel / LIBRARY_MARGIN:
             self._declined[entry.key] = Unsupported(
                 "PLT-KER-007",
                 f"the library took {library * 1e6:.0f} us of a core's time in the race, "
