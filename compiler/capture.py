@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import logging
 import sys
 import threading
 import warnings
@@ -25,9 +26,11 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from ..kernels.abi import Dim
 from . import capture_ops
+from .arguments import distinct, is_plain
 from .capture_tree import Tree, flatten, leaf_names, unflatten
 from .captured import Captured, InputSpec, Mutation
 from .errors import CaptureError
+from .watch import modules_of
 
 _ONE_AT_A_TIME = threading.RLock()
 """Export swaps a module's weights for fakes while it traces, and patches torch."""
@@ -54,7 +57,8 @@ def capture(
     leaves, tree = flatten((tuple(args), dict(kwargs)))
     _check_inputs(leaves, tree)
     traced = _Traced(target, leaves, tree)
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    weights = [t for m in modules_of(target) for t in (*m.parameters(), *m.buffers())]
+    tensors = distinct([x for x in leaves if isinstance(x, torch.Tensor)], weights)
     shapes = (tuple(dict(d) or None for d in dynamic),) if dynamic else None
     try:
         with _ONE_AT_A_TIME, _quiet():
@@ -127,7 +131,7 @@ def _slot(leaf: Any, slots: Iterator[int]) -> Any:
 def _check_inputs(leaves: list[Any], tree: Tree) -> None:
     for name, leaf in zip(argument_names(tree), leaves, strict=True):
         if isinstance(leaf, torch.Tensor):
-            if leaf.layout != torch.strided or leaf.is_quantized or leaf.is_nested:
+            if not is_plain(leaf):
                 raise CaptureError("PLT-CAP-008", f"argument {name!r} is not a plain dense tensor")
         elif not isinstance(leaf, SCALARS):
             kind = type(leaf).__name__
@@ -155,15 +159,26 @@ def argument_names(tree: Tree, positional: Sequence[str] = ()) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what export says of its own internals: warnings, and graphs printed on failure."""
+    """Silences what export says of its own internals: warnings, logs, graphs printed on failure."""
     before = sys.stderr
     sys.stderr = _Muted(before)
+    thread = threading.get_ident()
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    loggers = (logging.getLogger(name) for name in [None, *logging.root.manager.loggerDict])
+    handlers = list(dict.fromkeys(h for logger in loggers for h in logger.handlers))
+    for handler in handlers:
+        handler.addFilter(keep)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
         sys.stderr = before
+        for handler in handlers:
+            handler.removeFilter(keep)
 
 
 class _Muted(io.TextIOBase):
@@ -279,6 +294,11 @@ class _Flat:
             if spec.kind not in kinds:
                 raise CaptureError("PLT-CAP-010", f"the program uses a {spec.kind.name.lower()}")
             tensor = self._tensor(str(spec.target)).detach()
+            if not is_plain(tensor):
+                name = _own(str(spec.target))
+                raise CaptureError(
+                    "PLT-CAP-008", f"the weight {name!r} is not a plain dense tensor"
+                )
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             name = tied.get(key) if tensor.numel() else None
             own = _own(str(spec.target))

@@ -98,7 +98,12 @@ class Captured:
 
     def binder(self) -> Callable[[Sequence[Sequence[int]]], tuple[Any, ...]]:
         """A function from the shapes of the user's tensors to the symbolic results."""
-        exprs = [leaf for leaf in self.out_leaves if isinstance(leaf, sympy.Basic)]
+        return self.evaluator([x for x in self.out_leaves if isinstance(x, sympy.Basic)])
+
+    def evaluator(
+        self, exprs: Sequence[Dim]
+    ) -> Callable[[Sequence[Sequence[int]]], tuple[int, ...]]:
+        """A function from the shapes of the user's tensors to the values of expressions."""
         return self._function(f"({''.join(_code(e) + ', ' for e in exprs)})")
 
     def matcher(self) -> Callable[[Sequence[Sequence[int]]], bool]:

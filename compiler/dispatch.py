@@ -15,7 +15,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ..passes.remarks import Remark
+from .arguments import is_plain, positional, signature_of, tensor_names, watched
 from .capture import SCALARS, argument_names, capture
 from .capture_tree import Tree, flatten, unflatten
 from .captured import Captured, check_tensors, describe
-from .dynamic import Declared, declared_dims
+from .dynamic import Declared, declared_dims, enlarged, varying
 from .errors import CaptureError, InputError, PlaitError
 from .keys import FLOATS, autocast_key, structure_key
 from .options import Executable, Options
-from .program import Program
+from .program import Program, Unfit
 from .watch import Structure, modules_of
 
 MAX_PROGRAMS = 8
@@ -43,6 +44,7 @@ MAX_KEYS = 4096
 
 _VALUES = frozenset(SCALARS)
 _autocast = torch._C._is_any_autocast_enabled
+_default_dtype = torch.get_default_dtype
 
 
 @contextlib.contextmanager
@@ -67,6 +69,14 @@ class Bucket:
     hopeless: bool = False
 
 
+class _Refused(Exception):
+    """A call that was not captured. ``bucket`` is its structure's, for which that is final."""
+
+    def __init__(self, error: CaptureError, bucket: Bucket | None = None) -> None:
+        super().__init__(str(error))
+        self.error, self.bucket = error, bucket
+
+
 class Dispatcher:
     """Runs ``target`` compiled where it can be, else as it is. Safe under threads."""
 
@@ -85,7 +95,8 @@ class Dispatcher:
         self._lock = threading.RLock()
         self._said: set[str] = set()
         self._structure = Structure(self.modules)
-        self.signature = _signature(target) if signature is None else signature
+        self._default = torch.get_default_dtype()
+        self.signature = signature_of(target) if signature is None else signature
 
     # -- the call -------------------------------------------------------------------------------
 
@@ -93,7 +104,10 @@ class Dispatcher:
         """The result of ``target(*args, **kwargs)``."""
         if len(args) == 1 and not kwargs and type(args[0]) is Tensor and not _autocast():
             leaf = args[0]
-            key: Any = (leaf.shape, leaf.dtype, leaf.device)
+            try:
+                key: Any = (leaf.shape, leaf.dtype, leaf.device)
+            except RuntimeError:  # a nested tensor has no shape
+                return self._original(args, kwargs)
             return self._dispatch(key, [leaf], leaf.requires_grad, args, kwargs)
         tensors: list[Tensor] = []
         key = [len(args), *kwargs]
@@ -102,7 +116,10 @@ class Dispatcher:
             kind = type(leaf)
             if kind is Tensor:
                 tensors.append(leaf)
-                key.append(leaf.shape)
+                try:
+                    key.append(leaf.shape)
+                except RuntimeError:
+                    return self._original(args, kwargs)
                 key.append(leaf.dtype)
                 key.append(leaf.device)
                 if leaf.requires_grad:
@@ -141,7 +158,7 @@ class Dispatcher:
                 key.append(autocast_key())
             whole = tuple(key)
             hash(whole)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             return self._refuse(str(error), args, kwargs)
         return self._dispatch(whole, tensors, grad, args, kwargs)
 
@@ -169,7 +186,9 @@ class Dispatcher:
                 "call under torch.no_grad() or torch.inference_mode()",
             )
             return self._original(args, kwargs)
-        if self._structure.changed():
+        if watched():
+            return self._original(args, kwargs)
+        if self._structure.changed() or _default_dtype() is not self._default:
             self.forget()
         if self._structure.training():
             self.say(
@@ -182,7 +201,10 @@ class Dispatcher:
         if found is self:
             if torch.compiler.is_dynamo_compiling():
                 return self._original(args, kwargs)
-            found = self._find(key, tensors, args, kwargs)
+            try:
+                found = self._find(key, tensors, args, kwargs)
+            except _Refused as refused:
+                return self._first_refusal(refused, key, args, kwargs)
         if found is None:
             return self._original(args, kwargs)
         program, order = found  # type: ignore[misc]
@@ -195,7 +217,39 @@ class Dispatcher:
                 return self._original(args, kwargs)
         if order is not None:
             tensors = [tensors[i] for i in order]
-        return program(tensors)
+        try:
+            return program(tensors)
+        except Unfit as unfit:
+            return self._unfit(unfit, args, kwargs)
+        except RuntimeError:
+            if all(map(is_plain, tensors)):
+                raise
+        # The key does not tell sparse tensors from dense ones; kernels notice before they start.
+        unfit = Unfit("PLT-CAP-008", "an argument is not a plain dense tensor")
+        return self._unfit(unfit, args, kwargs)
+
+    def _unfit(self, unfit: Unfit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original's result, or error, for arguments that a program must not be given."""
+        if self.target is None:
+            raise InputError(unfit.remark, unfit.reason, unfit.hint)
+        result = self._original(args, kwargs)
+        self.say(unfit.remark, f"{unfit.reason}, so the original ran", unfit.hint)
+        return result
+
+    def _first_refusal(
+        self, refused: _Refused, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The original's result. It runs once, for it may change things, and before anything is
+        said or kept: what was wrong may be this call's arguments.
+        """
+        result = self._original(args, kwargs)
+        with self._lock:
+            if refused.bucket is not None:
+                refused.bucket.hopeless = True
+            self._table[key] = None
+        error = refused.error
+        self.say(error.remark, f"{error.reason}; the original runs", error.hint)
+        return result
 
     def _original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.target is None:
@@ -244,8 +298,9 @@ class Dispatcher:
         except TypeError as error:
             if self.target is None:
                 raise InputError("PLT-INP-001", str(error)) from None
-            self.target(*args, **kwargs)  # raises the error that the user expects
-            raise InputError("PLT-INP-001", str(error)) from None
+            # The original raises what the user expects, or a hook changes the arguments first.
+            refusal = CaptureError("PLT-CAP-001", f"arguments differ from the signature: {error}")
+            raise _Refused(refusal) from None
         order = [i for _, span in (*bound.args, *bound.kwargs.values()) for i in span]
         moved = None if order == list(range(count)) else order
         return (
@@ -278,7 +333,7 @@ class Dispatcher:
             return None
         declared = declared_dims(self.dynamic_shapes, self.signature, args, kwargs, tensors)
         bucket.seen.append(shapes)
-        program = self._specialise(tree, args, kwargs, declared, _varying(bucket.seen, declared))
+        program = self._specialise(bucket, args, kwargs, declared, varying(bucket.seen, declared))
         if program is None:
             bucket.hopeless = True
             return None
@@ -298,25 +353,31 @@ class Dispatcher:
         """Adds, beside the program for a size of 0 or 1, one for the sizes that were declared."""
         leaves, _ = flatten((args, kwargs))
         entries = iter(declared)
-        larger = [_enlarged(x, next(entries).small) if isinstance(x, Tensor) else x for x in leaves]
+        larger = [enlarged(x, next(entries).small) if isinstance(x, Tensor) else x for x in leaves]
         shapes = [x.shape for x in larger if isinstance(x, Tensor)]
         if any(p.matches(shapes) for p in bucket.programs):
             return
         opened = [Declared({**d.dims, **d.small}) for d in declared]
         args, kwargs = unflatten(tree, larger)
-        program = self._specialise(tree, args, kwargs, opened, [{} for _ in opened])
+        try:
+            program = self._specialise(bucket, args, kwargs, opened, [{} for _ in opened])
+        except _Refused as refused:
+            error = refused.error
+            self.say(error.remark, f"{error.reason}; the original runs", error.hint)
+            return
         if program is not None:
             bucket.programs.append(program)
 
     def _specialise(
         self,
-        tree: Tree,
+        bucket: Bucket,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         declared: Sequence[Declared],
         automatic: Sequence[dict[int, Any]],
     ) -> Program | None:
-        names = argument_names(tree, _positional(self.signature))
+        """Captures and compiles a call. Raises _Refused; None means no code could be generated."""
+        names = argument_names(flatten((args, kwargs))[1], positional(self.signature))
         attempts: list[list[dict[int, Any]]] = []
         if any(declared) or any(automatic):
             attempts.append([{**a, **d.dims} for a, d in zip(automatic, declared, strict=True)])
@@ -337,15 +398,13 @@ class Dispatcher:
             if dims and any(automatic):
                 where = ", ".join(
                     f"{n}[{d}]"
-                    for n, a in zip(_tensor_names(names, args, kwargs), automatic, strict=True)
+                    for n, a in zip(tensor_names(names, args, kwargs), automatic, strict=True)
                     for d in a
                 )
                 self._note("PLT-CAP-002", f"more than one size was seen of {where}", kind="done")
             return self._compile(captured)
-        assert failure is not None and self.target is not None
-        self.target(*args, **kwargs)  # wrong arguments raise here, before anything is said
-        self.say(failure.remark, f"{failure.reason}; the original runs", failure.hint)
-        return None
+        assert failure is not None
+        raise _Refused(failure, bucket)
 
     def _compile(self, captured: Captured) -> Program | None:
         executable = self._build(captured)
@@ -397,6 +456,7 @@ class Dispatcher:
             self._table.clear()
             self._buckets.clear()
             self._structure.snapshot()
+            self._default = torch.get_default_dtype()
 
     # -- words ----------------------------------------------------------------------------------
 
@@ -429,7 +489,7 @@ class Dispatcher:
             "(" + ", ".join(f"{s.name}: {s}" for s in c.inputs[: c.num_tensors]) + ")"
             for c in known
         )
-        names = argument_names(tree, _positional(self.signature))
+        names = argument_names(tree, positional(self.signature))
         got = ", ".join(f"{n}: {describe(x)}" for n, x in zip(names, leaves, strict=True))
         return InputError("PLT-INP-001", f"expected {wants}, got ({got})")
 
@@ -457,44 +517,3 @@ def build(captured: Captured, options: Options) -> Executable:
         torch.autocast("cpu", enabled=False),
     ):
         return compile_graph(captured, options)
-
-
-def _signature(target: Any) -> inspect.Signature | None:
-    function = target.forward if isinstance(target, nn.Module) else target
-    try:
-        return inspect.signature(function) if function is not None else None
-    except (TypeError, ValueError):
-        return None
-
-
-def _positional(signature: inspect.Signature | None) -> list[str]:
-    if signature is None:
-        return []
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in signature.parameters.values() if p.kind in kinds]
-
-
-def _tensor_names(names: list[str], args: Any, kwargs: Any) -> list[str]:
-    leaves = flatten((args, kwargs))[0]
-    return [n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)]
-
-
-def _enlarged(tensor: Tensor, dims: Mapping[int, Any]) -> Tensor:
-    """A tensor like ``tensor`` with size 2 where ``dims`` has an entry."""
-    shape = [2 if d in dims else size for d, size in enumerate(tensor.shape)]
-    return tensor.expand(shape).clone() if tensor.numel() else tensor.new_zeros(shape)
-
-
-def _varying(seen: list[list[torch.Size]], declared: Sequence[Declared]) -> list[dict[int, Any]]:
-    """Dimensions to leave open: more than one size was seen and the present one is above 1."""
-    out: list[dict[int, Any]] = []
-    for i, last in enumerate(seen[-1]):
-        open_dims = {
-            d: Dim.AUTO
-            for d, size in enumerate(last)
-            if size > 1
-            and d not in declared[i].fixed
-            and any(shapes[i][d] != size for shapes in seen)
-        }
-        out.append(open_dims)
-    return out

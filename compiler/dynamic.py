@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import Dim
 
@@ -127,3 +128,26 @@ def _tensor(name: str, tensor: Tensor, spec: Any) -> Declared:
             )
         (declared.dims if size > 1 else declared.small)[d] = Dim.AUTO if dim is Dim.DYNAMIC else dim
     return declared
+
+
+def enlarged(tensor: Tensor, dims: Mapping[int, Any]) -> Tensor:
+    """A tensor like ``tensor`` with size 2 where ``dims`` has an entry."""
+    shape = [2 if d in dims else size for d, size in enumerate(tensor.shape)]
+    return tensor.expand(shape).clone() if tensor.numel() else tensor.new_zeros(shape)
+
+
+def varying(
+    seen: Sequence[Sequence[torch.Size]], declared: Sequence[Declared]
+) -> list[dict[int, Any]]:
+    """Dimensions to leave open: more than one size was seen and the present one is above 1."""
+    out: list[dict[int, Any]] = []
+    for i, last in enumerate(seen[-1]):
+        open_dims = {
+            d: Dim.AUTO
+            for d, size in enumerate(last)
+            if size > 1
+            and d not in declared[i].fixed
+            and any(shapes[i][d] != size for shapes in seen)
+        }
+        out.append(open_dims)
+    return out

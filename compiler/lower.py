@@ -192,7 +192,7 @@ class _Lowering:
             return False
         if isinstance(value, (torch.SymInt, int, bool)):
             return not sizes.is_backed(value)
-        return value is not None
+        return value is not None or str(node.target).startswith("aten._assert_async")
 
     def _kernel_step(self, group: Group, chosen: Selected, number: int) -> KernelStep:
         args = []

@@ -9,6 +9,8 @@ import sympy
 import torch
 from torch import Tensor, nn
 
+from ..kernels.ops.bounds import IndexCheck, index_checks
+from .arguments import shares_memory
 from .capture_tree import unflatten
 from .captured import Captured
 from .options import Executable
@@ -16,6 +18,15 @@ from .watch import Watch, locate
 
 _inference = torch.is_inference_mode_enabled
 _autocast = torch._C._is_any_autocast_enabled
+_is_neg, _is_conj = Tensor.is_neg, Tensor.is_conj
+
+
+class Unfit(Exception):
+    """Arguments that a program must not be given though their sizes fit; nothing was run."""
+
+    def __init__(self, remark: str, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.remark, self.reason, self.hint = remark, reason, hint
 
 
 class Program:
@@ -43,19 +54,55 @@ class Program:
         """Call after `executable` was replaced."""
         self._run: Callable[[Sequence[Tensor]], list[Tensor]] = self.executable.run
         self._simple = self._single and not self.captured.mutations
+        self._written = [m.input for m in self.captured.mutations]
+        self._checks = self._index_checks()
         where = self._places()
         self.watch = Watch(where) if where else None
 
     def __call__(self, tensors: list[Tensor]) -> Any:
-        """The result for ``tensors``, whose sizes satisfy `matches`."""
+        """The result for ``tensors``, whose sizes satisfy `matches`. Raises Unfit."""
         self._calls += 1
+        given = tensors
+        if any(map(_is_neg, tensors)) or any(map(_is_conj, tensors)):
+            tensors = [t.resolve_conj().resolve_neg() for t in tensors]
+        if self._checks or self._written:
+            self._check(tensors)
         if _inference() or _autocast():
             with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
                 results = self._run([*tensors, *self.captured.states])
-            return self._result(tensors, results)
+            return self._result(given, results)
         if self._simple:
             return self._run(tensors)[0]
-        return self._result(tensors, self._run([*tensors, *self.captured.states]))
+        return self._result(given, self._run([*tensors, *self.captured.states]))
+
+    def _check(self, tensors: list[Tensor]) -> None:
+        """Raises Unfit for indices out of range, and for memory that is written and shared."""
+        whole = [*tensors, *self.captured.states]
+        if self._checks:
+            limits = iter(self._limits([t.shape for t in tensors]))
+            for check in self._checks:
+                low, end = next(limits), next(limits)
+                tensor = whole[check.input]
+                if not tensor.numel():
+                    continue
+                least, most = torch.aminmax(tensor)
+                if int(least) < low or int(most) >= end:
+                    name = self.captured.inputs[check.input].name
+                    found = f"{int(least)} to {int(most)}"
+                    reason = f"{name!r} holds indices from {found}, allowed are {low} to {end - 1}"
+                    raise Unfit("PLT-INP-006", reason)
+        if self._written and shares_memory(whole, self._written):
+            raise Unfit(
+                "PLT-CAP-018",
+                "an argument that is written shares memory with another or itself",
+                "pass clones",
+            )
+
+    def _index_checks(self) -> list[IndexCheck]:
+        checks = index_checks(self.executable.graph.graph)
+        exprs = [e for c in checks for e in (c.low, c.end)]
+        self._limits = self.captured.evaluator(exprs)
+        return checks
 
     def _result(self, tensors: list[Tensor], results: list[Tensor]) -> Any:
         captured = self.captured

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.fx as fx
 
+from .bounds import index_checks
 from .table import CATEGORIES, CATEGORY, argument, category, library_reason
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "converter",
     "evaluate",
+    "index_checks",
     "library_reason",
     "registered",
 ]

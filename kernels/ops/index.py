@@ -1,6 +1,7 @@
 """Converters of operators that read where an index tensor says.
 
-Kernels raise nothing, so an index out of range, an error in torch, reads the nearest element.
+`bounds` keeps indices out of range, an error in torch, from getting here. Should one, it reads the
+nearest element.
 """
 
 from __future__ import annotations

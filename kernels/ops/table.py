@@ -144,15 +144,18 @@ DTYPES = frozenset(
 """Element types that kernels handle."""
 
 Check = Callable[[fx.Node], str | None]
-_CHECKS: dict[str, Check] = {}
+_CHECKS: dict[str, list[Check]] = {}
 
 
 def check(*names: str) -> Callable[[Check], Check]:
-    """Registers a function that says why a node of these operators has no lowering (or None)."""
+    """Registers a function that says why a node of these operators has no lowering (or None).
+
+    An operator may have several.
+    """
 
     def register(function: Check) -> Check:
         for name in names:
-            _CHECKS[_qualified(name)] = function
+            _CHECKS.setdefault(_qualified(name), []).append(function)
         return function
 
     return register
@@ -190,8 +193,7 @@ def library_reason(node: fx.Node) -> str | None:
             return f"{name} in {tensor.dtype} is faster in the library"
     if "val" not in node.meta:
         return f"{name} has no shape information"
-    narrowed = _CHECKS.get(name)
-    reason = narrowed(node) if narrowed else None
+    reason = next(filter(None, (narrowed(node) for narrowed in _CHECKS.get(name, ()))), None)
     return f"{name}: {reason}" if reason else None
 
 

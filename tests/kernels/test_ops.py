@@ -272,7 +272,10 @@ def _direct() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield aten.upsample_bilinear2d.vec, (image, None, corners, [2.0, 0.7])
     for odd in (torch.float16, torch.float64, torch.int32, torch.int16, torch.int8, torch.uint8):
         yield aten.add.Tensor, ((f * 20).to(odd), i)
-        yield aten.remainder.Tensor, ((f * 20).to(odd), (f * 9).to(odd) + 20)
+        if odd.is_floating_point:  # integers' divisors may be zero: only numbers become kernels
+            yield aten.remainder.Tensor, ((f * 20).to(odd), (f * 9).to(odd) + 20)
+        else:
+            yield aten.remainder.Scalar, ((f * 20).to(odd), 7)
     for function in (aten.exp, aten.tanh, aten.gelu, aten.log1p, aten.sin, aten.erf, aten.pow):
         for odd in (torch.float16, torch.float64):
             call = function.Tensor_Scalar if function is aten.pow else function.default

@@ -1,0 +1,98 @@
+"""What a call's arguments are called, and tensors that no compiled program may be given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .capture_tree import flatten
+
+_levels = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
+_tracer = torch._C._get_tracing_state
+
+
+def watched() -> bool:
+    """Whether something needs to see every operator: vmap, forward-mode AD, a tracer, a mode."""
+    return (
+        _levels() is not None
+        or _modes() > 0
+        or forward_ad._current_level >= 0
+        or _tracer() is not None
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is dense memory: not sparse, quantised, nested, wrapped or meta."""
+    return (
+        tensor.layout == torch.strided
+        and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """First and one past the last address of the memory that ``tensor`` reaches."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return start, start
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def distinct(tensors: Sequence[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
+    """Examples like ``tensors``, none of which has memory in common with another or ``others``.
+
+    Export takes tensors that are the same for one input, however later calls give them.
+    """
+    seen = {t.untyped_storage().data_ptr() for t in others if is_plain(t)} - {0}
+    out: list[Tensor] = []
+    for tensor in tensors:
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen:
+            tensor = tensor.clone()
+        seen.add(place)
+        out.append(tensor)
+    return out
+
+
+def shares_memory(tensors: Sequence[Tensor], written: Sequence[int]) -> bool:
+    """Whether a tensor that is written, by position, may overlap another one or itself."""
+    spans = [extent(t) for t in tensors]
+    for i in written:
+        low, high = spans[i]
+        if any(j != i and a < high and low < b for j, (a, b) in enumerate(spans)):
+            return True
+        shape, stride = tensors[i].shape, tensors[i].stride()
+        if any(n > 1 and s == 0 for n, s in zip(shape, stride, strict=True)):
+            return True
+    return False
+
+
+def signature_of(target: Any) -> inspect.Signature | None:
+    """The signature of a function or of a module's forward; None where it cannot be told."""
+    function = target.forward if isinstance(target, nn.Module) else target
+    try:
+        return inspect.signature(function) if function is not None else None
+    except (TypeError, ValueError):
+        return None
+
+
+def positional(signature: inspect.Signature | None) -> list[str]:
+    """Names of parameters that may be given by position."""
+    if signature is None:
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in signature.parameters.values() if p.kind in kinds]
+
+
+def tensor_names(names: Sequence[str], args: Any, kwargs: Any) -> list[str]:
+    """Those of ``names``, one for each leaf of a call, that are tensors'."""
+    leaves = flatten((args, kwargs))[0]
+    return [n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)]

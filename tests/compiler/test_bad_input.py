@@ -1,0 +1,308 @@
+"""Inputs that a compiled program must not take as they are: one error, or the original's answer."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+
+import plait
+
+compile = functools.partial(plait.compile, tune="off")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def ids(compiled: plait.Compiled) -> list[str]:
+    return [r.id for r in compiled.remarks if r.pass_name == "capture"]
+
+
+# -- tensors of another kind than the program was made for -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: x.to_mkldnn(),
+        lambda x: x.to("meta"),
+    ],
+    ids=["coo", "csr", "mkldnn", "meta"],
+)
+def test_known_sizes_of_another_layout_run_the_original(other: Callable[..., Any]) -> None:
+    compiled = compile(lambda x: x * 2)
+    x = torch.randn(3, 4)
+    compiled(x)
+    got = compiled(other(x))
+    assert got.layout == other(x).layout and got.device == other(x).device
+    assert got.is_meta or torch.equal(got.to_dense() if got.layout != torch.strided else got, x * 2)
+    assert "PLT-CAP-008" in ids(compiled)
+    torch.testing.assert_close(compiled(x), x * 2)
+
+
+def test_weights_on_the_meta_device_run_the_original() -> None:
+    model = nn.Linear(3, 2, device="meta").eval()
+    compiled = compile(model)
+    assert compiled(torch.empty(4, 3, device="meta")).shape == (4, 2)
+    assert ids(compiled) == ["PLT-CAP-008"]
+
+
+def test_nested_tensors_run_the_original() -> None:
+    compiled = compile(lambda x: x * 2)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    assert torch.equal(compiled(nested)[1], torch.full((3,), 2.0))
+
+
+def test_lazy_negation_and_conjugation_are_done() -> None:
+    compiled = compile(lambda x: x * 2)
+    z = torch.randn(1, dtype=torch.complex64)
+    negated = z.conj().imag  # one element, so it counts as contiguous
+    assert negated.is_neg() and negated.is_contiguous()
+    compiled(torch.randn(1))
+    torch.testing.assert_close(compiled(negated), negated * 2)
+    real = compile(lambda x: x.real + x.imag)
+    real(z)
+    torch.testing.assert_close(real(z.conj()), z.real - z.imag)
+
+
+def test_transforms_see_the_original() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() * 2 + x.sum()
+
+    compiled, x = compile(function), torch.randn(3, 4)
+    compiled(x[0])
+    torch.testing.assert_close(torch.vmap(compiled)(x), torch.vmap(function)(x))
+    got, want = (torch.func.jvp(f, (x[0],), (x[1],)) for f in (compiled, function))
+    torch.testing.assert_close(got, want)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x[0], x[1])
+        got, want = (forward_ad.unpack_dual(f(dual)).tangent for f in (compiled, function))
+    torch.testing.assert_close(got, want)
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(compiled)(x[0])
+    torch.testing.assert_close(traced(x[1]), function(x[1]))
+
+
+def test_the_default_dtype_is_part_of_what_a_program_is_made_for() -> None:
+    compiled = compile(lambda x: torch.ones(3) + x)
+    x = torch.zeros(3)
+    assert compiled(x).dtype == torch.float32
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert compiled(x).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert compiled(x).dtype == torch.float32
+
+
+# -- arguments that share memory -------------------------------------------------------------------
+
+
+def test_capturing_a_call_with_one_tensor_twice_keeps_the_arguments_apart() -> None:
+    compiled = compile(lambda x, y: x * y + 1)
+    x, y = torch.randn(4), torch.randn(4)
+    torch.testing.assert_close(compiled(x, x), x * x + 1)
+    torch.testing.assert_close(compiled(x, y), x * y + 1)
+
+
+def test_capturing_a_call_with_the_models_own_weight() -> None:
+    model = nn.Linear(4, 4).eval()
+    compiled = compile(model)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model.weight), model(model.weight))
+        x = torch.randn(4, 4)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("first", ["apart", "same"])
+@pytest.mark.parametrize("how", ["same", "overlap", "expanded"])
+def test_written_arguments_that_share_memory_run_the_original(first: str, how: str) -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        y.mul_(2)
+        return x + y
+
+    def arguments(how: str) -> tuple[torch.Tensor, torch.Tensor]:
+        memory = torch.arange(12.0)
+        return {
+            "apart": (memory[:4], memory[4:8]),
+            "same": (memory[:4], memory[:4]),
+            "overlap": (memory[:4], memory[2:6]),
+            "expanded": (memory[0].expand(4), memory[4:8]),
+        }[how]
+
+    compiled = compile(function)
+    compiled(*arguments(first))
+    ours, theirs = arguments(how), arguments(how)
+    if how == "expanded":
+        with pytest.raises(RuntimeError, match="single memory location"):
+            compiled(*ours)
+        return
+    torch.testing.assert_close(compiled(*ours), function(*theirs))
+    torch.testing.assert_close(ours, theirs)
+    assert "PLT-CAP-018" in ids(compiled)
+
+
+# -- the original runs once ------------------------------------------------------------------------
+
+
+def test_what_cannot_be_captured_runs_once() -> None:
+    def function(x: torch.Tensor) -> float:
+        x.add_(1)
+        return x.sum().item()
+
+    compiled, x = compile(function), torch.zeros(3)
+    assert compiled(x) == 3.0 and torch.equal(x, torch.ones(3))
+    given = [x]
+    changing = compile(lambda values: values.append(values[0]) or values[0] * 2)
+    changing(given)
+    assert len(given) == 2
+
+
+def test_wrong_arguments_at_the_first_call_leave_no_trace(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    handler = logging.StreamHandler()  # torch's own may have been muted by the test runner
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(handler)
+    compiled = compile(lambda x: x.view(3, 4) * 2)
+    try:
+        with pytest.raises(RuntimeError, match="invalid for input of size 5"):
+            compiled(torch.randn(5))
+    finally:
+        logger.removeHandler(handler)
+    assert ids(compiled) == [] and capfd.readouterr().err == ""
+    assert compiled(torch.ones(12)).shape == (3, 4) and len(compiled.programs) == 1
+
+
+def test_a_hook_may_supply_arguments_that_the_signature_wants() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    model = Sum().eval()
+    model.register_forward_pre_hook(lambda module, args: (*args, torch.ones(3)))
+    assert torch.equal(compile(model)(torch.ones(3)), torch.full((3,), 2.0))
+
+
+# -- values that are errors ------------------------------------------------------------------------
+
+
+def _cross_entropy(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(x, i)
+
+
+@pytest.mark.parametrize("wrong", [4, -5])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, i: F.embedding(i, x) + 1,
+        lambda x, i: F.embedding(i.view(1, 2).int(), x) + 1,
+        lambda x, i: F.embedding(i * 1 + 0, x) + 1,
+        lambda x, i: x[i] + 1,
+        lambda x, i: x[:, i] + 1,
+        lambda x, i: x[i * 2 - i] + 1,
+        lambda x, i: x.index_select(0, i) + 1,
+        lambda x, i: x.gather(0, i[:, None]) + 1,
+        lambda x, i: F.one_hot(i, 4) + 1,
+        lambda x, i: _cross_entropy(x[:2], i),
+        lambda x, i: x.scatter(0, i[:, None], 1.0),
+    ],
+)
+def test_indices_out_of_range_are_errors(function: Callable[..., Any], wrong: int) -> None:
+    compiled, x = compile(function), torch.randn(4, 4)
+    good = torch.tensor([1, 3])
+    torch.testing.assert_close(compiled(x, good), function(x, good))
+    bad = torch.tensor([1, wrong])
+    with pytest.raises((IndexError, RuntimeError)):
+        function(x, bad)
+    with pytest.raises((IndexError, RuntimeError)):
+        compiled(x, bad)
+    torch.testing.assert_close(compiled(x, good), function(x, good))
+
+
+def test_indices_that_eager_wraps_are_wrapped() -> None:
+    compiled, x = compile(lambda x, i: torch.take_along_dim(x, i, 1) + 1), torch.randn(4, 4)
+    for i in ([[1, 3]], [[1, 4]], [[-5, 0]]):
+        index = torch.tensor(i)
+        torch.testing.assert_close(compiled(x, index), torch.take_along_dim(x, index, 1) + 1)
+
+
+def test_indices_known_to_be_in_range_stay_kernels() -> None:
+    def function(x: torch.Tensor) -> Any:
+        best = x.topk(2, -1)[1]
+        rows = torch.arange(x.shape[0])
+        return x.gather(-1, best), x[rows], x[x.argmax(0)], x[:, torch.tensor([0, -1])]
+
+    compiled = compile(function)
+    for n in (4, 5, 6):
+        x = torch.randn(n, 7)
+        torch.testing.assert_close(compiled(x), function(x))
+    calls = [s.target for s in compiled.plan.steps if hasattr(s, "target")]
+    assert not any("gather" in c or "index" in c for c in calls)
+
+
+def test_indices_into_a_dimension_that_varies() -> None:
+    compiled = compile(lambda x, i: x[i] + 1)
+    for n in (4, 6, 9):
+        compiled(torch.randn(n), torch.tensor([n - 1, -n]))
+        with pytest.raises(IndexError, match="out of bounds"):
+            compiled(torch.randn(n), torch.tensor([n, 0]))
+
+
+def test_indices_into_nothing() -> None:
+    compiled = compile(lambda x, i: x[i] + 1)
+    with pytest.raises(IndexError):
+        compiled(torch.randn(0), torch.tensor([0, 0]))
+
+
+def test_a_loaded_program_names_the_input_with_wrong_indices(tmp_path: Any) -> None:
+    compiled = compile(nn.Embedding(5, 2).eval(), example_inputs=(torch.tensor([1, 2]),))
+    compiled.save(tmp_path / "m.plait")
+    loaded = plait.load(tmp_path / "m.plait")
+    with pytest.raises(plait.InputError, match="PLT-INP-006: 'input'.* from 1 to 7, .* 0 to 4"):
+        loaded(torch.tensor([1, 7]))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x, y: x // y, lambda x, y: x % y, lambda x, y: torch.fmod(x, y)]
+)
+def test_integer_division_by_zero_is_an_error(function: Callable[..., Any]) -> None:
+    compiled, x = compile(function), torch.tensor([7, -7])
+    assert torch.equal(compiled(x, torch.tensor([2, 3])), function(x, torch.tensor([2, 3])))
+    with pytest.raises(RuntimeError, match="ZeroDivision"):
+        compiled(x, torch.tensor([2, 0]))
+    by_number = compile(lambda x: x // 3)
+    assert torch.equal(by_number(x), x // 3)
+    assert not [s for s in by_number.plan.steps if hasattr(s, "target")]
+
+
+def test_the_extreme_of_nothing_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="max"):
+        compile(lambda x: x.max() + 1)(torch.randn(0, 3))
+
+
+def test_assertions_of_the_model_are_kept() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        torch.ops.aten._assert_async.msg((x > 0).all(), "not positive")
+        return x * 2
+
+    compiled = compile(function)
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    with pytest.raises(RuntimeError, match="not positive"):
+        compiled(-torch.ones(2))
