@@ -145,6 +145,12 @@ class _Workspace:
         ]
         self.launches = [table.address for table in self.tables if table is not None]
         self.views: dict[tuple[int, int], torch.Tensor] = {}
+        own = (self.arena, *self.static.values())
+        self._memory = frozenset(t.untyped_storage().data_ptr() for t in own)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in this memory, which later steps and calls write again."""
+        return tensor.untyped_storage().data_ptr() in self._memory
 
     def storage(self, instance: Instance, buffer: Buffer) -> torch.Tensor:
         if buffer.kind == "arena":
@@ -296,6 +302,8 @@ class Instance:
             buffer = self.plan.buffers[ref.buffer]
             if buffer.kind == "library":
                 if isinstance(result, torch.Tensor):
+                    if result.layout == torch.strided and workspace.holds(result):
+                        result = result.clone()  # a view, of memory that gets other contents
                     result = self._as_planned(result, ref)
                     workspace.ext[self.ext[ref.buffer]] = result.data_ptr()
                 live[ref.buffer] = result

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 POINTWISE = """
 abs acos acosh asin asinh atan atanh ceil cos cosh erf erfc exp exp2 expm1 floor frac log log10
@@ -194,6 +195,8 @@ def library_reason(node: fx.Node) -> str | None:
     if "val" not in node.meta:
         return f"{name} has no shape information"
     reason = next(filter(None, (narrowed(node) for narrowed in _CHECKS.get(name, ()))), None)
+    if reason is None and _depends_on_data(node):
+        reason = "a size is known only at run time"
     return f"{name}: {reason}" if reason else None
 
 
@@ -224,6 +227,25 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _input_tensors(node: fx.Node) -> list[torch.Tensor]:
     return [t for n in node.all_input_nodes for t in _tensors(n.meta.get("val"))]
+
+
+def _depends_on_data(node: fx.Node) -> bool:
+    """Whether ``node`` makes or takes sizes or numbers that are computed from data.
+
+    A plan knows every address before it runs; such a value lies wherever the library puts it, and
+    so do views of it.
+    """
+    values = [node.meta["val"], *(n.meta.get("val") for n in node.all_input_nodes)]
+    numbers = [v for v in values if not isinstance(v, (torch.Tensor, tuple, list))]
+    for tensor in (t for v in values for t in _tensors(v)):
+        if tensor._has_symbolic_sizes_strides:
+            numbers += [*tensor.shape, *tensor.stride(), tensor.storage_offset()]
+    return any(
+        symbol_is_type(symbol, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT))
+        for number in numbers
+        if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool))
+        for symbol in number.node.expr.free_symbols
+    )
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
