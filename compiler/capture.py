@@ -27,6 +27,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from ..kernels.abi import Dim
 from . import capture_ops
 from .arguments import distinct, is_plain
+from .capture_experts import routed_experts
 from .capture_tree import Tree, flatten, leaf_names, unflatten
 from .captured import Captured, InputSpec, Mutation
 from .errors import CaptureError
@@ -62,9 +63,7 @@ def capture(
     shapes = (tuple(dict(d) or None for d in dynamic),) if dynamic else None
     try:
         with _ONE_AT_A_TIME, _quiet():
-            program = torch.export.export(
-                traced, tuple(tensors), dynamic_shapes=shapes, strict=False
-            )
+            program = _export(target, traced, tuple(tensors), shapes)
             # Autocast's conversions appear only when the program is traced through again.
             if torch._C._is_any_autocast_enabled() or capture_ops.needs_decomposition(program):
                 program = program.run_decompositions(capture_ops.decompositions())
@@ -73,6 +72,14 @@ def capture(
     except Exception as error:  # torch.export raises many kinds, all of them mean the same here
         raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
     return _Flat(program, traced, tree, leaves).captured()
+
+
+def _export(target: Any, traced: nn.Module, tensors: tuple[torch.Tensor, ...], shapes: Any) -> Any:
+    """torch's exported program, with experts as routed products where these can be captured."""
+    with routed_experts(target) as count:
+        with contextlib.suppress(Exception) if count else contextlib.nullcontext():
+            return torch.export.export(traced, tensors, dynamic_shapes=shapes, strict=False)
+    return torch.export.export(traced, tensors, dynamic_shapes=shapes, strict=False)
 
 
 class _Traced(nn.Module):

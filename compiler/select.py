@@ -29,7 +29,10 @@ from . import sizes
 from .spec import Spec
 from .trial import Trial, numbers
 
-TEMPLATES = ("pointwise", "rows", "reduce", "gemm", "conv", "pool", "attention")
+TEMPLATES = (
+    *("pointwise", "rows", "reduce", "gemm", "conv", "pool", "attention"),
+    *("route", "experts"),
+)
 HEAVY = ("gemm", "conv", "pool", "attention")
 CANDIDATES = {"off": 1, "quick": 3, "full": 6}
 REPORT = "set PLAIT_DEBUG=1 to see where, and report it"

@@ -7,6 +7,7 @@ from those, so it neither runs operators nor needs the model's Python code.
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -279,6 +280,8 @@ def _target(text: str) -> Any:
         return getattr(torch.ops.higher_order, name)
     space, _, rest = name.partition("::")
     packet, _, overload = rest.partition(".")
+    if space == "plait":
+        importlib.import_module("..kernels.routing", __package__)  # defines them
     try:
         found = getattr(getattr(getattr(torch.ops, space), packet), overload)
     except AttributeError:

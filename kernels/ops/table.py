@@ -99,6 +99,8 @@ CATEGORIES = (
     "conv",
     "pool",
     "attention",
+    "route",
+    "experts",
     "library",
     "symbolic",
 )
@@ -122,10 +124,10 @@ CATEGORY: dict[str, str] = {
         ("symbolic", SYMBOLIC),
     )
     for name in names
-}
+} | {"plait.route.default": "route", "plait.routed_linear.default": "experts"}
 """``str(target)`` of every operator that has a lowering, mapped to its category."""
 
-PRODUCTS = ("gemm", "conv")
+PRODUCTS = ("gemm", "conv", "experts")
 """Categories whose kernels compute in float32 and float64 only."""
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = frozenset(
