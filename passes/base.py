@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch.fx as fx
 
+from .pipeline_print import print_pipeline
 from .remarks import Remark
 
 
@@ -49,8 +50,6 @@ class Pass(ABC):
         """Transform a copy of ``graph_module``; the argument itself stays as it was."""
 
     def __str__(self) -> str:
-        from .pipeline_text import print_pipeline
-
         return print_pipeline([self])
 
     def options(self) -> dict[str, Any]:

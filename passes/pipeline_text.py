@@ -19,19 +19,17 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from . import registry
 from .base import Pass
+from .pipeline_print import RESERVED
 from .suggest import did_you_mean
 
 _TOKEN = re.compile(
     r'\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s,{}\[\]="]+)|(?P<mark>[,{}\[\]=]))'
 )
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-_BARE = re.compile(r'[^\s,{}\[\]="]+')
-_RESERVED = {"true", "false", "none"}
 
 
 class PipelineError(ValueError):
@@ -218,7 +216,7 @@ def _text(value: _Token | list[_Token]) -> str:
         raise ValueError
     if value.kind == "string":
         return json.loads(value.text)
-    if value.text in _RESERVED:
+    if value.text in RESERVED:
         raise ValueError
     return value.text
 
@@ -247,39 +245,3 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
             the message says what was expected and points at the place.
     """
     return tuple(_Parser(text).pipeline())
-
-
-def print_pipeline(passes: Iterable[Pass]) -> str:
-    """Text that `parse_pipeline` reads as the same passes; default options are left out."""
-    return ",".join(_print_pass(item) for item in passes)
-
-
-def _print_pass(item: Pass) -> str:
-    options = []
-    for f in dataclasses.fields(item):
-        value = getattr(item, f.name)
-        default = f.default
-        if f.default_factory is not dataclasses.MISSING:
-            default = f.default_factory()
-        if value != default or type(value) is not type(default):
-            options.append(f"{f.name}={_print_value(value)}")
-    return item.name + (f"{{{','.join(options)}}}" if options else "")
-
-
-def _print_value(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{','.join(map(_print_value, value))}]"
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        plain = _BARE.fullmatch(value) and value not in _RESERVED and not _looks_numeric(value)
-        return value if plain else json.dumps(value)
-    return repr(value)
-
-
-def _looks_numeric(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

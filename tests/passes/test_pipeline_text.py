@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from plait.passes import registry
 from plait.passes.base import Pass, PassResult
-from plait.passes.pipeline_text import PipelineError, parse_pipeline, print_pipeline
+from plait.passes.pipeline_print import print_pipeline
+from plait.passes.pipeline_text import PipelineError, parse_pipeline
 
 
 @dataclass(frozen=True)
