@@ -33,13 +33,14 @@ def forward(
     tokens, k = top_k_index.shape
     offsets, order = routing.route(top_k_index, self.num_experts)
     first = "gate_up_proj" if self.has_gate else "up_proj"
-    inner = routing.routed_linear(
-        hidden_states, offsets, order, getattr(self, first),
+    weight = getattr(self, first)
+    inner = routing.routed_linear(  # autocast does not reach into operators of ours
+        hidden_states.to(weight.dtype), offsets, order, weight,
         getattr(self, f"{first}_bias") if self.has_bias else None, self.is_transposed, k, False,
     )  # fmt: skip
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     out = routing.routed_linear(
-        inner, offsets, order, self.down_proj,
+        inner.to(self.down_proj.dtype), offsets, order, self.down_proj,
         self.down_proj_bias if self.has_bias else None, self.is_transposed, 0, True,
     )  # fmt: skip
     if getattr(self, "has_post_expert_norm", False):
