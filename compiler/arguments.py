@@ -50,7 +50,7 @@ def distinct(tensors: Sequence[Tensor], others: Iterable[Tensor]) -> list[Tensor
 
     Export takes tensors that are the same for one input, however later calls give them.
     """
-    seen = {t.untyped_storage().data_ptr() for t in others if is_plain(t)} - {0}
+    seen = {t.untyped_storage().data_ptr() for t in others if is_plain(t) and t.numel()}
     out: list[Tensor] = []
     for tensor in tensors:
         tensor = tensor.detach().resolve_conj().resolve_neg()

@@ -23,6 +23,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.parameter import is_lazy
 
 from ..kernels.abi import Dim
 from . import capture_ops
@@ -31,7 +32,7 @@ from .capture_experts import routed_experts
 from .capture_tree import Tree, flatten, leaf_names, unflatten
 from .captured import Captured, InputSpec, Mutation
 from .errors import CaptureError
-from .watch import modules_of
+from .watch import Attributes, modules_of
 
 _ONE_AT_A_TIME = threading.RLock()
 """Export swaps a module's weights for fakes while it traces, and patches torch."""
@@ -58,7 +59,11 @@ def capture(
     leaves, tree = flatten((tuple(args), dict(kwargs)))
     _check_inputs(leaves, tree)
     traced = _Traced(target, leaves, tree)
-    weights = [t for m in modules_of(target) for t in (*m.parameters(), *m.buffers())]
+    roots = modules_of(target)
+    weights = [t for m in roots for t in (*m.parameters(), *m.buffers())]
+    if any(map(is_lazy, weights)):
+        raise CaptureError("PLT-CAP-020", "weights get their shapes at the first call")
+    traced.attributes = attributes = Attributes(roots)
     tensors = distinct([x for x in leaves if isinstance(x, torch.Tensor)], weights)
     shapes = (tuple(dict(d) or None for d in dynamic),) if dynamic else None
     try:
@@ -71,6 +76,8 @@ def capture(
         raise
     except Exception as error:  # torch.export raises many kinds, all of them mean the same here
         raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
+    finally:
+        attributes.restore()
     return _Flat(program, traced, tree, leaves).captured()
 
 
@@ -90,6 +97,7 @@ class _Traced(nn.Module):
         self.target = target  # a module is registered by this: its weights become lifted
         self._call = (leaves, tree)
         self.result = _Holder()
+        self.attributes: Attributes | None = None
         self.training = getattr(target, "training", False)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -106,6 +114,13 @@ class _Traced(nn.Module):
         if not same or tree_after.count != tree.count:
             raise CaptureError(
                 "PLT-CAP-005", "the program changes a container it is given", "return it instead"
+            )
+        changed = self.attributes.changed() if self.attributes is not None else None
+        if changed is not None:
+            raise CaptureError(
+                "PLT-CAP-019",
+                f"the program changes the attribute {changed!r} of a module",
+                "make it a buffer, or return it",
             )
         flat, out_tree = flatten(out, objects=True)
         for leaf in flat:

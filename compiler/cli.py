@@ -41,7 +41,8 @@ Pipeline = Annotated[
     str | None, typer.Option("--pipeline", "-p", help="Passes, such as 'normalize,fuse-vertical'.")
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", min=1, help="Threads to use (torch's default).")
+    int | None,
+    typer.Option("--threads", "-t", min=1, max=1024, help="Threads to use (torch's default)."),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..bench import harness, peers, report, workloads
 from ..bench.environment import environment
-from .cli_error import CliError
+from .cli_error import CliError, check_output
 
 
 def show_registry() -> None:
@@ -47,8 +47,7 @@ def bench(
     """
     if size not in workloads.SIZES:
         raise CliError(f"unknown size {size!r}", f"use {' or '.join(workloads.SIZES)}")
-    if output is not None and not output.resolve().parent.is_dir():
-        raise CliError(f"folder {output.resolve().parent} does not exist", "make it first")
+    check_output(output)
     try:
         chosen = workloads.select(names)
         engaged = peers.select([p.strip() for p in engines.split(",") if p.strip()])

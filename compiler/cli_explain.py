@@ -15,12 +15,13 @@ from ..bench.bounds import Machine, measure_machine
 from ..passes.remarks import render
 from ..runtime.profile import StepTime, profile_steps
 from .capture_tree import flatten
-from .cli_error import CliError
+from .cli_error import CliError, check_output
 from .cli_model import Loaded, compile_loaded, newest
 
 
 def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: Path | None) -> None:
     """Prints the steps in order, slowest marked, then totals and remarks; JSON where asked."""
+    check_output(output)
     console = Console()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -32,13 +32,13 @@ from .api import compile
 from .capture import capture
 from .capture_tree import unflatten
 from .captured import Captured
-from .cli_error import CliError
+from .cli_error import CliError, check_output
 from .compiled import Compiled, as_call
 from .errors import CaptureError
 from .pipeline import DEFAULT_PIPELINE
 from .program import Program
 
-_INPUT = re.compile(r"(\w+)\[([\d,\s]*)\]")
+_INPUT = re.compile(r"(\w+)\[\s*((?:\d+\s*,\s*)*\d+)?\s*\]")
 _FREE_SIZE = 8  # what a dimension without a fixed size becomes in made-up inputs
 
 
@@ -75,7 +75,7 @@ def load(name: str, inputs: Sequence[str]) -> Loaded:
     if not isinstance(target, nn.Module) and callable(target):
         try:
             target = target()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise CliError(
                 f"{name} raised {type(error).__name__}: {_line(error)}",
                 "it is called without arguments and returns a model, or (model, example_inputs)",
@@ -169,6 +169,7 @@ def run(
     save: Path | None,
 ) -> None:
     """Compiles, checks against eager and prints times. Exits with 1 where the answers differ."""
+    check_output(save)
     console = Console()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -220,8 +221,12 @@ def _make_input(text: str) -> torch.Tensor:
     dtype = getattr(torch, match[1], None)
     if not isinstance(dtype, torch.dtype):
         raise CliError(f"--input: torch has no dtype {match[1]!r}", "use float32, int64, ...")
-    shape = [int(d) for d in match[2].replace(" ", "").split(",") if d]
-    return _random(shape, dtype)
+    shape = [int(d) for d in (match[2] or "").split(",") if d]
+    try:
+        return _random(shape, dtype)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = re.sub(r"^\[enforce fail.*?\] \S+ == \d+\. ", "", _line(error))
+        raise CliError(f"--input {text!r} cannot be made: {reason}", "use another") from error
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -249,7 +254,7 @@ def _module(where: str) -> Any:
         return module
     except CliError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CliError(
             f"importing {where!r} raised {type(error).__name__}: {_line(error)}",
             "check the name, and that it imports from this folder",

@@ -214,7 +214,13 @@ class Compiled(nn.Module):
 
 
 def as_call(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Arguments and keyword arguments that ``example_inputs`` stands for."""
+    """Arguments and keyword arguments that ``example_inputs`` stands for.
+
+    Raises InputError for an iterator, which could be read only once.
+    """
+    if isinstance(example_inputs, Iterator):
+        kind = type(example_inputs).__name__
+        raise InputError("PLT-INP-001", f"example_inputs is a {kind}", "give a tuple or a dict")
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs), {}
     if isinstance(example_inputs, Mapping):

@@ -243,11 +243,13 @@ class Dispatcher:
         said or kept: what was wrong may be this call's arguments.
         """
         result = self._original(args, kwargs)
+        error = refused.error
+        if error.remark == "PLT-CAP-020":
+            return result  # now that the shapes are known the next call can be captured
         with self._lock:
             if refused.bucket is not None:
                 refused.bucket.hopeless = True
             self._table[key] = None
-        error = refused.error
         self.say(error.remark, f"{error.reason}; the original runs", error.hint)
         return result
 
@@ -419,8 +421,8 @@ class Dispatcher:
         except Exception as error:
             if os.environ.get(DEBUG):
                 raise
-            text = str(error).strip().splitlines() or [""]
-            reason = f"{type(error).__name__}: {text[0]}"[:300]
+            text = " ".join(str(error).split("\n")[:2]).strip()
+            reason = f"{type(error).__name__}: {text}"[:300]
             self.say(
                 "PLT-CAP-015",
                 f"code generation failed ({reason}); the original runs",

@@ -56,7 +56,8 @@ def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
         clock.append((name, time.perf_counter()))
 
     with torch.no_grad():
-        result = PassManager(options.pipeline or DEFAULT_PIPELINE).run(captured.graph_module)
+        pipeline = DEFAULT_PIPELINE if options.pipeline is None else options.pipeline
+        result = PassManager(pipeline).run(captured.graph_module)
         graph = result.graph_module
         lap("passes")
         groups = groups_of(graph)

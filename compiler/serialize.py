@@ -15,6 +15,7 @@ The file is written beside its place and renamed, so a reader never sees half of
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import io
@@ -111,16 +112,17 @@ def load(path: str | Path) -> Compiled:
             _program_from_json(json.loads(members[f"program{i}/program.json"]), weights)
             for i in range(manifest["programs"])
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        compiled = Compiled(None, options, shell=_shell(captured), signature=signature)
+        compiled._dispatcher.remarks += remarks
+        for item in captured:
+            compiled._dispatcher.adopt(Program(item, build(item, options)))
+    except Exception as error:  # a file of other versions may hold anything
+        text = str(error).strip().splitlines() or [type(error).__name__]
         raise FileError(
             "PLT-SAV-005",
-            f"{path} cannot be used here: {error}",
+            f"{path} cannot be used here: {text[0]}",
             "load it with the versions that saved it, or compile the model again",
         ) from error
-    compiled = Compiled(None, options, shell=_shell(captured), signature=signature)
-    compiled._dispatcher.remarks += remarks
-    for item in captured:
-        compiled._dispatcher.adopt(Program(item, build(item, options)))
     return compiled
 
 
@@ -146,6 +148,10 @@ def _signature_from_json(data: list[Any] | None) -> inspect.Signature | None:
 
 
 def _write(path: Path, members: Mapping[str, bytes]) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # renaming would replace a device by a file
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -8,6 +8,7 @@ about 0.15 microseconds for a tensor.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import itertools
 import operator
@@ -72,8 +73,14 @@ def locate(module: nn.Module, name: str) -> tuple[dict[str, Any], str] | None:
     return None
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS]
+
+
 class Structure:
-    """The submodules below some modules: whether they are the same, and whether any trains."""
+    """The submodules below some modules and their hooks: whether they are the same, and whether any
+    module trains.
+    """
 
     def __init__(self, roots: Sequence[nn.Module]) -> None:
         self.roots = list(roots)
@@ -85,26 +92,91 @@ class Structure:
         owners: list[dict[str, Any]] = []
         keys: list[str] = []
         parts: list[Any] = []
+        tables: list[Mapping[Any, Any]] = list(_GLOBAL_HOOKS)
         for module in dict.fromkeys(m for root in self.roots for m in root.modules()):
             self.modules.append(module)
+            tables += [module._modules, *(getattr(module, name) for name in _HOOKS)]
             for key, part in module._modules.items():
                 owners.append(module._modules)
                 keys.append(key)
                 parts.append(part)
         flags = [vars(m) for m in self.modules]
+        empty = [t for t in tables if not t]  # most are, and truth is the quickest to ask for
+        filled = [t for t in tables if t]
+        entries = list(map(list, filled))
 
         def training() -> bool:
             """Whether any module is in training mode."""
             return any(map(_getitem, flags, _TRAINING))
 
         def changed() -> bool:
-            """Whether a submodule was replaced or removed since the last snapshot."""
+            """Whether a submodule or a hook was added, replaced or removed since the snapshot."""
             try:
-                return not all(map(_is, map(_getitem, owners, keys), parts))
+                return (
+                    any(empty)
+                    or list(map(list, filled)) != entries
+                    or not all(map(_is, map(_getitem, owners, keys), parts))
+                )
             except KeyError:
                 return True
 
         self.training, self.changed = training, changed
+
+
+class Attributes:
+    """Plain attributes of modules, to notice that tracing a program changed one, and to undo it."""
+
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
+        modules = dict.fromkeys(m for root in roots for m in root.modules())
+        self._before = [(vars(m), {k: _kept(v) for k, v in vars(m).items()}) for m in modules]
+
+    def changed(self) -> str | None:
+        """The name of an attribute that is not what it was, or None."""
+        for now, before in self._before:
+            for name in now.keys() | before.keys():
+                if name in _TABLES:
+                    continue  # weights are watched, and export puts them back
+                if name not in now or name not in before or not _same(now[name], *before[name]):
+                    return name
+        return None
+
+    def restore(self) -> None:
+        """Puts everything back that is not what it was."""
+        for now, before in self._before:
+            for name in [n for n in now if n not in before and n not in _TABLES]:
+                del now[name]
+            for name, (value, content) in before.items():
+                if name in _TABLES or (name in now and _same(now[name], value, content)):
+                    continue
+                now[name] = value
+                if isinstance(value, list):
+                    value[:] = content
+                elif isinstance(value, dict | set):
+                    value.clear()
+                    value.update(content)
+
+
+_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def _kept(value: Any) -> tuple[Any, Any]:
+    """A value with a copy of what it holds, where it is a container that may change."""
+    return value, (copy.copy(value) if type(value) in (list, dict, set) else None)
+
+
+def _same(now: Any, value: Any, content: Any) -> bool:
+    if now is not value:
+        return type(now) in (int, float, bool, str, type(None)) and (
+            type(now) is type(value) and now == value
+        )
+    if content is None:
+        return True
+    if isinstance(now, dict):
+        return [*map(id, now), *map(id, now.values())] == [
+            *map(id, content),
+            *map(id, content.values()),
+        ]
+    return list(map(id, now)) == list(map(id, content))
 
 
 def modules_of(target: Any) -> list[nn.Module]:
@@ -119,7 +191,8 @@ def modules_of(target: Any) -> list[nn.Module]:
             return
         seen.add(id(value))
         if isinstance(value, nn.Module):
-            found.append(value)
+            wrapped = vars(value).get("_original")  # a compiled one, perhaps of a function
+            found.append(value) if wrapped is None else visit(wrapped, depth)
         elif isinstance(value, list | tuple):
             for item in value:
                 visit(item, depth + 1)

@@ -31,6 +31,9 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # would crash when it is loaded as plain C.
 _RUNTIME_MARKS = (b"__TVM", b"TVMFFI", b"TVMBackend")
 
+_ROOM = 32 << 20
+"""Bytes that must be free where object files are written."""
+
 
 class BuildError(RuntimeError):
     """No kernel of a batch could be compiled, or the linker failed; says why."""
@@ -95,6 +98,8 @@ def build(
     compiler = c_compiler() if link else None
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="plait-build-") as scratch:
+        if shutil.disk_usage(scratch).free < _ROOM:
+            compiler = None  # LLVM ends the process when it cannot write an object file
         parts = _split(list(functions), jobs)
 
         def compile_part(number: int) -> list[Any]:
@@ -125,7 +130,10 @@ def available_cpus() -> int:
 @functools.cache
 def c_compiler() -> tuple[str, ...] | None:
     """The C compiler as a command: ``$CC``, or the first of cc, gcc and clang; None without one."""
-    chosen = shlex.split(os.environ.get("CC", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # unbalanced quotes name no command
+        chosen = []
     candidates = [chosen] if chosen else [["cc"], ["gcc"], ["clang"]]
     for command in candidates:
         if shutil.which(command[0]):

@@ -182,6 +182,8 @@ CATALOGUE: dict[str, str] = {
     "PLT-CAP-016": "The model is in training mode; the original runs.",
     "PLT-CAP-017": "Weights change at almost every call; the original runs.",
     "PLT-CAP-018": "An argument that is written shares memory; the original ran this call.",
+    "PLT-CAP-019": "The model changes a plain attribute of a module; the original runs.",
+    "PLT-CAP-020": "Weights get their shapes at the first call, which the original ran.",
     "PLT-CNV-001": "A convolution's stride, padding or dilation depends on symbols.",
     "PLT-CNV-002": "What follows a convolution in its group is not elementwise over it.",
     "PLT-CNV-003": "The weight of a convolution is computed; kernels pack constant weights.",

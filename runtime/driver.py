@@ -374,20 +374,31 @@ def launch_function() -> Any:
     directory = Path(os.environ.get("PLAIT_CACHE_DIR") or platformdirs.user_cache_dir("plait"))
     path = directory / f"driver-{hashlib.sha256(llvm_ir().encode()).hexdigest()[:16]}.so"
     prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
-    if not path.exists():
+    if not _is_whole(path):
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=directory) as scratch:
                 built = Path(scratch) / "driver.so"
                 _compile_module(with_address=False).export_library(str(built))
+                with built.open("ab") as file:  # loaders ignore what follows the sections
+                    file.write(hashlib.sha256(built.read_bytes()).hexdigest().encode())
                 built.replace(path)
-        except (OSError, RuntimeError):
+        except Exception:  # no linker (TVM raises TypeError), no room, no rights
             return _in_process(prototype)
     try:
         return prototype(("plait_launch", ctypes.CDLL(str(path))))
     except (OSError, AttributeError):  # cut short or from another machine: build it afresh
         path.unlink(missing_ok=True)
         return _in_process(prototype)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a kept driver ends in its own checksum: mapping one cut short kills the process."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-64]).hexdigest().encode() == content[-64:]
 
 
 def _in_process(prototype: Any) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import os
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -306,3 +309,133 @@ def test_assertions_of_the_model_are_kept() -> None:
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
     with pytest.raises(RuntimeError, match="not positive"):
         compiled(-torch.ones(2))
+
+
+# -- models that change ----------------------------------------------------------------------------
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m[1].register_forward_hook(lambda module, args, out: out * 10),
+        lambda m: m.register_forward_hook(lambda module, args, out: out * 10),
+        lambda m: m.register_forward_pre_hook(lambda module, args: (args[0] * 10,)),
+        lambda m: m.append(nn.Tanh().eval()),
+        lambda m: m.insert(1, nn.Tanh().eval()),
+    ],
+    ids=["inner", "outer", "before", "append", "insert"],
+)
+def test_hooks_and_modules_added_later_are_seen(change: Callable[[Any], Any]) -> None:
+    model, x = _net(), torch.randn(2, 4)
+    compiled = compile(model)
+    plain = compiled(x)
+    handle = change(model)
+    torch.testing.assert_close(compiled(x), model(x))
+    if hasattr(handle, "remove"):
+        handle.remove()
+        torch.testing.assert_close(compiled(x), plain)
+
+
+def test_hooks_of_all_modules_are_seen() -> None:
+    model, x = _net(), torch.randn(2, 4)
+    compiled = compile(model)
+    compiled(x)
+    double = nn.modules.module.register_module_forward_hook(lambda module, args, out: out * 2)
+    try:
+        torch.testing.assert_close(compiled(x), model(x))
+    finally:
+        double.remove()
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+class Counter(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.count, self.seen = how, 0, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "number":
+            self.count += 1
+        elif self.how == "list":
+            self.seen.append(x + 1)
+        else:
+            self.last = x + 1
+        return x * (1 + self.count + len(self.seen))
+
+
+@pytest.mark.parametrize("how", ["number", "list", "new"])
+def test_a_model_that_changes_its_attributes_runs_as_it_is(how: str) -> None:
+    model, twin = Counter(how).eval(), Counter(how).eval()
+    compiled = compile(model)
+    for i in range(3):
+        x = torch.full((2,), float(i))
+        assert torch.equal(compiled(x), twin(x))
+    assert (model.count, len(model.seen)) == (twin.count, len(twin.seen))
+    assert how != "new" or torch.equal(model.last, twin.last)
+    assert ids(compiled) == ["PLT-CAP-019"]
+
+
+def test_lazy_modules_are_compiled_once_their_shapes_are_known() -> None:
+    model = nn.Sequential(nn.LazyLinear(5), nn.ReLU()).eval()
+    compiled, x = compile(model), torch.randn(2, 4)
+    first = compiled(x)
+    torch.testing.assert_close(compiled(x), first)
+    assert ids(compiled) == [] and len(compiled.programs) == 1
+
+
+def test_a_compiled_function_that_calls_itself() -> None:
+    global _power
+    _power = compile(_double)
+    assert torch.equal(_power(torch.ones(2), 5), torch.full((2,), 32.0))
+
+
+def _double(x: torch.Tensor, n: int) -> torch.Tensor:
+    return x if n == 0 else _power(x, n - 1) * 2
+
+
+_power: Any = None
+
+
+# -- options, files and the machine ----------------------------------------------------------------
+
+
+def test_an_iterator_is_no_example() -> None:
+    with pytest.raises(plait.InputError, match="example_inputs is a generator"):
+        compile(_net(), example_inputs=(torch.randn(2, 4) for _ in range(1)))
+
+
+def test_an_empty_pipeline_has_no_passes() -> None:
+    model, x = _net(), torch.randn(2, 4)
+    compiled = compile(model, pipeline="")
+    torch.testing.assert_close(compiled(x), model(x))
+    assert all(hasattr(s, "target") for s in compiled.plan.steps)
+
+
+def test_saving_over_what_is_no_file(tmp_path: Any) -> None:
+    compiled = compile(_net(), example_inputs=(torch.randn(2, 4),))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path, why in ((tmp_path, "Is a directory"), (pipe, "not a regular file")):
+        with pytest.raises(plait.FileError, match=f"PLT-SAV-003.*{why}"):
+            compiled.save(path)
+    assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
+
+
+def test_a_file_with_a_pipeline_of_other_passes_is_one_clear_error(tmp_path: Any) -> None:
+    path = tmp_path / "m.plait"
+    compile(_net(), example_inputs=(torch.randn(2, 4),)).save(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    manifest = json.loads(members["manifest.json"])
+    manifest["options"]["pipeline"] = "no-such-pass"
+    members["manifest.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(plait.FileError, match="PLT-SAV-005: .*no-such-pass"):
+        plait.load(path)

@@ -44,6 +44,9 @@ def sorts():
             return torch.sort(x).values
     return Sorts(), (torch.randn(9),)
 
+def leaves():
+    raise SystemExit(3)
+
 def fails():
     raise RuntimeError("no weights here")
 
@@ -95,6 +98,7 @@ def test_version_is_the_packages() -> None:
         ("nothing", "is neither a file nor module:function", "write it as package.module:function"),
         ("no_such_module_x:f", "raised ModuleNotFoundError", "check the name"),
         ("{models}:smal", "has no 'smal'", "did you mean 'small'?"),
+        ("{models}:leaves", "raised SystemExit: 3", "it is called without arguments"),
         ("{models}", "names no function", ":function"),
         ("/nowhere/model.py:f", "there is no file /nowhere/model.py", "check the path"),
         ("{models}:fails", "raised RuntimeError: no weights here", "is called without arguments"),
@@ -111,7 +115,15 @@ def test_a_wrong_model_name_gets_one_clear_line(
 
 
 @pytest.mark.parametrize(
-    ("text", "cause"), [("4,8", "is not understood"), ("float33[4]", "no dtype 'float33'")]
+    ("text", "cause"),
+    [
+        ("4,8", "is not understood"),
+        ("float33[4]", "no dtype 'float33'"),
+        ("float32[,,]", "is not understood"),
+        ("float32[3,99999999999999999999]", "cannot be made: randn(): argument 'size'"),
+        ("float32[3000000000,3000000000]", "cannot be made: Storage size calculation overflowed"),
+        ("qint8[3]", "cannot be made: empty_strided not supported on quantized"),
+    ],
 )
 def test_a_wrong_input_gets_one_clear_line(models: str, text: str, cause: str) -> None:
     assert cause in error_of("check", f"{models}:bare", "--input", text)
@@ -232,6 +244,19 @@ def test_explain_shows_each_step_and_writes_json(models: str, tmp_path: Path) ->
         assert step["bound_by"] in ("compute", "memory")
     assert document["remarks"]
     assert "bound" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("explain", "--json"), ("run", "--save"), ("bench", "--json")]
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    models: str, tmp_path: Path, command: str, option: str
+) -> None:
+    what = "chain30" if command == "bench" else f"{models}:small"
+    for path, cause in ((tmp_path, "is a folder"), (tmp_path / "no" / "x", "does not exist")):
+        result = plait(command, what, option, path)
+        assert result.exit_code == 2 and cause in result.stderr
+        assert not result.stdout
 
 
 # -- cache --------------------------------------------------------------------------------------
