@@ -196,9 +196,9 @@ def library_reason(node: fx.Node) -> str | None:
             return f"{name} in {tensor.dtype} is faster in the library"
     if "val" not in node.meta:
         return f"{name} has no shape information"
+    if _depends_on_data(node):  # first, for checks compare sizes
+        return f"{name}: a size is known only at run time"
     reason = next(filter(None, (narrowed(node) for narrowed in _CHECKS.get(name, ()))), None)
-    if reason is None and _depends_on_data(node):
-        reason = "a size is known only at run time"
     return f"{name}: {reason}" if reason else None
 
 

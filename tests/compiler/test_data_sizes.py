@@ -57,6 +57,10 @@ def _masked_scatter(x: Tensor, marks: Tensor) -> Tensor:
     return x.masked_scatter(marks.bool().unsqueeze(-1), x.flip(1) * 3) + 1
 
 
+def _last_place(x: Tensor, marks: Tensor) -> Tensor:
+    return x[marks.bool()].argmax(0) + x[marks.bool()].amax(0).round().long()
+
+
 CASES: dict[str, Callable[..., Tensor]] = {
     "last-marked": LastMarked().eval(),
     "scatter-rows": _scatter_rows,
@@ -65,6 +69,7 @@ CASES: dict[str, Callable[..., Tensor]] = {
     "windows": _windows,
     "normed": _normed,
     "masked-scatter": _masked_scatter,
+    "extremes": _last_place,
 }
 
 
