@@ -20,9 +20,9 @@ _tracer = torch._C._get_tracing_state
 def watched() -> bool:
     """Whether something needs to see every operator: vmap, forward-mode AD, a tracer, a mode."""
     return (
-        _levels() is not None
+        forward_ad._current_level >= 0
         or _modes() > 0
-        or forward_ad._current_level >= 0
+        or _levels() is not None
         or _tracer() is not None
     )
 

@@ -53,15 +53,18 @@ class Program:
     def ready(self) -> None:
         """Call after `executable` was replaced."""
         self._run: Callable[[Sequence[Tensor]], list[Tensor]] = self.executable.run
-        self._simple = self._single and not self.captured.mutations
         self._written = [m.input for m in self.captured.mutations]
         self._checks = self._index_checks()
+        conjugable = any(i.dtype.is_complex for i in self.captured.inputs)
+        self._simple = self._single and not (conjugable or self._written or self._checks)
         where = self._places()
         self.watch = Watch(where) if where else None
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         """The result for ``tensors``, whose sizes satisfy `matches`. Raises Unfit."""
         self._calls += 1
+        if self._simple and not (_inference() or _autocast() or any(map(_is_neg, tensors))):
+            return self._run(tensors)[0]
         given = tensors
         if any(map(_is_neg, tensors)) or any(map(_is_conj, tensors)):
             tensors = [t.resolve_conj().resolve_neg() for t in tensors]
@@ -70,10 +73,9 @@ class Program:
         if _inference() or _autocast():
             with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
                 results = self._run([*tensors, *self.captured.states])
-            return self._result(given, results)
-        if self._simple:
-            return self._run(tensors)[0]
-        return self._result(given, self._run([*tensors, *self.captured.states]))
+        else:
+            results = self._run([*tensors, *self.captured.states])
+        return self._result(given, results)
 
     def _check(self, tensors: list[Tensor]) -> None:
         """Raises Unfit for indices out of range, and for memory that is written and shared."""

@@ -111,9 +111,9 @@ class Structure:
         def changed() -> bool:
             """Whether a submodule or a hook was added, replaced or removed since the snapshot."""
             try:
-                return (
+                return bool(
                     any(empty)
-                    or list(map(list, filled)) != entries
+                    or (entries and list(map(list, filled)) != entries)
                     or not all(map(_is, map(_getitem, owners, keys), parts))
                 )
             except KeyError:
