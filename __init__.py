@@ -11,11 +11,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compiler.api import compile
+    from .compiler.api import compile, load
     from .compiler.compiled import Compiled
     from .compiler.errors import CaptureError, FileError, InputError, OptionError, PlaitError
     from .compiler.options import Options
-    from .compiler.serialize import load
     from .passes.remarks import Remark
 
 __version__ = "0.1.0"
@@ -30,7 +29,7 @@ _EXPORTS = {
     "PlaitError": "compiler.errors",
     "Remark": "passes.remarks",
     "compile": "compiler.api",
-    "load": "compiler.serialize",
+    "load": "compiler.api",
 }
 
 __all__ = [

@@ -1,17 +1,21 @@
-"""`plait.compile`: the one entry point, as a function and as a decorator."""
+"""`plait.compile`, as a function and as a decorator, and `plait.load`."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, overload
 
 from torch import nn
 
+from . import serialize
+from .build import build
 from .compiled import Compiled
 from .errors import OptionError
 from .options import Options
+from .program import Program
 
 
 @overload
@@ -125,3 +129,21 @@ def _compile_class(model: type[nn.Module], options: Options, dynamic_shapes: Any
         "_settings": (options, dynamic_shapes),
     }
     return _CompiledClass(model.__name__, (model,), body)
+
+
+def load(path: str | Path) -> Compiled:
+    """The compiled model in ``path``. Its Python code is not needed.
+
+    Results of classes that were not imported come back as `capture_tree.Record` (fields by name).
+    Raises FileError when the file is missing, truncated, altered or of another version.
+    """
+    path = Path(path)
+    saved = serialize.read(path)
+    try:
+        compiled = Compiled(None, saved.options, shell=saved.shell, signature=saved.signature)
+        compiled._dispatcher.remarks += saved.remarks
+        for captured in saved.programs:
+            compiled._dispatcher.adopt(Program(captured, build(captured, saved.options)))
+    except Exception as error:
+        raise serialize.unusable(path, error) from error
+    return compiled

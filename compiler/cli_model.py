@@ -29,6 +29,7 @@ from ..kernels.ops import category, library_reason
 from ..passes.manager import PassManager
 from ..passes.remarks import render
 from .api import compile
+from .api import load as load_saved
 from .capture import capture
 from .capture_tree import unflatten
 from .captured import Captured
@@ -65,9 +66,7 @@ def load(name: str, inputs: Sequence[str]) -> Loaded:
             )
         if path.suffix == ".py":
             raise CliError(f"{name!r} names no function", f"write {name}:function")
-        from .serialize import load as load_file
-
-        compiled = load_file(path)
+        compiled = load_saved(path)
         args, kwargs = example_arguments(newest(compiled).captured)
         return Loaded(name, compiled, given or args, {} if given else kwargs, saved=True)
     where, _, attribute = name.rpartition(":")

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from ..bench.measure import interleave
 from ..kernels import tune as tuner
+from .api import load
 from .capture_tree import flatten
 from .cli_error import CliError
 from .cli_model import Loaded, compile_loaded, newest
 from .pipeline import CompiledGraph
-from .serialize import load
 from .tuning import tune_graph
 
 ROUNDS = 5

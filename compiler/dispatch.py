@@ -9,13 +9,11 @@ left open.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch.export import Dim
 
 from ..passes.remarks import Remark
 from .arguments import is_plain, positional, signature_of, tensor_names, watched
+from .build import build, collector_paused
 from .capture import SCALARS, argument_names, capture
 from .capture_tree import Tree, flatten, unflatten
 from .captured import Captured, check_tensors, describe
@@ -45,19 +44,6 @@ MAX_KEYS = 4096
 _VALUES = frozenset(SCALARS)
 _autocast = torch._C._is_any_autocast_enabled
 _default_dtype = torch.get_default_dtype
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without garbage collection: graphs are many live objects, which it would visit in vain, for
-    a fifth of the time of a compilation."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @dataclass
@@ -273,7 +259,7 @@ class Dispatcher:
             args, kwargs, order = self._canonical(args, kwargs)
             if order is not None:
                 tensors = [tensors[i] for i in order]
-            with _collector_paused():
+            with collector_paused():
                 program = self._program(tensors, args, kwargs)
             found = None if program is None else (program, order)
             self._table[key] = found
@@ -507,15 +493,3 @@ class Dispatcher:
         fixed = [next(specs) if slot is None else slot[0] for slot in captured.in_leaves]
         structure = structure_key(fixed, captured.in_tree, False)
         self._buckets.setdefault(structure, Bucket()).programs.append(program)
-
-
-def build(captured: Captured, options: Options) -> Executable:
-    """Compiles outside of whatever modes the caller happens to be in."""
-    from .pipeline import compile_graph
-
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
-        return compile_graph(captured, options)

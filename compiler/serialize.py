@@ -24,7 +24,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,9 @@ from torch import nn
 from ..passes.remarks import Remark
 from . import capture_tree
 from .captured import Captured, InputSpec, Mutation
-from .compiled import Compiled
-from .dispatch import Dispatcher, build
+from .dispatch import Dispatcher
 from .errors import FileError
 from .options import Options
-from .program import Program
 from .serialize_graph import (
     Symbols,
     Unsavable,
@@ -95,35 +93,47 @@ def save(dispatcher: Dispatcher, path: Path) -> None:
         raise FileError("PLT-SAV-003", f"cannot write {path}: {reason}") from error
 
 
-def load(path: str | Path) -> Compiled:
-    """The compiled model in ``path``. Its Python code is not needed.
+@dataclass
+class Saved:
+    """What a file holds: enough to make the compiled model anew."""
 
-    Results of classes that were not imported come back as `capture_tree.Record` (fields by name).
-    Raises FileError when the file is missing, truncated, altered or of another version.
+    options: Options
+    signature: inspect.Signature | None
+    remarks: list[Remark]
+    programs: list[Captured]
+    shell: nn.Module
+
+
+def read(path: Path) -> Saved:
+    """The contents of ``path``. Raises FileError when it is missing, truncated, altered or of
+    another version.
     """
-    path = Path(path)
     manifest, members = _read(path)
     try:
-        options = Options(**manifest["options"])
-        signature = _signature_from_json(manifest["parameters"])
-        remarks = [Remark.from_json(r) for r in manifest["remarks"]]
         weights = _Weights.parse(members["weights.safetensors"])
-        captured = [
+        programs = [
             _program_from_json(json.loads(members[f"program{i}/program.json"]), weights)
             for i in range(manifest["programs"])
         ]
-        compiled = Compiled(None, options, shell=_shell(captured), signature=signature)
-        compiled._dispatcher.remarks += remarks
-        for item in captured:
-            compiled._dispatcher.adopt(Program(item, build(item, options)))
+        return Saved(
+            Options(**manifest["options"]),
+            _signature_from_json(manifest["parameters"]),
+            [Remark.from_json(r) for r in manifest["remarks"]],
+            programs,
+            _shell(programs),
+        )
     except Exception as error:  # a file of other versions may hold anything
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise FileError(
-            "PLT-SAV-005",
-            f"{path} cannot be used here: {text[0]}",
-            "load it with the versions that saved it, or compile the model again",
-        ) from error
-    return compiled
+        raise unusable(path, error) from error
+
+
+def unusable(path: Path, error: Exception) -> FileError:
+    """The error for a file whose contents cannot be made into a model."""
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return FileError(
+        "PLT-SAV-005",
+        f"{path} cannot be used here: {text[0]}",
+        "load it with the versions that saved it, or compile the model again",
+    )
 
 
 def _signature_to_json(signature: inspect.Signature | None) -> list[Any] | None:

@@ -243,7 +243,7 @@ class _Tuning:
         entrants = [self.bench.candidate(k, bundle.address(k.name)) for k in new]
         for role in (FAST, FRUGAL):
             entry = self.database.lookup(self.task.key, role)
-            if entry is not None:
+            if entry is not None and entry.seconds is not None:  # else it never raced: a candidate
                 old = self.task.revive(entry)
                 entrants.append(self.bench.candidate(old, self.database.address(entry)))
         results = race.race(

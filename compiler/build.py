@@ -1,0 +1,38 @@
+"""The surroundings of a compilation: no modes of the caller's, no garbage collection."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+import torch
+
+from .captured import Captured
+from .options import Executable, Options
+
+
+def build(captured: Captured, options: Options) -> Executable:
+    """Compiles outside of whatever modes the caller happens to be in."""
+    from .pipeline import compile_graph  # the passes are imported when they are needed
+
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        return compile_graph(captured, options)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without garbage collection: graphs are many live objects, which it would visit in vain, for
+    a fifth of the time of a compilation.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
