@@ -26,6 +26,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.parameter import is_lazy
 
 from ..kernels.abi import Dim
+from ..passes.remarks import Remark
 from . import capture_ops
 from .arguments import distinct, is_plain
 from .capture_experts import routed_experts
@@ -68,7 +69,7 @@ def capture(
     shapes = (tuple(dict(d) or None for d in dynamic),) if dynamic else None
     try:
         with _ONE_AT_A_TIME, _quiet():
-            program = _export(target, traced, tuple(tensors), shapes)
+            program, remarks = _export(target, traced, tuple(tensors), shapes)
             # Autocast's conversions appear only when the program is traced through again.
             if torch._C._is_any_autocast_enabled() or capture_ops.needs_decomposition(program):
                 program = program.run_decompositions(capture_ops.decompositions())
@@ -78,15 +79,28 @@ def capture(
         raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
     finally:
         attributes.restore()
-    return _Flat(program, traced, tree, leaves).captured()
+    captured = _Flat(program, traced, tree, leaves).captured()
+    captured.remarks += remarks
+    return captured
 
 
-def _export(target: Any, traced: nn.Module, tensors: tuple[torch.Tensor, ...], shapes: Any) -> Any:
+def _export(
+    target: Any, traced: nn.Module, tensors: tuple[torch.Tensor, ...], shapes: Any
+) -> tuple[Any, list[Remark]]:
     """torch's exported program, with experts as routed products where these can be captured."""
+
+    def export() -> Any:
+        return torch.export.export(traced, tensors, dynamic_shapes=shapes, strict=False)
+
     with routed_experts(target) as count:
-        with contextlib.suppress(Exception) if count else contextlib.nullcontext():
-            return torch.export.export(traced, tensors, dynamic_shapes=shapes, strict=False)
-    return torch.export.export(traced, tensors, dynamic_shapes=shapes, strict=False)
+        if not count:
+            return export(), []
+        try:
+            return export(), []
+        except Exception as error:
+            reason = f"{count} modules of experts keep the model's way: {_first_line(error)}"
+    hint = "their experts_implementation then decides how they run"
+    return export(), [Remark("PLT-CAP-021", "missed", "capture", (), reason, hint)]
 
 
 class _Traced(nn.Module):

@@ -35,6 +35,24 @@ def test_experts_become_routed_products(name: str) -> None:
     assert model.config._experts_implementation == before
 
 
+def test_experts_that_cannot_be_routed_run_the_models_way_and_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(*_: object) -> torch.Tensor:
+        raise ValueError("no routes today")
+
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "plait", refuses)
+    model, inputs = hf_models.MODELS["mixtral"]()
+    compiled = plait.compile(model, tune="off")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-4)
+    (remark,) = [r for r in compiled.remarks if r.id == "PLT-CAP-021"]
+    assert "no routes today" in remark.reason and remark.hint
+    assert compiled.plan is not None
+
+
 def test_a_saved_mixture_loads_in_a_process_without_transformers(tmp_path) -> None:
     model, inputs = hf_models.MODELS["mixtral"]()
     with torch.no_grad():
