@@ -23,7 +23,7 @@ from torch.utils._sympy import functions as sympy_functions
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from .abi import Dim, TensorArg
+from .abi import Dim, Kernel, Pack, TensorArg, compulsory_bytes
 
 Expr = Any  # tvm.tirx.Expr: TVM ships no type information
 ON_STACK = {"disable_lower_builtin": 1}
@@ -127,6 +127,30 @@ class Emitter:
         marks = {name: tir.IntImm("int32", value) for name, value in ON_STACK.items()}
         allocations = [tir.AllocBuffer(b, annotations=marks) for b in self._scratch]
         return func.with_body(tir.SeqStmt([*allocations, func.body]))
+
+    def kernel(
+        self,
+        tasks: Dim,
+        config: dict[str, Any],
+        *,
+        flops: Dim = 0,
+        packs: Sequence[Pack | None] = (),
+        func: Any = None,
+    ) -> Kernel:
+        """The finished kernel; ``func`` where it is not just what `finish` returns."""
+        inputs, outputs = tuple(self._inputs), tuple(self._outputs)
+        return Kernel(
+            name=self.name,
+            func=self.finish() if func is None else func,
+            inputs=inputs,
+            outputs=outputs,
+            symbols=tuple(self._symbols),
+            tasks=tasks,
+            packs=tuple(packs) or (None,) * len(inputs),
+            flops=flops,
+            bytes=compulsory_bytes(inputs + outputs),
+            config=config,
+        )
 
     @staticmethod
     def active() -> Emitter | None:

@@ -169,24 +169,15 @@ def shifted(source: Value, shape: Sequence[Any], dim: int, start: Expr, step: in
     return Value(tuple(shape), source.dtype, load)
 
 
-@converter("slice.Tensor")
+@converter("slice.Tensor", "narrow")
 def _slice(node: fx.Node, ctx: Context) -> Value:
     source: Any = node.args[0]
     dims = dims_of(source)
     dim = axis(argument(node, "dim"), len(dims))
     start = first_index(argument(node, "start"), dims[dim], ctx)
-    step = size(argument(node, "step"))
+    step = size(argument(node, "step", 1))  # narrow has none
     assert isinstance(step, int)
     return shifted(ctx.env[source], shape_of(node, ctx), dim, start, step)
-
-
-@converter("narrow")
-def _narrow(node: fx.Node, ctx: Context) -> Value:
-    source: Any = node.args[0]
-    dims = dims_of(source)
-    dim = axis(argument(node, "dim"), len(dims))
-    start = first_index(argument(node, "start"), dims[dim], ctx)
-    return shifted(ctx.env[source], shape_of(node, ctx), dim, start)
 
 
 @converter("select.int")

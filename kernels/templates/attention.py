@@ -89,18 +89,7 @@ def lower(
             T.evaluate(0)
         else:
             body(em, spec, config, lanes, operands, epilogue.store).task(task, blocks)
-    return Kernel(
-        name=name,
-        func=em.finish(),
-        inputs=inputs,
-        outputs=outputs,
-        symbols=symbols,
-        tasks=tasks,
-        packs=(None,) * len(inputs),
-        flops=spec.flops,
-        bytes=sum(product(a.shape) * a.dtype.itemsize for a in (*inputs, *outputs)),
-        config=config,
-    )
+    return em.kernel(tasks, config, flops=spec.flops)
 
 
 class _Epilogue:

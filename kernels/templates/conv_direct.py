@@ -31,7 +31,7 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel, Pack, ceil_div, compulsory_bytes, symbol_names
+from ..abi import Kernel, Pack, ceil_div, symbol_names
 from ..emit import Emitter, Expr
 from ..group import IO, Group
 from ..packing_conv import vector_starts
@@ -91,17 +91,8 @@ def lower(
             "conv_direct", (("groups", spec.groups), ("lanes", lanes), ("vectors", nv))
         )
     }
-    return Kernel(
-        name=name,
-        func=em.finish(),
-        inputs=inputs,
-        outputs=outputs,
-        symbols=symbols,
-        tasks=chunks * panels,
-        packs=tuple(packs.get(n) for n in group.inputs),
-        flops=spec.flops,
-        bytes=compulsory_bytes(inputs + outputs),
-        config=config,
+    return em.kernel(
+        chunks * panels, config, flops=spec.flops, packs=tuple(packs.get(n) for n in group.inputs)
     )
 
 

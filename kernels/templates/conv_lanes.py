@@ -17,7 +17,7 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel, Pack, ceil_div, compulsory_bytes, symbol_names
+from ..abi import Kernel, Pack, ceil_div, symbol_names
 from ..emit import Emitter, Expr
 from ..group import IO, Group
 from ..packing_conv import vector_starts
@@ -124,17 +124,11 @@ def lower(
             with T.serial(em.i64(0), em.dim(ceil_div(spec.ow, config["ri"]))) as wt:
                 body.tile(block, line, wt)
     pack = Pack("conv_direct", (("groups", 1), ("lanes", lanes), ("vectors", nv)))
-    return Kernel(
-        name=name,
-        func=em.finish(),
-        inputs=inputs,
-        outputs=outputs,
-        symbols=symbol_names(inputs + outputs),
-        tasks=ceil_div(rows, chunk) * blocks,
-        packs=tuple(pack if n is spec.weight else None for n in group.inputs),
+    return em.kernel(
+        ceil_div(rows, chunk) * blocks,
+        config,
         flops=spec.flops,
-        bytes=compulsory_bytes(inputs + outputs),
-        config=config,
+        packs=tuple(pack if n is spec.weight else None for n in group.inputs),
     )
 
 

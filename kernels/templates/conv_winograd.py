@@ -21,7 +21,7 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel, Pack, compulsory_bytes
+from ..abi import Kernel, Pack
 from ..emit import Emitter, Expr
 from ..group import IO, Group
 from ..packing_conv import vector_starts
@@ -117,17 +117,11 @@ def lower(
             body.multiply(block)
             body.transform_output(name_index(first), block)
     pack = Pack("conv_winograd", (("lanes", lanes), ("vectors", nv)))
-    return Kernel(
-        name=name,
-        func=em.finish(),
-        inputs=inputs,
-        outputs=outputs,
-        symbols=(),
-        tasks=-(-patches // tiles) * parts,
-        packs=tuple(pack if n is spec.weight else None for n in group.inputs),
+    return em.kernel(
+        -(-patches // tiles) * parts,
+        config,
         flops=spec.flops,
-        bytes=compulsory_bytes(inputs + outputs),
-        config=config,
+        packs=tuple(pack if n is spec.weight else None for n in group.inputs),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel, Pack, compulsory_bytes, product
+from ..abi import Kernel, Pack, product
 from ..emit import Emitter, Expr
 from ..group import IO, Group, Unsupported, symbols_of
 from ..ops import argument
@@ -60,17 +60,11 @@ def lower(
     width = config["nv"] * lanes
     # As torch.nn.Linear keeps its weight, [N, K], is "transposed" to a matrix product.
     pack = Pack("gemm_panels", (("width", width), ("transposed", not transposed)))
-    return Kernel(
-        name=name,
-        func=em.finish(),
-        inputs=inputs,
-        outputs=outputs,
-        symbols=symbols,
-        tasks=panels * branches,
-        packs=tuple(pack if n is argument(node, "weight") else None for n in group.inputs),
+    return em.kernel(
+        panels * branches,
+        config,
         flops=product([2, outputs[0].shape[0], columns, depth]),
-        bytes=compulsory_bytes(inputs + outputs),
-        config=config,
+        packs=tuple(pack if n is argument(node, "weight") else None for n in group.inputs),
     )
 
 

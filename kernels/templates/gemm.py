@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Dim, Kernel, Pack, TensorArg, ceil_div, product, symbol_names
+from ..abi import Kernel, Pack, ceil_div, symbol_names
 from ..emit import Emitter
 from ..group import IO, Group, Unsupported
 from ..target import Target
@@ -56,17 +56,11 @@ def lower(
         else:
             Body(em, spec, tiling, epilogue, refs[spec.a], refs[spec.b]).task(task)
     pack = Pack("gemm_panels", (("width", tiling.width), ("transposed", spec.b_transposed)))
-    return Kernel(
-        name=name,
-        func=em.finish(),
-        inputs=inputs,
-        outputs=outputs,
-        symbols=symbols,
-        tasks=tasks,
-        packs=tuple(pack if spec.b_const and n is spec.b else None for n in group.inputs),
+    return em.kernel(
+        tasks,
+        config,
         flops=spec.flops,
-        bytes=_bytes((*inputs, *outputs)),
-        config=config,
+        packs=tuple(pack if spec.b_const and n is spec.b else None for n in group.inputs),
     )
 
 
@@ -74,11 +68,3 @@ def _checked(group: Group, io: IO, target: Target) -> GemmSpec:
     if target.kind != "cpu":
         raise Unsupported("PLT-GEM-002", f"this template does not generate code for {target.kind}")
     return parse(group, io)
-
-
-def _bytes(args: tuple[TensorArg, ...]) -> Dim:
-    """Bytes of all arguments, each touched once."""
-    total: Dim = 0
-    for arg in args:
-        total = total + product(arg.shape) * arg.dtype.itemsize
-    return total

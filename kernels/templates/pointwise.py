@@ -58,16 +58,11 @@ def lower(
             tasks = builder.emit(emitter, task)
     except NotImplementedError as error:
         raise Unsupported("PLT-PNT-001", str(error)) from error
-    return Kernel(
-        name=name,
-        func=builder.placed(emitter.finish()),
-        inputs=inputs,
-        outputs=outputs,
-        symbols=symbols,
-        tasks=tasks,
+    return emitter.kernel(
+        tasks,
+        dict(config),
         flops=product([*outputs[0].shape, _operations(group)]),
-        bytes=sum(product(a.shape) * a.dtype.itemsize for a in (*inputs, *outputs)),
-        config=dict(config),
+        func=builder.placed(emitter.finish()),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel, ceil_div, compulsory_bytes, symbol_names
+from ..abi import Kernel, ceil_div, symbol_names
 from ..emit import Emitter, Expr, compute_dtype
 from ..group import IO, Group
 from ..math import is_nan
@@ -86,17 +86,10 @@ def lower(
             line = name_index(first + r)
             with T.serial(em.i64(0), em.dim(ceil_div(spec.cols.out, config["ri"]))) as part:
                 body.tile(block, line, part)
-    return Kernel(
-        name=name,
-        func=em.finish(),
-        inputs=inputs,
-        outputs=outputs,
-        symbols=symbols,
-        tasks=ceil_div(rows, chunk) * blocks,
-        packs=(None,) * len(inputs),
+    return em.kernel(
+        ceil_div(rows, chunk) * blocks,
+        config,
         flops=spec.n * spec.c * spec.rows.out * spec.cols.out * _window(spec),
-        bytes=compulsory_bytes(inputs + outputs),
-        config=config,
     )
 
 

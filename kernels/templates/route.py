@@ -9,7 +9,7 @@ import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel, compulsory_bytes, product
+from ..abi import Kernel, product
 from ..emit import Emitter, Expr, Ref
 from ..group import IO, Group, Unsupported, symbols_of
 from ..ops import argument
@@ -61,18 +61,7 @@ def lower(
                 place = name_index(following[b])
                 order.store(s, [place])
                 T.buffer_store(following, place + em.i64(1), [b])
-    return Kernel(
-        name=name,
-        func=em.finish(),
-        inputs=inputs,
-        outputs=outputs,
-        symbols=symbols,
-        tasks=1,
-        packs=(None,) * len(inputs),
-        flops=0,
-        bytes=compulsory_bytes(inputs + outputs),
-        config=config,
-    )
+    return em.kernel(1, config)
 
 
 def _branch(index: Ref, shape: list[Expr], slot: Expr, branches: int) -> Expr:

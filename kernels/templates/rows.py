@@ -120,18 +120,7 @@ def lower(
         else:
             tasks = (_along if along else _across)(em, group, space, config, task)
     elements = product(space.dims)
-    return Kernel(
-        name=name,
-        func=em.finish(),
-        inputs=inputs,
-        outputs=outputs,
-        symbols=symbols,
-        tasks=tasks,
-        packs=(None,) * len(inputs),
-        flops=elements * 2 * len(group.nodes),
-        bytes=sum(product(a.shape) * a.dtype.itemsize for a in (*inputs, *outputs)),
-        config=config,
-    )
+    return em.kernel(tasks, config, flops=elements * 2 * len(group.nodes))
 
 
 def _along(em: Emitter, group: Group, space: RowSpace, config: dict[str, Any], task: Expr) -> Dim:

@@ -266,3 +266,24 @@ model("timesfm", "TimesFmModel", "TimesFmConfig",
       patch_length=8, context_length=32, horizon_length=8, hidden_size=16, num_hidden_layers=2,
       num_attention_heads=2, head_dim=8, intermediate_size=16)
 # fmt: on
+
+
+# -- series ----------------------------------------------------------------------------------------
+model("patchtst", "PatchTSTModel", "PatchTSTConfig",
+      lambda: noise("past_values", 2, 32, 3),
+      num_input_channels=3, context_length=32, patch_length=8, patch_stride=8, d_model=16,
+      num_hidden_layers=2, num_attention_heads=4, ffn_dim=32)  # fmt: skip
+model("patchtsmixer", "PatchTSMixerModel", "PatchTSMixerConfig",
+      lambda: noise("past_values", 2, 32, 3),
+      num_input_channels=3, context_length=32, patch_length=8, patch_stride=8, d_model=16,
+      num_layers=2)  # fmt: skip
+model("decision-transformer", "DecisionTransformerModel", "DecisionTransformerConfig",
+      lambda: {
+          **noise("states", 2, 5, 6),
+          **noise("actions", 2, 5, 3),
+          **noise("rewards", 2, 5, 1),
+          **noise("returns_to_go", 2, 5, 1),
+          "timesteps": torch.arange(5).repeat(2, 1),
+          "attention_mask": torch.ones(2, 5, dtype=torch.int64),
+      },
+      state_dim=6, act_dim=3, hidden_size=32, n_layer=2, n_head=4)  # fmt: skip

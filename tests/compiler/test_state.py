@@ -1,0 +1,192 @@
+"""Compiled models as modules: the interface, weights that change, buffers and inputs written to."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import plait
+
+compile = functools.partial(plait.compile, tune="off")
+
+
+def ids(compiled: plait.Compiled) -> list[str]:
+    return [r.id for r in compiled.remarks if r.pass_name == "capture"]
+
+
+def programs(compiled: plait.Compiled) -> int:
+    return compiled.explain().count("program ")
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+@pytest.fixture
+def no_warnings() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+# -- the module's interface ------------------------------------------------------------------------
+
+
+def test_module_interface_is_the_originals() -> None:
+    model = net()
+    compiled = compile(model)
+    assert isinstance(compiled, nn.Module)
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    assert [id(p) for p in compiled.parameters()] == [id(p) for p in model.parameters()]
+    assert compiled[0] is model[0] and len(compiled) == 3 and list(compiled) == list(model)
+    assert compiled.eval() is compiled and compiled.to(torch.float32) is compiled
+    compiled.tag = "x"
+    assert model.tag == "x" and compiled.tag == "x"
+    assert compiled.training is False
+    compiled.train()
+    assert model.training
+    with pytest.raises(AttributeError):
+        _ = compiled.no_such_attribute
+
+
+def test_copy_and_pickle() -> None:
+    compiled = compile(net())
+    x = torch.randn(2, 4)
+    want = compiled(x)
+    twin = copy.deepcopy(compiled)
+    assert twin.original is not compiled.original
+    torch.testing.assert_close(twin(x), want)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(compiled))(x), want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+        lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}, assign=True),
+        lambda m: setattr(m[0].weight, "data", torch.randn(8, 4)),
+        lambda m: setattr(m[2], "bias", nn.Parameter(torch.randn(3))),
+        lambda m: m.__setitem__(1, nn.Tanh().eval()),
+        lambda m: m.__setitem__(2, nn.Linear(8, 5).eval()),
+        lambda m: m.double(),
+    ],
+    ids=["load", "assign", "data", "replace", "submodule", "shape", "dtype"],
+)
+def test_changed_weights_are_seen(change: Callable[[nn.Module], Any]) -> None:
+    model = net()
+    compiled = compile(model)
+    compiled(torch.randn(2, 4))
+    with torch.no_grad():
+        change(model)
+    x = torch.randn(2, 4, dtype=model[0].weight.dtype)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_untied_weights_are_seen() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x))
+
+    model = Tied().eval()
+    compiled = compile(model)
+    x = torch.randn(2, 3)
+    compiled(x)
+    model.b.weight = nn.Parameter(torch.randn(3, 3))
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_weights_that_change_at_every_call_end_compilation() -> None:
+    model = net()
+    compiled = compile(model)
+    x = torch.randn(2, 4)
+    with pytest.warns(UserWarning, match="PLT-CAP-017"):
+        for _ in range(12):
+            torch.testing.assert_close(compiled(x), model(x))
+            with torch.no_grad():
+                model[0].weight.add_(0.1)
+
+
+def test_weights_in_a_closure_are_seen() -> None:
+    model = net()
+    compiled = compile(lambda x: model(x) + 1)
+    x = torch.randn(2, 4)
+    compiled(x)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    torch.testing.assert_close(compiled(x), model(x) + 1)
+    model[2].weight = nn.Parameter(torch.randn(3, 8))
+    torch.testing.assert_close(compiled(x), model(x) + 1)
+
+
+# -- state -----------------------------------------------------------------------------------------
+
+
+class Cache(nn.Module):
+    """Writes into a buffer at a position, as key-value caches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("store", torch.zeros(4, 3))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        self.store.index_copy_(0, at, x)
+        self.seen += 1
+        return self.store * 2
+
+
+def test_buffers_are_written_back() -> None:
+    model, twin = Cache().eval(), Cache().eval()
+    compiled = compile(model)
+    for i in range(4):
+        x, at = torch.randn(1, 3), torch.tensor([i])
+        torch.testing.assert_close(compiled(x, at), twin(x, at))
+    assert model.seen.item() == 4
+    torch.testing.assert_close(model.store, twin.store)
+    assert ids(compiled) == []
+
+
+def test_inputs_are_written_back_and_views_of_them_survive() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        before = x.clone()
+        x.add_(1)
+        return before
+
+    compiled = compile(function)
+    x = torch.zeros(3)
+    assert torch.equal(compiled(x), torch.zeros(3))
+    assert torch.equal(x, torch.ones(3))
+
+
+def test_swapped_buffers() -> None:
+    class Swap(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("a", torch.zeros(2))
+            self.register_buffer("b", torch.ones(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            old = self.a.clone()
+            self.a.copy_(self.b)
+            self.b.copy_(old)
+            return x + self.a
+
+    model = Swap().eval()
+    compiled = compile(model)
+    for expected in (1.0, 0.0, 1.0):
+        assert torch.equal(compiled(torch.zeros(2)), torch.full((2,), expected))
+    assert torch.equal(model.a, torch.ones(2)) and torch.equal(model.b, torch.zeros(2))
