@@ -1,9 +1,9 @@
 """Decides where every tensor of a graph lives: layout, halo, in-place concatenation, views.
 
 A `Place` is a strided window of the buffer of some *root* node. Convolution networks get NHWC
-strides;
-a value read by a padded convolution gets a zero halo, so no kernel tests bounds; the inputs of a
-concatenation are windows of its output, so it costs nothing; views are windows of what they view.
+strides; a value read by a padded convolution gets a zero halo, so no kernel tests bounds; the
+inputs of a concatenation are windows of its output, so it costs nothing; views are windows of what
+they view.
 """
 
 from __future__ import annotations

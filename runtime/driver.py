@@ -44,8 +44,9 @@ PATCHES, N_PATCHES, LISTS = 8, 9, 10
 
 
 def args_class(count: int) -> int:
-    """Index of the smallest argument class that holds ``count`` words. Raises ValueError above
-    128.
+    """Index of the smallest argument class that holds ``count`` words.
+
+    Raises ValueError above 128.
     """
     for index, size in enumerate(ARG_CLASSES):
         if count <= size:
@@ -365,8 +366,7 @@ def _compile_module(with_address: bool) -> Any:
 
 @functools.cache
 def launch_function() -> Any:
-    """The native entry ``launch(block_address, ext_address)`` as a ctypes function (releases the
-    GIL).
+    """The native ``launch(block_address, ext_address)`` as a ctypes function (releases the GIL).
 
     Compiled once per machine and kept in the cache directory; without a linker it is compiled into
     this process instead.

@@ -1,7 +1,6 @@
 """Runs a Plan on the CPU.
 
-For each distinct set of symbol values (and thread count) a plan is *instantiated* once: sizes
-become
+For each distinct set of symbol values and thread count a plan is *instantiated* once: sizes become
 numbers, segments of kernel steps become launch tables. An instance hands out workspaces, one per
 call in flight, so any number of Python threads may call at once.
 """
@@ -51,9 +50,8 @@ class Executor:
     """A plan with its constants and kernels, ready to run.
 
     ``constants`` maps names to prepared tensors, ``functions`` kernel hashes to addresses,
-    ``calls``
-    names of library targets that are not operators (subgraphs) to callables. ``keep`` holds
-    whatever must stay alive, such as loaded libraries.
+    ``calls`` names of library targets that are not operators (subgraphs) to callables. ``keep``
+    holds whatever must stay alive, such as loaded libraries.
     """
 
     def __init__(
@@ -81,7 +79,7 @@ class Executor:
             if isinstance(s, LibraryStep)
         }
         self._symbols = list(plan.symbols.items())
-        self._instances: OrderedDict[tuple[int, ...] | int, Instance] = OrderedDict()
+        self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
         self._launch = driver.launch_function()
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -92,14 +90,14 @@ class Executor:
         if self._symbols:
             key = (_threads(), *[tensors[i].shape[d] for _, (i, d) in self._symbols])
         else:
-            key = _threads()
+            key = (_threads(),)
         instance = self._instances.get(key)
         if instance is None:
             instance = self._instantiate(key)
         return instance.run(tensors)
 
-    def _instantiate(self, key: tuple[int, ...] | int) -> Instance:
-        threads, *sizes = (key,) if isinstance(key, int) else key
+    def _instantiate(self, key: tuple[int, ...]) -> Instance:
+        threads, *sizes = key
         values = dict(zip((name for name, _ in self._symbols), sizes, strict=True))
         message = check_guards(self.plan, values)
         if message:

@@ -40,9 +40,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A strided view of a buffer: ``offset``, ``shape`` and ``strides`` in elements of
-    ``dtype``.
-    """
+    """A strided view of a buffer: offset, shape and strides in elements of ``dtype``."""
 
     buffer: str
     dtype: str
@@ -103,9 +101,7 @@ class Plan:
 
     ``symbols`` maps a symbol to (input number, dimension) where a call binds it. ``inputs`` and
     ``outputs`` describe the caller's tensors; an output may be an alias of an input or of a
-    constant.
-    ``arena_bytes`` is the workspace's peak. ``stages`` lists, for reports, what may run side by
-    side.
+    constant. ``arena_bytes`` is the workspace's peak.
     """
 
     name: str

@@ -89,9 +89,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a buffer starts: an absolute address, or entry ``ext`` of the per-call pointer
-    array.
-    """
+    """Where a buffer starts: an absolute address, or entry ``ext`` of the per-call pointers."""
 
     base: int
     ext: int = -1
