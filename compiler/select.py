@@ -31,7 +31,7 @@ from .trial import Trial, numbers
 
 TEMPLATES = (
     *("pointwise", "rows", "reduce", "gemm", "conv", "pool", "attention"),
-    *("route", "experts"),
+    *("topk", "route", "experts"),
 )
 HEAVY = ("gemm", "conv", "pool", "attention")
 CANDIDATES = {"off": 1, "quick": 3, "full": 6}

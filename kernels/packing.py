@@ -32,8 +32,24 @@ def gemm_panels(weight: torch.Tensor, *, width: int, transposed: bool) -> torch.
     return padded.view(*batch, panels, width, k).transpose(-1, -2).contiguous()
 
 
+def paired_panels(
+    weight: torch.Tensor, *, width: int, transposed: bool, alternate: bool
+) -> torch.Tensor:
+    """`gemm_panels` of which each holds ``width / 2`` columns of both halves of the matrix.
+
+    The halves are its first and last columns, or its even and odd ones if they ``alternate``. A
+    kernel that reads one panel can combine column j of one half with column j of the other.
+    """
+    rows = weight if transposed else weight.transpose(-1, -2)
+    n = rows.shape[-2]
+    halves = (rows[..., 0::2, :], rows[..., 1::2, :]) if alternate else rows.split(n // 2, -2)
+    parts = [gemm_panels(h, width=width // 2, transposed=True) for h in halves]
+    return torch.cat(parts, -1)
+
+
 PACKERS: dict[str, Callable[..., torch.Tensor]] = {
     "gemm_panels": gemm_panels,
+    "paired_panels": paired_panels,
     **packing_conv.PACKERS,
 }
 

@@ -5,7 +5,8 @@ kind           one group holds
 =============  ====================================================================================
 gemm, conv,    the heavy operator (*anchor*) and the pointwise operators that follow it on the same
 pool,          shape: they run on the accumulators, before these reach memory. Its result is the
-attention      only one. Other operands (bias, residual) may be any tensors available in time.
+attention,     only one. Other operands (bias, residual) may be any tensors available in time. A
+experts        routed product's columns may be two operands of a gate, one beside the other.
 rows           normalisations and reductions over the trailing dimensions of one space, with the
                pointwise operators before, between and after them
 reduce         one reduction, the pointwise operators before it that nobody else reads, and those
@@ -44,6 +45,7 @@ from .fusion_rules import (
     ROW_REDUCTIONS,
     STRIDED_VIEWS,
     Space,
+    halves,
     is_strided_view,
     kept,
     parts,
@@ -57,7 +59,7 @@ from .remarks import Remark
 
 __all__ = ["FuseVertical", "groups_of"]
 
-_ANCHORS = ("gemm", "conv", "pool", "attention")
+_ANCHORS = ("gemm", "conv", "pool", "attention", "experts")
 _KERNELS = (*_ANCHORS, "rows", "reduce", "pointwise")
 _LOOKAHEAD = 32  # nodes inspected for one more step of an epilogue
 
@@ -217,21 +219,25 @@ class _Fuser:
         held = parts(node)
         if len(held) != 1 or self.space[self.index[held[0]]] is None:
             return
-        tip = self.index[held[0]]
-        while (step := self._next_step(tip)) is not None:
-            if not self.fits(tip, *step) or not self.allow("epilogue", step[-1]):
+        tips = [self.index[held[0]]]
+        if self.category[anchor] == "experts":
+            tips = [self.index[n] for n in halves(node)] or tips
+        while (step := self._next_step(*tips)) is not None:
+            if not self.fits(anchor, *tips, *step) or not self.allow("epilogue", step[-1]):
                 return
-            self.merge(self.category[anchor], anchor, *step)
-            tip = step[-1]
+            self.merge(self.category[anchor], anchor, *tips, *step)
+            tips = step[-1:]
 
-    def _next_step(self, tip: int) -> list[int] | None:
-        """The fewest pointwise followers of ``tip`` after which one value alone is read outside.
+    def _next_step(self, *tips: int) -> list[int] | None:
+        """The fewest pointwise followers of ``tips`` after which one value alone is read outside.
 
         None where there are none: another kind of reader, another shape, or several results.
         """
+        tip = tips[0]
         order: list[int] = []
-        loose = {tip: set(self.readers(tip))}  # value -> its readers that are not in ``order``
-        heap = sorted(loose[tip])
+        # Values with their readers that are not in ``order``.
+        loose = {t: set(self.readers(t)) for t in tips}
+        heap = sorted(set.union(*loose.values()))
         seen = set(heap)
         while heap and len(order) < _LOOKAHEAD:
             i = heapq.heappop(heap)

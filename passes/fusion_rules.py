@@ -237,6 +237,15 @@ def reads_one_to_one(node: fx.Node, source: fx.Node) -> bool:
     return operands.count(source) == 1
 
 
+def halves(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The two halves of a product's columns, if these are all that is read of it; else nothing.
+
+    A half is a run of columns, or every other column.
+    """
+    found = ops.column_halves(node, list(node.users))
+    return () if found is None else found[0]
+
+
 def parts(node: fx.Node) -> Sequence[fx.Node]:
     """The nodes that hold the results of ``node``: itself, or the parts of its tuple."""
     if isinstance(node.meta.get("val"), tuple | list):

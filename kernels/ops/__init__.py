@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch.fx as fx
 
 from .bounds import index_checks
+from .halves import column_halves
 from .table import CATEGORIES, CATEGORY, argument, category, library_reason
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "CATEGORY",
     "argument",
     "category",
+    "column_halves",
     "convert",
     "converter",
     "evaluate",

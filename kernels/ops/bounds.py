@@ -33,6 +33,7 @@ _MOVES = frozenset(
 _CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype", "aten.type_as.default"})
 _POSITIONS = frozenset({"aten.topk.default", "aten.sort.default", "aten.sort.stable"})
 _POSITIONS |= {"aten.max.dim", "aten.min.dim"}
+_SCATTERS = ("aten.scatter.value", "aten.scatter.src", "aten.scatter_add.default")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _reads(node: fx.Node) -> Iterator[tuple[fx.Node, Any, bool]]:
         yield argument(node, "indices"), _size(argument(node, "weight"), 0), False
     elif name == "aten.one_hot.default":
         yield argument(node, "self"), _expression(argument(node, "num_classes")), False
-    elif name in ("aten.index_select.default", "aten.gather.default"):
+    elif name in ("aten.index_select.default", "aten.gather.default", *_SCATTERS):
         yield argument(node, "index"), _size(argument(node, "self"), argument(node, "dim")), False
     elif name == "aten.take_along_dim.default" and argument(node, "dim") is not None:
         extent = _size(argument(node, "self"), argument(node, "dim"))
@@ -80,6 +81,7 @@ def _reads(node: fx.Node) -> Iterator[tuple[fx.Node, Any, bool]]:
 
 
 @check(*"embedding one_hot index_select gather take_along_dim index.Tensor".split())
+@check(*"scatter.value scatter.src scatter_add".split())
 def _check_index(node: fx.Node) -> str | None:
     for index, extent, wraps in _reads(node):
         if extent == 0:

@@ -125,6 +125,12 @@ def _copy(node: fx.Node, ctx: Context) -> Value:
     return cast(ctx.env[node.args[0]], dtype_of(node))
 
 
+@converter("copy")
+def _overwritten(node: fx.Node, ctx: Context) -> Value:
+    source = operand(node.args[1], dtype_of(node), ctx)
+    return source.broadcast(shape_of(node, ctx))
+
+
 @converter("view.dtype")
 def _bitcast(node: fx.Node, ctx: Context) -> Value:
     value, dtype = ctx.env[node.args[0]], dtype_of(node)

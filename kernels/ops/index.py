@@ -16,7 +16,7 @@ import tvm.tirx as tir
 from ..emit import Expr
 from ..value import Context, Value
 from . import converter
-from .common import axis, dims_of, i64, operand, shape_of
+from .common import axis, convert_expr, dims_of, dtype_of, i64, operand, opmath, shape_of
 from .scope import bind
 from .table import argument
 
@@ -103,3 +103,30 @@ def _index(node: fx.Node, ctx: Context) -> Value:
         return value.load([found[d] if d in found else next(rest) for d in range(len(value.shape))])
 
     return Value(shape, value.dtype, load)
+
+
+@converter("scatter.value", "scatter.src", "scatter_add")
+def _scatter(node: fx.Node, ctx: Context) -> Value:
+    """Each element asks whether it is written to; of several writes the last one counts."""
+    shape, dtype = shape_of(node, ctx), dtype_of(node)
+    old = operand(node.args[0], dtype, ctx)
+    adds = str(node.target).startswith("aten.scatter_add")
+    index_node: Any = argument(node, "index")
+    given = dims_of(index_node)
+    dim = axis(argument(node, "dim"), len(shape))
+    indices = operand(index_node, torch.int64, ctx)
+    name = "value" if str(node.target).endswith("value") else "src"
+    new = operand(argument(node, name), dtype, ctx)
+    compute = opmath(dtype)
+
+    def load(index: Index) -> Expr:
+        here = index[dim]
+        result = convert_expr(old.load(index), dtype, compute)
+        for k in range(given[dim]):  # type: ignore[arg-type]
+            at = [*index[:dim], i64(k), *index[dim + 1 :]]
+            hit = indices.load(at) == here
+            value = convert_expr(new.load(at if new.shape else []), dtype, compute)
+            result = tir.Select(hit, result + value if adds else value, result)
+        return convert_expr(result, compute, dtype)
+
+    return Value(shape, dtype, load)

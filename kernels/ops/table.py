@@ -38,11 +38,12 @@ bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar __rshift__.Scalar
 where.self where.ScalarSelf where.ScalarOther where.Scalar masked_fill.Scalar masked_fill.Tensor
 clamp clamp.Tensor clamp_min clamp_max clamp_min.Tensor clamp_max.Tensor clip
 lerp.Scalar lerp.Tensor addcmul addcdiv
-_to_copy to.dtype to.dtype_layout to.device to.other type_as clone contiguous fill.Scalar
+_to_copy to.dtype to.dtype_layout to.device to.other type_as clone contiguous copy fill.Scalar
 fill.Tensor full full_like zeros zeros_like ones ones_like new_zeros new_ones new_full new_empty
 empty.memory_format empty_like scalar_tensor arange arange.start arange.start_step eye
 linspace batch_norm native_batch_norm _native_batch_norm_legit_no_training
 one_hot isclose upsample_bilinear2d upsample_bilinear2d.vec
+scatter.value scatter.src scatter_add
 """.split()
 
 VIEW = """
@@ -85,6 +86,8 @@ scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu
 _scaled_dot_product_attention_math
 """.split()
 
+TOPK = "topk sort sort.stable argsort argsort.stable".split()
+
 SYMBOLIC = """
 sym_size.int sym_stride.int sym_numel sym_storage_offset sym_constrain_range
 sym_constrain_range_for_size _assert_scalar _assert_tensor_metadata
@@ -99,6 +102,7 @@ CATEGORIES = (
     "conv",
     "pool",
     "attention",
+    "topk",
     "route",
     "experts",
     "library",
@@ -121,12 +125,15 @@ CATEGORY: dict[str, str] = {
         ("conv", CONV),
         ("pool", POOL),
         ("attention", ATTENTION),
+        ("topk", TOPK),
         ("symbolic", SYMBOLIC),
     )
     for name in names
 } | {"plait.route.default": "route", "plait.routed_linear.default": "experts"}
 """``str(target)`` of every operator that has a lowering, mapped to its category."""
 
+MOST_WRITES = 16
+"""Entries of a scattering index along its dimension: each element compares with all of them."""
 PRODUCTS = ("gemm", "conv", "experts")
 """Categories whose kernels compute in float32 and float64 only."""
 HALF = (torch.bfloat16, torch.float16)
@@ -352,3 +359,16 @@ def _check_scalars(node: fx.Node) -> str | None:
     if any(isinstance(n.meta.get("val"), kinds) for n in node.all_input_nodes):
         return "a scalar that is no integer is known only at run time"
     return None
+
+
+@check("scatter.value", "scatter.src", "scatter_add")
+def _check_scatter(node: fx.Node) -> str | None:
+    source, index = (argument(node, name).meta["val"] for name in ("self", "index"))
+    if not source.dim():
+        return "a tensor without dimensions"
+    dim = argument(node, "dim") % source.dim()
+    writes = index.shape[dim]
+    if not isinstance(writes, int) or writes > MOST_WRITES:
+        return f"more than {MOST_WRITES} writes along the dimension"
+    pairs = enumerate(zip(source.shape, index.shape, strict=True))
+    return "the index leaves out rows" if any(a != b for k, (a, b) in pairs if k != dim) else None

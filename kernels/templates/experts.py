@@ -2,9 +2,11 @@
 
 A task is one panel of output columns of one branch; tasks of one panel follow one another, so that
 any even split of the tasks gives every worker an equal part of every branch, however uneven the
-routes. Rows of a branch are taken ``ri`` at a time, the last ones again where they do not fill a
-tile; few rows get narrower tiles, which read the weights as fast and waste less. A branch without
-rows costs a comparison: its weights are not touched.
+routes. A branch's rows are shared out evenly among as few tiles of at most ``ri`` rows as there
+must be. A branch without rows costs a comparison: its weights are not touched.
+
+Pointwise operators that follow run on the accumulators. A gate's two operands, which are columns of
+one product, are computed in one panel that holds some columns of each.
 """
 
 from __future__ import annotations
@@ -12,79 +14,129 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx as fx
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
 from ..abi import Kernel, Pack, product
 from ..emit import Emitter, Expr
 from ..group import IO, Group, Unsupported, symbols_of
-from ..ops import argument
+from ..ops import argument, category, column_halves, evaluate
+from ..ops.scope import sharing
 from ..target import Target
+from ..value import Context, Value
 from .conv_common import loop, name_index, vector
 from .conv_tiling import inner_unroll
-
-FEW = (1, 2, 4)  # narrower tiles, for branches with that many rows or fewer
 
 
 def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
     """Tile sizes, the best guess first."""
-    _check(group, io, target)
-    columns = int(io[group.outputs[0]].shape[1])  # type: ignore[arg-type]
-    lanes = max(1, target.vector_bytes // 4)
-    wide = -(-columns // lanes)
-    found = [{"ri": 6, "nv": 4}, {"ri": 9, "nv": 3}, {"ri": 12, "nv": 2}]
+    spec = _Spec(group, io, target)
+    wide = -(-spec.columns // spec.lanes)
+    found = [{"ri": 6, "nv": 4}, {"ri": 12, "nv": 2}]
+    if not spec.halves:
+        found.insert(1, {"ri": 9, "nv": 3})
     return [c for c in found if c["nv"] <= max(2, wide)]
 
 
 def lower(
     group: Group, io: IO, target: Target, config: dict[str, Any], name: str = "kernel"
 ) -> Kernel:
-    """Lowers one ``plait.routed_linear``. Raises `Unsupported` for what `candidates` declines."""
-    _check(group, io, target)
-    (node,) = group.nodes
+    """Lowers a ``plait.routed_linear`` and the pointwise operators after it.
+
+    Raises `Unsupported` for what `candidates` declines.
+    """
+    spec = _Spec(group, io, target)
     inputs = tuple(io[n] for n in group.inputs)
     outputs = tuple(io[n] for n in group.outputs)
-    symbols = symbols_of(group, (*inputs, *outputs))
-    em = Emitter(name, inputs, outputs, symbols)
-    weight = io[argument(node, "weight")]
-    lanes = max(1, target.vector_bytes // 4)
-    transposed = bool(argument(node, "transposed"))
-    branches = int(weight.shape[0])  # type: ignore[arg-type]
-    depth, columns = (int(weight.shape[k]) for k in ((1, 2) if transposed else (2, 1)))  # type: ignore[arg-type]
-    panels = -(-columns // (config["nv"] * lanes))
+    em = Emitter(name, inputs, outputs, symbols_of(group, (*inputs, *outputs)))
+    width = config["nv"] * spec.lanes
+    panels = -(-spec.columns // width)
     with em.function() as task:
-        body = _Body(em, group, config, lanes, branches, depth, columns)
+        body = _Body(em, group, spec, config)
         body.task(
-            name_index(tir.truncdiv(task, branches)), name_index(tir.truncmod(task, branches))
+            name_index(tir.truncdiv(task, spec.branches)),
+            name_index(tir.truncmod(task, spec.branches)),
         )
-    width = config["nv"] * lanes
     # As torch.nn.Linear keeps its weight, [N, K], is "transposed" to a matrix product.
-    pack = Pack("gemm_panels", (("width", width), ("transposed", not transposed)))
+    layout: list[tuple[str, int | bool]] = [("width", width), ("transposed", not spec.transposed)]
+    if spec.halves:
+        layout.append(("alternate", spec.alternate))
+    pack = Pack("paired_panels" if spec.halves else "gemm_panels", tuple(layout))
     return em.kernel(
-        panels * branches,
+        panels * spec.branches,
         config,
-        flops=product([2, outputs[0].shape[0], columns, depth]),
-        packs=tuple(pack if n is argument(node, "weight") else None for n in group.inputs),
+        flops=product([2, outputs[0].shape[0], spec.columns, spec.depth]),
+        packs=tuple(pack if n is spec.weight else None for n in group.inputs),
     )
+
+
+class _Spec:
+    """What a group computes. ``columns`` are the product's; ``halves`` a gate's operands in it."""
+
+    def __init__(self, group: Group, io: IO, target: Target) -> None:
+        if target.kind != "cpu":
+            reason = f"this template does not generate code for {target.kind}"
+            raise Unsupported("PLT-EXP-001", reason)
+        self.node = node = next(n for n in group.nodes if category(n) == "experts")
+        self.weight, self.bias = argument(node, "weight"), argument(node, "bias")
+        operands = [argument(node, "x"), self.weight, *([] if self.bias is None else [self.bias])]
+        if any(io[n].dtype != torch.float32 for n in operands):
+            raise Unsupported("PLT-EXP-002", "only float32 has a kernel for routed products")
+        weight = io[self.weight]
+        if not weight.const or not all(isinstance(d, int) for d in weight.shape):
+            raise Unsupported("PLT-EXP-003", "weights computed at run time are not packed")
+        if 0 in weight.shape:
+            raise Unsupported("PLT-EXP-004", "weights without elements")
+        self.transposed = bool(argument(node, "transposed"))
+        self.branches = int(weight.shape[0])  # type: ignore[arg-type]
+        self.depth, self.columns = (
+            int(weight.shape[k])  # type: ignore[arg-type]
+            for k in ((1, 2) if self.transposed else (2, 1))
+        )
+        self.lanes = max(1, target.vector_bytes // 4)
+        slices = [n for n in group.nodes if category(n) == "view" and n.args[0] is node]
+        found = column_halves(node, slices) if slices else None
+        self.halves: tuple[fx.Node, ...] = found[0] if found else ()
+        self.alternate = bool(found and found[1])
+        self._check(group, slices)
+
+    def _check(self, group: Group, slices: list[fx.Node]) -> None:
+        (result,) = group.outputs
+        shape = tuple(result.meta["val"].shape)
+        rest = [n for n in group.nodes if n is not self.node and n not in self.halves]
+        if bool(slices) != bool(self.halves) or any(
+            category(n) != "pointwise" or tuple(n.meta["val"].shape) not in (shape, ())
+            for n in rest
+        ):
+            raise Unsupported("PLT-EXP-005", "not elementwise over the product")
 
 
 class _Body:
     """Emits the work of one task."""
 
-    def __init__(
-        self, em: Emitter, group: Group, config: dict[str, Any], lanes: int,
-        branches: int, depth: int, columns: int,
-    ) -> None:  # fmt: skip
-        self.em, self.lanes, self.ri, self.nv = em, lanes, config["ri"], config["nv"]
-        self.branches, self.depth, self.columns = branches, depth, columns
-        (node,) = group.nodes
+    def __init__(self, em: Emitter, group: Group, spec: _Spec, config: dict[str, Any]) -> None:
+        self.em, self.spec, self.lanes = em, spec, spec.lanes
+        self.ri, self.nv = config["ri"], config["nv"]
+        self.width = self.nv * self.lanes
+        # Vectors of one operand of a gate, and columns that are stored.
+        self.parts = 2 if spec.halves else 1
+        self.stored = spec.columns // self.parts
         refs = dict(zip(group.inputs, em.inputs, strict=True))
-        self.x, self.weight = refs[argument(node, "x")], refs[argument(node, "weight")]
+        node = spec.node
+        self.x, self.weight = refs[argument(node, "x")], refs[spec.weight]
         self.offsets, self.order = refs[argument(node, "offsets")], refs[argument(node, "order")]
-        bias = argument(node, "bias")
-        self.bias = None if bias is None else refs[bias]
+        self.bias = None if spec.bias is None else refs[spec.bias]
         self.share, self.scatter = int(argument(node, "share")), bool(argument(node, "scatter"))
         self.out = em.outputs[0]
+        self.panels = -(-spec.columns // self.width)
+        self._sums: list[Expr] = [em.f32(0.0)] * self.parts
+        env: dict[fx.Node, Any] = {n: Value.of(ref) for n, ref in refs.items()}
+        for k, part in enumerate(spec.halves or (node,)):
+            env[part] = Value(tuple(self.out.shape), torch.float32, lambda _, k=k: self._sums[k])
+        env.setdefault(node, None)
+        evaluate(group.nodes, Context(em, env))
+        self._result: Value = env[group.outputs[0]]
 
     def task(self, panel: Expr, branch: Expr) -> None:
         """All rows of one branch, in one panel of columns."""
@@ -92,32 +144,32 @@ class _Body:
         begin = name_index(self.offsets.load([branch]))
         end = name_index(self.offsets.load([branch + 1]))
         count = name_index(end - begin)
-        panels = -(-self.columns // (self.nv * self.lanes))
-        weights = name_index((branch * panels + panel) * (self.depth * self.nv * self.lanes))
+        weights = name_index((branch * self.panels + panel) * (self.spec.depth * self.width))
+        tiles = name_index(tir.truncdiv(count + (ri - 1), em.i64(ri)))
+        with T.serial(em.i64(0), tiles) as t:
+            first = name_index(tir.truncdiv(count * t, tiles))
+            size = name_index(tir.truncdiv(count * (t + 1), tiles) - first)
 
-        def tiles(size: int) -> None:
-            with T.serial(em.i64(0), tir.truncdiv(count + (size - 1), em.i64(size))) as t:
-                first = tir.max(tir.min(t * size, count - size), em.i64(0))
-                self._tile(name_index(begin + first), end - 1, size, panel, branch, weights)
+            def choose(sizes: list[int]) -> None:
+                if len(sizes) == 1:
+                    self._tile(name_index(begin + first), end - 1, sizes[0], panel, branch, weights)
+                    return
+                half = len(sizes) // 2
+                with T.If(size <= sizes[half - 1]):
+                    with T.Then():
+                        choose(sizes[:half])
+                    with T.Else():
+                        choose(sizes[half:])
 
-        def choose(sizes: list[int]) -> None:
-            if len(sizes) == 1:
-                tiles(sizes[0])
-                return
-            with T.If(count <= sizes[0]):
-                with T.Then():
-                    tiles(sizes[0])
-                with T.Else():
-                    choose(sizes[1:])
-
-        choose([n for n in FEW if n < ri] + [ri])
-        with T.If(branch == self.branches - 1), T.Then():
+            choose(_sizes(ri))
+        with T.If(branch == self.spec.branches - 1), T.Then():
             self._zeros(end, panel)
 
     def _tile(
         self, first: Expr, last: Expr, size: int, panel: Expr, branch: Expr, weights: Expr
     ) -> None:
-        em, lanes, width = self.em, self.lanes, self.nv * self.lanes
+        """``size`` rows; where a branch has fewer, its last one again."""
+        em, lanes, width = self.em, self.lanes, self.width
         place = [name_index(tir.min(first + i, last)) for i in range(size)]
         slots = [name_index(self.order.load([p])) for p in place]
         if self.share:
@@ -130,8 +182,8 @@ class _Body:
         for buffer in sums:
             with T.unroll(em.i64(self.nv)) as v, vector(em, lanes) as j:
                 T.buffer_store(buffer, em.f32(0.0), [v * lanes + j])
-        unroll = inner_unroll(self.depth)
-        with loop(em, self.depth // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
+        unroll = inner_unroll(self.spec.depth)
+        with loop(em, self.spec.depth // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
             k = k0 * unroll + k1
             for i in range(size):
                 value = self.x.load_flat(bases[i] + k * step)
@@ -141,49 +193,55 @@ class _Body:
                     T.buffer_store(sums[i], sums[i][lane] + term, [lane])
         for i in range(size):
             row = slots[i] if self.scatter else place[i]
-            self._store(row, panel, branch, lambda lane, i=i: sums[i][lane])
+            self._store(row, panel, branch, sums[i])
 
     def _zeros(self, end: Expr, panel: Expr) -> None:
         """Rows of no branch."""
-        em = self.em
         with T.serial(end, self.order.shape[0]) as p:
             row = name_index(self.order.load([p])) if self.scatter else p
-            self._store(row, panel, None, lambda lane: em.f32(0.0))
+            self._store(row, panel, None, None)
 
-    def _store(self, row: Expr, panel: Expr, branch: Expr | None, value: Any) -> None:
+    def _store(self, row: Expr, panel: Expr, branch: Expr | None, sums: Expr | None) -> None:
         """Stores a row's part of the panel; columns past the last are left out."""
         em, lanes = self.em, self.lanes
-        base = panel * (self.nv * lanes)
+        kept = self.nv // self.parts  # vectors that are stored
+        base = panel * (kept * lanes)
 
         def put(column: Expr, lane: Expr) -> None:
-            total = value(lane)
-            if self.bias is not None and branch is not None:
-                total = total + self.bias.load([branch, column])
-            self.out.store(total, [row, column])
+            with sharing():
+                self._sums[:] = [
+                    self._total(column, lane, k, branch, sums) for k in range(self.parts)
+                ]
+                self.out.store(self._result.load([row, column]), [row, column])
 
-        for v in range(self.nv):
+        for v in range(kept):
             first = name_index(base + v * lanes)
-            if self.columns % (self.nv * lanes) == 0:
+            if self.stored % (kept * lanes) == 0:
                 with vector(em, lanes) as j:
                     put(first + j, v * lanes + j)
                 continue
-            with T.If(first + lanes <= self.columns):
+            with T.If(first + lanes <= self.stored):
                 with T.Then(), vector(em, lanes) as j:
                     put(first + j, v * lanes + j)
                 with T.Else(), T.serial(em.i64(0), em.i64(lanes)) as j:
-                    with T.If(first + j < self.columns), T.Then():
+                    with T.If(first + j < self.stored), T.Then():
                         put(first + j, v * lanes + j)
 
+    def _total(
+        self, column: Expr, lane: Expr, part: int, branch: Expr | None, sums: Expr | None
+    ) -> Expr:
+        """The product at a column of one operand, with its bias."""
+        if sums is None or branch is None:
+            return self.em.f32(0.0)
+        total = sums[lane + part * (self.width // 2)]
+        if self.bias is None:
+            return total
+        if self.parts == 2:
+            alternate = self.spec.alternate
+            column = column * 2 + part if alternate else column + part * self.stored
+        return total + self.bias.load([branch, column])
 
-def _check(group: Group, io: IO, target: Target) -> None:
-    (node,) = group.nodes
-    if target.kind != "cpu":
-        raise Unsupported("PLT-EXP-001", f"this template does not generate code for {target.kind}")
-    weight, bias = argument(node, "weight"), argument(node, "bias")
-    operands = [argument(node, "x"), weight, *([] if bias is None else [bias])]
-    if any(io[n].dtype != torch.float32 for n in operands):
-        raise Unsupported("PLT-EXP-002", "only float32 has a kernel for routed products")
-    if not io[weight].const or not all(isinstance(d, int) for d in io[weight].shape):
-        raise Unsupported("PLT-EXP-003", "weights computed at run time are not packed")
-    if 0 in io[weight].shape:
-        raise Unsupported("PLT-EXP-004", "weights without elements")
+
+def _sizes(most: int) -> list[int]:
+    """Rows for which there is code of their own: each count, above six every other."""
+    return [n for n in range(1, most + 1) if n <= 6 or (most - n) % 2 == 0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import plait
-from plait.kernels import routing
+from plait.kernels import packing, routing
 from plait.runtime.plan import KernelStep
 
 
@@ -51,9 +52,12 @@ def test_each_row_meets_the_matrix_of_its_branch() -> None:
 class Experts(nn.Module):
     """Two routed products with a gate between them."""
 
-    def __init__(self, experts: int, hidden: int, inner: int, transposed: bool, bias: bool) -> None:
+    def __init__(
+        self, experts: int, hidden: int, inner: int, transposed: bool, bias: bool,
+        alternate: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.experts, self.transposed = experts, transposed
+        self.experts, self.transposed, self.alternate = experts, transposed, alternate
 
         def weight(rows: int, columns: int) -> nn.Parameter:
             shape = (columns, rows) if transposed else (rows, columns)
@@ -69,8 +73,11 @@ class Experts(nn.Module):
         inner = torch.ops.plait.routed_linear(
             x, offsets, order, self.up, self.up_bias, self.transposed, k, False
         )
-        gate, value = inner.chunk(2, -1)
-        inner = nn.functional.silu(gate) * value
+        if self.alternate:  # rows of no branch are not zero behind this one
+            inner = torch.sigmoid(inner[..., ::2]) * (inner[..., 1::2].clamp(-1, 1) + 1)
+        else:
+            gate, value = inner.chunk(2, -1)
+            inner = nn.functional.silu(gate) * value
         out = torch.ops.plait.routed_linear(
             inner, offsets, order, self.down, self.down_bias, self.transposed, 0, True
         )
@@ -82,6 +89,8 @@ MODELS = [
     Experts(4, 48, 37, True, True),
     Experts(16, 33, 20, False, True),
     Experts(3, 16, 16, False, False),
+    Experts(5, 24, 41, True, True, alternate=True),
+    Experts(2, 40, 64, False, False, alternate=True),
 ]
 COMPILED = [plait.compile(m.eval(), tune="off") for m in MODELS]
 
@@ -127,3 +136,16 @@ def test_sixteen_bits_run_in_the_library() -> None:
         compiled = plait.compile(model, example_inputs=arguments)
         torch.testing.assert_close(compiled(*arguments), model(*arguments), rtol=0.05, atol=0.05)
     assert any("routed_linear" in r.reason for r in compiled.remarks if r.id == "PLT-FUS-002")
+
+
+@pytest.mark.parametrize("alternate", [False, True])
+def test_a_gates_operands_share_a_panel(alternate: bool) -> None:
+    weight = torch.arange(2 * 10 * 3.0).view(2, 10, 3)
+    packed = packing.paired_panels(weight, width=4, transposed=True, alternate=alternate)
+    assert packed.shape == (2, 3, 3, 4)
+    for j in range(5):
+        panel, lane = divmod(j, 2)
+        first, second = (2 * j, 2 * j + 1) if alternate else (j, j + 5)
+        assert torch.equal(packed[:, panel, :, lane], weight[:, first])
+        assert torch.equal(packed[:, panel, :, lane + 2], weight[:, second])
+    assert not packed[:, 2, :, [1, 3]].any()

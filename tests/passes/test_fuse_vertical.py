@@ -312,6 +312,33 @@ def test_a_constant_fill_is_repeated_in_every_reader():
     ]
 
 
+def _gated(alternate: bool, read_again: bool) -> fx.GraphModule:
+    """silu(gate) * up, both columns of one routed product."""
+    plait = torch.ops.plait
+    b = Builder()
+    x, index = b.input(5, 8), b.input(5, 2, dtype=torch.int64)
+    route = b.call(plait.route.default, index, 4)
+    offsets, order = b.part(route, 0), b.part(route, 1)
+    weight = b.constant(torch.ones(4, 12, 8))
+    product = b.call(plait.routed_linear.default, x, offsets, order, weight, None, False, 2, False)
+    spans = ((0, 12, 2), (1, 12, 2)) if alternate else ((0, 6, 1), (6, 12, 1))
+    gate, up = (b.call(aten.slice.Tensor, product, 1, *span) for span in spans)
+    result = b.call(aten.mul.Tensor, b.call(aten.silu.default, gate), up)
+    return b.finish(*([result, product] if read_again else [result]))
+
+
+@pytest.mark.parametrize("alternate", [False, True])
+def test_a_gate_is_computed_on_the_product_that_feeds_it(alternate):
+    groups = summary(_gated(alternate, False))
+    assert groups[-1].split()[0] == "experts:" and groups[-1].endswith("mul_tensor")
+    assert not any(g.startswith("pointwise") for g in groups)
+
+
+def test_a_gates_product_that_is_read_elsewhere_is_written_whole():
+    kinds = [g.split(":")[0] for g in summary(_gated(False, True))]
+    assert kinds.count("experts") == 1 and "pointwise" in kinds
+
+
 # Concatenation, library, order -----------------------------------------------------------------
 
 
@@ -326,12 +353,12 @@ def test_convolutions_write_into_their_concatenation(on, kind):
 
 def test_what_has_no_kernel_is_a_library_call_with_a_reason():
     b = Builder()
-    both = b.call(aten.sort.default, b.input(3))
+    both = b.call(aten.kthvalue.default, b.input(3), 2)
     result = FuseVertical().run(b.finish(b.part(both, 0), b.part(both, 1)))
     (group,) = check_groups(result.graph_module)
     assert group.kind == "library" and len(group.nodes) == 3
     (remark,) = result.remarks
-    assert (remark.id, remark.nodes) == ("PLT-FUS-002", ("sort_default",))
+    assert (remark.id, remark.nodes) == ("PLT-FUS-002", ("kthvalue_default",))
     assert "no lowering" in remark.reason
 
 
