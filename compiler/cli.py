@@ -175,6 +175,30 @@ def tune(
         cli_tune.tune(cli_model.load(model, input), pipeline, budget, trials, threads)
 
 
+@app.command()
+def profile(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Gives the batches to run (the example inputs alone).",
+        ),
+    ] = None,
+    batches: Annotated[int | None, typer.Option(min=1, help="Take the first of them only.")] = None,
+    holdout: Annotated[float, typer.Option(help="The share that is kept apart.")] = 0.25,
+    merge: Annotated[bool, typer.Option("--merge", help="Add to the profile there is.")] = False,
+    input: Inputs = [],  # noqa: B006
+) -> None:
+    """Run MODEL as it is on some batches and write how its routers route."""
+    with reported():
+        from . import cli_model, cli_profile
+
+        loaded = cli_model.load(model, input, need_inputs=data is None)
+        cli_profile.profile(loaded, output, data, batches, holdout, merge)
+
+
 @cache_app.command("path")
 def cache_path() -> None:
     """Print where the database is."""

@@ -54,8 +54,11 @@ class Loaded:
     saved: bool = False
 
 
-def load(name: str, inputs: Sequence[str]) -> Loaded:
-    """The model that ``name`` stands for. Raises CliError saying what is wrong with it."""
+def load(name: str, inputs: Sequence[str], need_inputs: bool = True) -> Loaded:
+    """The model that ``name`` stands for. Raises CliError saying what is wrong with it.
+
+    A model without example inputs is wrong, too, unless ``need_inputs`` is False.
+    """
     given = tuple(_make_input(text) for text in inputs)
     path = Path(name)
     if ":" not in name or path.is_file():
@@ -69,8 +72,7 @@ def load(name: str, inputs: Sequence[str]) -> Loaded:
         compiled = load_saved(path)
         args, kwargs = example_arguments(newest(compiled).captured)
         return Loaded(name, compiled, given or args, {} if given else kwargs, saved=True)
-    where, _, attribute = name.rpartition(":")
-    target = _attribute(_module(where), where, attribute)
+    target = resolve(name)
     if not isinstance(target, nn.Module) and callable(target):
         try:
             target = target()
@@ -88,12 +90,20 @@ def load(name: str, inputs: Sequence[str]) -> Loaded:
             "return a model, or (model, example_inputs)",
         )
     args, kwargs = (given, {}) if given else as_call(example)
-    if not args and not kwargs:
+    if need_inputs and not args and not kwargs:
         raise CliError(
             f"{name} comes without example inputs",
             "return (model, example_inputs), or give --input 'float32[1,3,224,224]'",
         )
     return Loaded(name, target, args, kwargs)
+
+
+def resolve(name: str) -> Any:
+    """What ``module:name`` or ``file.py:name`` stands for. Raises CliError where it is nothing."""
+    where, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise CliError(f"{name!r} names no function", "write it as package.module:function")
+    return _attribute(_module(where), where, attribute)
 
 
 def newest(compiled: Compiled) -> Program:

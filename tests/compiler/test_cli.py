@@ -38,11 +38,11 @@ def bare():
 def branchy():
     return Branchy(), (torch.ones(3),)
 
-def sorts():
-    class Sorts(nn.Module):
+def sums():
+    class Sums(nn.Module):
         def forward(self, x):
-            return torch.sort(x).values
-    return Sorts(), (torch.randn(9),)
+            return torch.cumsum(x, 0)
+    return Sums(), (torch.randn(9),)
 
 def leaves():
     raise SystemExit(3)
@@ -79,7 +79,7 @@ def error_of(*arguments: str | Path, code: int = 2) -> str:
 def test_help_names_every_command() -> None:
     result = plait("--help")
     assert result.exit_code == 0
-    for command in ("check", "passes", "run", "explain", "cache", "bench"):
+    for command in ("check", "passes", "run", "explain", "profile", "cache", "bench"):
         assert command in result.output
 
 
@@ -153,10 +153,10 @@ def test_check_takes_a_module_instance_with_inputs(models: str) -> None:
 
 
 def test_check_names_library_operators_and_why(models: str) -> None:
-    result = plait("check", f"{models}:sorts")
+    result = plait("check", f"{models}:sums")
     assert result.exit_code == 0
     assert "run by library" in result.output
-    assert "aten.sort" in result.output
+    assert "aten.cumsum" in result.output
 
 
 def test_check_fails_where_the_model_cannot_be_captured(models: str) -> None:

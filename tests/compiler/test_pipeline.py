@@ -142,15 +142,15 @@ def test_sizes_may_change_between_calls():
 
 
 def test_an_unsupported_operator_runs_in_the_library_with_a_remark():
-    class Sorts(nn.Module):
+    class Sums(nn.Module):
         def forward(self, x):
-            return torch.sort(torch.relu(x) * 2, dim=-1).values + 1
+            return torch.cumsum(torch.relu(x) * 2, dim=-1) + 1
 
-    model, x = Sorts().eval(), torch.randn(5, 33)
+    model, x = Sums().eval(), torch.randn(5, 33)
     compiled = plait.compile(model, example_inputs=(x,))
     assert torch.equal(compiled(x), model(x))
-    assert any("sort" in s.target for s in steps(compiled, LibraryStep))
-    assert any("sort" in " ".join(r.nodes) for r in compiled.remarks)
+    assert any("cumsum" in s.target for s in steps(compiled, LibraryStep))
+    assert any("cumsum" in " ".join(r.nodes) for r in compiled.remarks)
 
 
 def test_results_stay_valid_after_the_next_call():
