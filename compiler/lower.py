@@ -20,10 +20,19 @@ from ..kernels.group import Group
 from ..passes.plan_memory import Lifetime, MemoryPlan, describe, plan_memory
 from ..passes.remarks import Remark
 from ..runtime import library
-from ..runtime.plan import Buffer, KernelStep, LibraryStep, Plan, TensorRef
+from ..runtime.plan import (
+    BranchStep,
+    Buffer,
+    KernelStep,
+    LibraryStep,
+    Plan,
+    Step,
+    TensorRef,
+    touched,
+)
 from . import sizes
 from .select import Choice, Kernels, Selected, missed
-from .storage import Place, Storage, buffer_bytes, is_tensor, split_concats
+from .storage import Place, Storage, buffer_bytes, is_tensor, runs_parts, split_concats
 
 aten = torch.ops.aten
 NO_STEP = ("view", "concat")
@@ -42,6 +51,13 @@ class Lowered:
     groups: list[Group] = field(default_factory=list)
     selected: dict[int, Selected] = field(default_factory=dict)
     storage: Storage | None = None
+    parts: dict[str, Lowered] = field(default_factory=dict)
+
+    @property
+    def all_kernels(self) -> list[str]:
+        """Hashes of the kernels of this plan and its parts, sorted."""
+        nested = (k for part in self.parts.values() for k in part.all_kernels)
+        return sorted({*self.kernels, *nested})
 
 
 def lower(
@@ -76,6 +92,7 @@ class _Lowering:
         self.constants: dict[str, torch.Tensor] = {}
         self.calls: dict[str, Callable[..., Any]] = {}
         self.buffers: dict[str, Buffer] = {}
+        self.parts: dict[str, Lowered] = {}
 
     def is_library(self, group: Group) -> bool:
         return group.kind == "library" or group.nodes[0] in self.forced
@@ -95,6 +112,7 @@ class _Lowering:
             outputs=[self._output(a) for a in self.storage.output.args[0]],  # type: ignore[union-attr]
             symbols=self.symbols,
             arena_bytes=memory.total,
+            parts={name: part.plan for name, part in self.parts.items()},
         )
         used = sorted({s.kernel for s in steps if isinstance(s, KernelStep)})
         remarks = [*self.forced.values(), *self.remarks]
@@ -108,6 +126,7 @@ class _Lowering:
             self.groups,
             selected,
             self.storage,
+            self.parts,
         )
 
     # -- which groups are kernels -----------------------------------------------------------
@@ -168,8 +187,8 @@ class _Lowering:
 
     # -- steps --------------------------------------------------------------------------------
 
-    def _steps(self, selected: Mapping[int, Selected]) -> list[KernelStep | LibraryStep]:
-        steps: list[KernelStep | LibraryStep] = []
+    def _steps(self, selected: Mapping[int, Selected]) -> list[Step]:
+        steps: list[Step] = []
         grouped = {n for g in self.groups for n in g.nodes}
         pending = {g.nodes[-1]: k for k, g in enumerate(self.groups)}
         for node in self.graph_module.graph.nodes:
@@ -179,9 +198,9 @@ class _Lowering:
                 if k in selected:
                     steps.append(self._kernel_step(self._as_kernel_group(group), selected[k], k))
                 elif self.is_library(group):
-                    steps.extend(self._library_step(n, k) for n in group.nodes if self._runs(n))
+                    steps.extend(self._other_step(n, k) for n in group.nodes if self._runs(n))
             elif node.op == "call_function" and node not in grouped and self._runs(node):
-                steps.append(self._library_step(node, -1))
+                steps.append(self._other_step(node, -1))
         return steps
 
     def _runs(self, node: fx.Node) -> bool:
@@ -233,6 +252,43 @@ class _Lowering:
         for part in str(node.target).split("."):
             value = getattr(value, part)
         return value.detach()
+
+    def _other_step(self, node: fx.Node, number: int) -> LibraryStep | BranchStep:
+        if runs_parts(node):
+            try:
+                return self._branch_step(node, number)
+            except NotImplementedError as error:
+                hint = "pass what the branch needs as a tensor that has this size"
+                self.remarks.append(missed("PLT-BRN-007", (node.name,), str(error), hint))
+        return self._library_step(node, number)
+
+    def _branch_step(self, node: fx.Node, number: int) -> BranchStep:
+        """Lowers the graphs that a node runs; each becomes a part of the plan."""
+        from ..passes.fuse_vertical import groups_of
+
+        args: Any = node.args
+        if node.target is torch.ops.higher_order.cond:
+            kind, selector, graphs, refs = "cond", args[0], args[1:3], args[3]
+        else:
+            kind, selector, graphs, refs = "rows", args[2], args[0], (args[1], *args[3])
+        names = []
+        for graph in graphs:
+            name = str(graph.target)
+            module = getattr(self.graph_module, name)
+            bound = bound_symbols(module)
+            part = lower(module, groups_of(module), self.kernels, bound, name)
+            self.parts[name] = part
+            self.remarks += part.remarks
+            names.append(name)
+        return BranchStep(
+            name=node.name,
+            kind=kind,
+            plans=tuple(names),
+            selector=self._operand(selector),
+            refs=tuple(map(self._operand, refs)),
+            results=self._results(node),  # type: ignore[arg-type]
+            group=number,
+        )
 
     def _library_step(self, node: fx.Node, number: int) -> LibraryStep:
         tensors = [a for a in node.all_input_nodes if self._is_operand(a)]
@@ -318,12 +374,11 @@ class _Lowering:
 
     # -- buffers ------------------------------------------------------------------------------
 
-    def _buffers(self, steps: Sequence[KernelStep | LibraryStep]) -> MemoryPlan:
+    def _buffers(self, steps: Sequence[Step]) -> MemoryPlan:
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for k, step in enumerate(steps):
-            refs = step.args if isinstance(step, KernelStep) else (*step.refs, *step.results)
-            for ref in refs:
+            for ref in touched(step):
                 if ref is not None:
                     first.setdefault(ref.buffer, k)
                     last[ref.buffer] = k
@@ -359,6 +414,28 @@ class _Lowering:
     def _is_returned(self, name: str) -> bool:
         places = (self.storage.places.get(a) for a in self.storage.output.all_input_nodes)
         return any(isinstance(p, Place) and p.root == name for p in places)
+
+
+def bound_symbols(module: fx.GraphModule) -> dict[str, tuple[int, int]]:
+    """Which input and dimension of a graph's bind each symbol of its sizes.
+
+    Raises NotImplementedError for a size that no input has.
+    """
+    bound: dict[str, tuple[int, int]] = {}
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for k, node in enumerate(inputs):
+        for d, size in enumerate(map(sizes.dim, node.meta["val"].shape)):
+            if not isinstance(size, int) and size.is_Symbol:
+                bound.setdefault(str(size), (k, d))
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                for size in tensor.shape:
+                    unknown = sizes.symbols(sizes.dim(size)) - bound.keys()
+                    if unknown and sizes.is_backed(size):
+                        raise NotImplementedError(f"no input of the branch has size {size}")
+    return bound
 
 
 def _subgraph_call(

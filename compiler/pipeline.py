@@ -1,7 +1,7 @@
 """The whole compilation on one page: a captured graph goes in, something that runs comes out.
 
-capture -> normalize -> fuse-vertical -> storage (layout, halo, concat) -> select kernels
-        -> plan-memory -> Plan -> Executor
+capture -> normalize -> outline-branches -> fuse-vertical -> storage (layout, halo, concat)
+        -> select kernels -> plan-memory -> Plan -> Executor
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import lower, select
 from .capture import Captured
 from .options import Options
 
-DEFAULT_PIPELINE = "normalize,fuse-vertical"
+DEFAULT_PIPELINE = "normalize,outline-branches,fuse-vertical"
 
 
 class CompiledGraph:
@@ -40,10 +40,15 @@ class CompiledGraph:
         self.remarks = tuple(remarks)
         self.seconds = dict(seconds)
         self.kernels = kernels
-        self.executor = Executor(
-            lowered.plan, lowered.constants, kernels.functions, lowered.calls, kernels.libraries
-        )
+        self.executor = _executor(lowered, kernels)
         self.run = self.executor.run
+
+
+def _executor(lowered: lower.Lowered, kernels: select.Kernels) -> Executor:
+    return Executor(
+        lowered.plan, lowered.constants, kernels.functions, lowered.calls, kernels.libraries,
+        {name: _executor(part, kernels) for name, part in lowered.parts.items()},
+    )  # fmt: skip
 
 
 def compile_graph(captured: Captured, options: Options) -> CompiledGraph:

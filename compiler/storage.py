@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from ..kernels import routing_rows
 from ..kernels.abi import TensorArg, contiguous_strides
 from ..kernels.group import Group
 from . import sizes
@@ -68,6 +69,17 @@ def is_tensor(node: fx.Node) -> bool:
 
 def fake(node: fx.Node) -> torch.Tensor:
     return node.meta["val"]
+
+
+def runs_parts(node: fx.Node) -> bool:
+    """Whether a node runs graphs of its own, which become plans."""
+    if node.target is torch.ops.higher_order.cond:
+        values = node.meta.get("val")
+        known = isinstance(values, (tuple, list)) and all(
+            isinstance(v, torch.Tensor) and all(map(sizes.is_backed, v.shape)) for v in values
+        )
+        return known and isinstance(node.args[0], fx.Node)
+    return node.target is routing_rows.branches
 
 
 def split_concats(
@@ -155,6 +167,8 @@ class Storage:
             for node in group.outputs:
                 if not is_tensor(node) or fake(node).dim() not in (3, 4):
                     continue
+                if any(map(runs_parts, node.users)):
+                    continue  # plans of their own take their inputs contiguous
                 rank = fake(node).dim()
                 like = [x for x in group.inputs if x in found and fake(x).dim() == rank]
                 if group.kind == "concat":
@@ -180,7 +194,7 @@ class Storage:
                 continue
             if root not in self._channels_last or root in self._returned:
                 continue
-            if not all(isinstance(d, int) for d in fake(root).shape):
+            if not all(isinstance(d, int) for d in fake(root).shape[1:]):
                 continue
             wanted = halo_of(group.anchor)
             if not any(map(any, wanted)):
@@ -246,7 +260,7 @@ class Storage:
 
     def _place_library(self, node: fx.Node, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            if node in self._member:
+            if node in self._member or runs_parts(node):
                 self._place_result(node)
             else:
                 self._own(node, "library", fake(node).stride())
@@ -255,8 +269,11 @@ class Storage:
             for k, v in enumerate(value):
                 if isinstance(v, torch.Tensor):
                     name = f"{node.name}.{k}"
-                    self.roots[name] = Root(name, "library", v.dtype, v.numel(), node)
-                    parts.append(Place(name, v.dtype, tuple(v.shape), tuple(v.stride())))
+                    kind, strides = "library", tuple(v.stride())
+                    if runs_parts(node):
+                        kind, strides = "arena", contiguous_strides(tuple(v.shape))
+                    self.roots[name] = Root(name, kind, v.dtype, v.numel(), node)
+                    parts.append(Place(name, v.dtype, tuple(v.shape), strides))
                 else:
                     parts.append(None)
             self.places[node] = tuple(parts)

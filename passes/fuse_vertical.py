@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch.fx as fx
+from torch._ops import HigherOrderOperator
 
 from ..kernels import ops
 from .annotations import annotate
@@ -54,7 +55,7 @@ from .fusion_rules import (
     space_of,
 )
 from .groups import groups_of, orderings, topological_groups
-from .ir import aten, fake_mode_of, is_call
+from .ir import aten, branches_of, fake_mode_of, is_call
 from .remarks import Remark
 
 __all__ = ["FuseVertical", "groups_of"]
@@ -91,8 +92,13 @@ class FuseVertical(Pass):
         result = copy_graph(graph_module)
         fuser = _Fuser(self, result)
         fuser.run()
+        remarks = list(fuser.remarks)
+        for name, branch in branches_of(result):
+            inner = self.run(branch)
+            setattr(result, name, inner.graph_module)
+            remarks += inner.remarks
         result.recompile()
-        return PassResult(result, tuple(fuser.remarks))
+        return PassResult(result, tuple(remarks))
 
 
 class _Fuser:
@@ -443,6 +449,8 @@ class _Fuser:
         )
 
     def _tell(self, members: list[fx.Node], kind: str) -> None:
+        if isinstance(members[0].target, HigherOrderOperator):
+            return  # its graphs tell for themselves
         if kind == "library":
             reason = ops.library_reason(members[0]) or "it has several results, which are all read"
             self._remark("PLT-FUS-002", "missed", members[:1], reason)

@@ -50,6 +50,13 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
+def branches_of(graph_module: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
+    """The graphs that operators of ``graph_module`` take as arguments, by their attribute."""
+    names = dict.fromkeys(str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr")
+    found = ((name, getattr(graph_module, name, None)) for name in names)
+    return [(name, value) for name, value in found if isinstance(value, fx.GraphModule)]
+
+
 def is_call(node: Any, *targets: Any) -> bool:
     """Whether ``node`` is a call of one of ``targets`` (of anything, if none are given)."""
     if not isinstance(node, fx.Node) or node.op != "call_function":

@@ -16,7 +16,16 @@ from typing import Any
 import torch
 
 from . import driver, library
-from .plan import Buffer, KernelStep, LibraryStep, Plan, PlanError, TensorRef, check_guards
+from .plan import (
+    BranchStep,
+    Buffer,
+    KernelStep,
+    LibraryStep,
+    Plan,
+    PlanError,
+    TensorRef,
+    check_guards,
+)
 from .sizes import evaluate
 from .table import ITEMSIZE, Address, Span, Table, build_table, span_of
 
@@ -50,8 +59,8 @@ class Executor:
     """A plan with its constants and kernels, ready to run.
 
     ``constants`` maps names to prepared tensors, ``functions`` kernel hashes to addresses,
-    ``calls`` names of library targets that are not operators (subgraphs) to callables. ``keep``
-    holds whatever must stay alive, such as loaded libraries.
+    ``calls`` names of library targets that are not operators (subgraphs) to callables, ``parts``
+    the plan's parts to executors. ``keep`` holds what must stay alive, such as loaded libraries.
     """
 
     def __init__(
@@ -61,8 +70,10 @@ class Executor:
         functions: Mapping[str, int],
         calls: Mapping[str, Callable[..., Any]] | None = None,
         keep: Any = None,
+        parts: Mapping[str, Executor] | None = None,
     ) -> None:
         self.plan = plan
+        self.parts = dict(parts or {})
         self.constants = dict(constants)
         self.functions = dict(functions)
         self.keep = keep
@@ -70,6 +81,8 @@ class Executor:
         missing = {s.kernel for s in plan.steps if isinstance(s, KernelStep)} - set(functions)
         if missing:
             raise PlanError(f"{len(missing)} kernels of the plan are not loaded: compile again")
+        if plan.parts.keys() - self.parts.keys():
+            raise PlanError("parts of the plan are not compiled: compile again")
         for buffer in plan.buffers.values():
             if buffer.kind == "const" and buffer.name not in self.constants:
                 raise PlanError(f"constant {buffer.name!r} of the plan is missing")
@@ -82,10 +95,13 @@ class Executor:
         self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
         self._launch = driver.launch_function()
 
-    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run(
+        self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """Runs on flat inputs; returns flat outputs. Inputs must match the plan's ranks and dtypes.
 
-        Raises ValueError when a guard on the sizes does not hold.
+        The only result of a plan is written to ``into`` (contiguous) where that is given. Raises
+        ValueError when a guard on the sizes does not hold.
         """
         if self._symbols:
             key = (_threads(), *[tensors[i].shape[d] for _, (i, d) in self._symbols])
@@ -94,7 +110,7 @@ class Executor:
         instance = self._instances.get(key)
         if instance is None:
             instance = self._instantiate(key)
-        return instance.run(tensors)
+        return instance.run(tensors) if into is None else instance.run_into(tensors, into)
 
     def _instantiate(self, key: tuple[int, ...]) -> Instance:
         threads, *sizes = key
@@ -165,9 +181,9 @@ class Instance:
     def __init__(self, executor: Executor, values: Mapping[str, int], workers: int) -> None:
         self.executor, self.plan, self.values = executor, executor.plan, values
         self.workers = workers
-        self.segments: list[list[KernelStep] | LibraryStep] = []
+        self.segments: list[list[KernelStep] | LibraryStep | BranchStep] = []
         for step in self.plan.steps:
-            if isinstance(step, LibraryStep):
+            if not isinstance(step, KernelStep):
                 self.segments.append(step)
             elif self.segments and isinstance(self.segments[-1], list):
                 self.segments[-1].append(step)
@@ -273,6 +289,21 @@ class Instance:
             return fresh
         return self._run_mixed(workspace, tensors, held, fresh)
 
+    def run_into(self, tensors: Sequence[torch.Tensor], into: torch.Tensor) -> list[torch.Tensor]:
+        """`run` with its only result written to ``into``, of the result's shape and contiguous."""
+        if not (self._lean and tensors[0].is_contiguous() and into.is_contiguous()):
+            (result,) = self.run(tensors)
+            return [into.copy_(result)]
+        try:
+            workspace = self._free.pop()
+        except IndexError:
+            workspace = _Workspace(self)
+        workspace.ext[self._slots[0]] = tensors[0].data_ptr()
+        workspace.ext[self._made[0][0]] = into.data_ptr()
+        self._launch(workspace.launches[0], workspace.ext_address)
+        self._free.append(workspace)
+        return [into]
+
     def _run_mixed(
         self,
         workspace: _Workspace,
@@ -290,6 +321,8 @@ class Instance:
         ):
             if table is not None:
                 self._launch(table.address, workspace.ext_address)
+            elif isinstance(segment, BranchStep):
+                self._run_branches(workspace, segment, live)
             else:
                 assert isinstance(segment, LibraryStep)
                 self._call_library(workspace, segment, number, live)
@@ -298,6 +331,26 @@ class Instance:
         outputs = [self._view(workspace, ref, live) for ref in self.plan.outputs]
         self._free.append(workspace)
         return outputs
+
+    def _run_branches(
+        self, workspace: _Workspace, step: BranchStep, live: dict[str, torch.Tensor]
+    ) -> None:
+        """Runs the plans of a step that have something to do, in their order."""
+        selector = self._view(workspace, step.selector, live)
+        operands = [self._view(workspace, ref, live) for ref in step.refs]
+        results = [self._view(workspace, ref, live) for ref in step.results]
+        parts = self.executor.parts
+        if step.kind == "cond":
+            taken = step.plans[0 if selector.item() else 1]
+            for result, value in zip(results, parts[taken].run(operands), strict=True):
+                result.copy_(value)
+            return
+        rows, *others = operands
+        begin, *ends = selector.tolist()
+        for name, end in zip(step.plans, ends, strict=True):
+            if begin < end:
+                parts[name].run([rows[begin:end], *others], into=results[0][begin:end])
+            begin = end
 
     def _call_library(
         self,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .sizes import Size, evaluate
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 class PlanError(ValueError):
@@ -88,6 +88,37 @@ class LibraryStep:
 
 
 @dataclass(frozen=True)
+class BranchStep:
+    """Runs plans of its own, which of them and on what the data tells.
+
+    ``kind`` "rows": plan b gets rows ``selector[b]`` to ``selector[b + 1]`` of ``refs[0]`` and the
+    other ``refs``, and writes as many rows of ``results[0]``; without rows it does not run.
+    ``kind`` "cond": the first plan runs where the truth value ``selector`` holds, else the second;
+    each gets all ``refs`` and gives all ``results``. ``plans`` are names in `Plan.parts`.
+    """
+
+    name: str
+    kind: str
+    plans: tuple[str, ...]
+    selector: TensorRef
+    refs: tuple[TensorRef, ...]
+    results: tuple[TensorRef, ...]
+    group: int = -1
+
+
+Step = KernelStep | LibraryStep | BranchStep
+
+
+def touched(step: Step) -> tuple[TensorRef | None, ...]:
+    """Everything that a step reads or writes."""
+    if isinstance(step, KernelStep):
+        return step.args
+    if isinstance(step, LibraryStep):
+        return (*step.refs, *step.results)
+    return (step.selector, *step.refs, *step.results)
+
+
+@dataclass(frozen=True)
 class Guard:
     """A condition on sizes that must hold (``text`` evaluates to true), and what it protects."""
 
@@ -101,56 +132,55 @@ class Plan:
 
     ``symbols`` maps a symbol to (input number, dimension) where a call binds it. ``inputs`` and
     ``outputs`` describe the caller's tensors; an output may be an alias of an input or of a
-    constant. ``arena_bytes`` is the workspace's peak.
+    constant. ``arena_bytes`` is the workspace's peak. ``parts`` are the plans that `BranchStep`
+    names.
     """
 
     name: str
     buffers: dict[str, Buffer]
-    steps: list[KernelStep | LibraryStep]
+    steps: list[Step]
     inputs: list[TensorRef]
     outputs: list[TensorRef]
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     guards: list[Guard] = field(default_factory=list)
     arena_bytes: Size = 0
+    parts: dict[str, Plan] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
     def to_json(self) -> str:
-        document = asdict(self)
+        return json.dumps(self._document(), indent=1)
+
+    def _document(self) -> dict[str, Any]:
+        document = asdict(replace(self, parts={}))
         for step, data in zip(self.steps, document["steps"], strict=True):
-            data["type"] = "kernel" if isinstance(step, KernelStep) else "library"
-        return json.dumps(document, indent=1)
+            data["type"] = _TYPES[type(step)]
+        document["parts"] = {name: part._document() for name, part in self.parts.items()}
+        return document
 
     @staticmethod
     def from_json(text: str) -> Plan:
         """Reads a plan back. Raises PlanError naming what is wrong."""
         try:
-            document = json.loads(text)
-            if document["version"] != PLAN_VERSION:
-                raise PlanError(
-                    f"plan version {document['version']} is not {PLAN_VERSION}: compile again"
-                )
-            steps = []
-            for data in document["steps"]:
-                kind = data.pop("type")
-                if kind == "kernel":
-                    data["args"] = tuple(_ref(a) for a in data["args"])
-                    data["symbols"] = tuple(data["symbols"])
-                    steps.append(KernelStep(**data))
-                else:
-                    data["refs"] = tuple(_ref(a) for a in data["refs"])
-                    data["results"] = tuple(a and _ref(a) for a in data["results"])
-                    steps.append(LibraryStep(**data))
-            document["steps"] = steps
-            document["buffers"] = {k: Buffer(**b) for k, b in document["buffers"].items()}
-            document["inputs"] = [_ref(r) for r in document["inputs"]]
-            document["outputs"] = [_ref(r) for r in document["outputs"]]
-            document["symbols"] = {k: tuple(v) for k, v in document["symbols"].items()}
-            document["guards"] = [Guard(**g) for g in document["guards"]]
-            return Plan(**document)
+            return Plan._read(json.loads(text))
         except PlanError:
             raise
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the plan cannot be read ({error}): compile again") from error
+
+    @staticmethod
+    def _read(document: dict[str, Any]) -> Plan:
+        if document["version"] != PLAN_VERSION:
+            raise PlanError(
+                f"plan version {document['version']} is not {PLAN_VERSION}: compile again"
+            )
+        document["steps"] = [_step(data) for data in document["steps"]]
+        document["buffers"] = {k: Buffer(**b) for k, b in document["buffers"].items()}
+        document["inputs"] = [_ref(r) for r in document["inputs"]]
+        document["outputs"] = [_ref(r) for r in document["outputs"]]
+        document["symbols"] = {k: tuple(v) for k, v in document["symbols"].items()}
+        document["guards"] = [Guard(**g) for g in document["guards"]]
+        document["parts"] = {k: Plan._read(part) for k, part in document["parts"].items()}
+        return Plan(**document)
 
     def __str__(self) -> str:
         lines = [f"plan {self.name}: {len(self.steps)} steps, workspace {self.arena_bytes} bytes"]
@@ -159,11 +189,38 @@ class Plan:
                 reads = ", ".join(a.buffer for a in step.args[: step.reads])
                 writes = ", ".join(a.buffer for a in step.args[step.reads :])
                 lines.append(f"  {i:4d} {writes} = {step.name}({reads})  tasks={step.tasks}")
+            elif isinstance(step, BranchStep):
+                reads = ", ".join(r.buffer for r in step.refs)
+                writes = ", ".join(r.buffer for r in step.results)
+                lines.append(
+                    f"  {i:4d} {writes} = {step.kind} {step.selector.buffer} of "
+                    f"{len(step.plans)} plans({reads})"
+                )
+                for name in step.plans:
+                    lines += [f"       {line}" for line in str(self.parts[name]).splitlines()]
             else:
                 reads = ", ".join(a.buffer for a in step.refs)
                 writes = ", ".join(r.buffer if r else "_" for r in step.results)
                 lines.append(f"  {i:4d} {writes} = library {step.target}({reads})")
         return "\n".join(lines)
+
+
+_TYPES: dict[type, str] = {KernelStep: "kernel", LibraryStep: "library", BranchStep: "branch"}
+
+
+def _step(data: dict[str, Any]) -> Step:
+    kind = data.pop("type")
+    if kind == "kernel":
+        data["args"] = tuple(_ref(a) for a in data["args"])
+        data["symbols"] = tuple(data["symbols"])
+        return KernelStep(**data)
+    data["refs"] = tuple(_ref(a) for a in data["refs"])
+    data["results"] = tuple(a and _ref(a) for a in data["results"])
+    if kind == "library":
+        return LibraryStep(**data)
+    data["selector"] = _ref(data["selector"])
+    data["plans"] = tuple(data["plans"])
+    return BranchStep(**data)
 
 
 def _ref(data: Mapping[str, Any]) -> TensorRef:

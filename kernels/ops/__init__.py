@@ -51,7 +51,8 @@ def converter(*targets: str) -> Callable[[Converter], Converter]:
 
     def register(function: Converter) -> Converter:
         for name in targets:
-            name = f"aten.{name}" if "." in name else f"aten.{name}.default"
+            if not name.startswith("plait."):
+                name = f"aten.{name}" if "." in name else f"aten.{name}.default"
             if name in _registry:
                 raise ValueError(f"{name} has two converters")
             _registry[name] = function

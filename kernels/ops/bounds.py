@@ -198,7 +198,8 @@ def _origin(node: fx.Node) -> fx.Node | None:
         node, name = source, str(source.target)
     value = node.meta.get("val")
     integral = isinstance(value, torch.Tensor) and not value.is_floating_point()
-    return node if node.op == "placeholder" and integral else None
+    # Where an outer graph computes the values, nobody looks at them before the call.
+    return node if node.op == "placeholder" and integral and not node.meta.get("inner") else None
 
 
 def _size(node: Any, dim: int) -> Any:

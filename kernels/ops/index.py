@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 import tvm.tirx as tir
 
-from ..emit import Expr
+from ..emit import Expr, expr_dtype
 from ..value import Context, Value
 from . import converter
 from .common import axis, convert_expr, dims_of, dtype_of, i64, operand, opmath, shape_of
@@ -130,3 +130,43 @@ def _scatter(node: fx.Node, ctx: Context) -> Value:
         return convert_expr(result, compute, dtype)
 
     return Value(shape, dtype, load)
+
+
+@converter("plait.take.default")
+def _take(node: fx.Node, ctx: Context) -> Value:
+    cells = ctx.env[node.args[0]]
+    order = operand(node.args[1], torch.int64, ctx)
+    share = argument(node, "share")
+
+    def load(index: Index) -> Expr:
+        cell = bind(tir.truncdiv(order.load(index[:1]), i64(share)))
+        return cells.load([cell, *index[1:]])
+
+    return Value(shape_of(node, ctx), cells.dtype, load)
+
+
+@converter("plait.combine.default")
+def _combine(node: fx.Node, ctx: Context) -> Value:
+    dtype, share = dtype_of(node), argument(node, "share")
+    rows = ctx.env[argument(node, "rows")]
+    place = operand(argument(node, "place"), torch.int64, ctx)
+    offsets_node: Any = argument(node, "offsets")
+    offsets, last = ctx.env[offsets_node], dims_of(offsets_node)[0] - 1
+    weight_node = argument(node, "weight")
+    weight = None if weight_node is None else operand(weight_node, dtype, ctx)
+    compute = opmath(dtype)
+
+    def load(index: Index) -> Expr:
+        total: Expr | None = None
+        end = bind(offsets.load([i64(last)]))
+        for slot in range(share):
+            row = bind(place.load([index[0] * share + slot]))
+            value = convert_expr(rows.load([row, *index[1:]]), dtype, compute)
+            if weight is not None:
+                at = [index[0], i64(slot)][: len(weight.shape)]
+                value = value * convert_expr(weight.load(at), dtype, compute)
+            value = tir.Select(row < end, value, tir.Cast(expr_dtype(value), i64(0)))
+            total = value if total is None else total + value
+        return convert_expr(total, compute, dtype)
+
+    return Value(shape_of(node, ctx), dtype, load)

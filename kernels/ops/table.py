@@ -43,7 +43,6 @@ fill.Tensor full full_like zeros zeros_like ones ones_like new_zeros new_ones ne
 empty.memory_format empty_like scalar_tensor arange arange.start arange.start_step eye
 linspace batch_norm native_batch_norm _native_batch_norm_legit_no_training
 one_hot isclose upsample_bilinear2d upsample_bilinear2d.vec
-scatter.value scatter.src scatter_add
 """.split()
 
 VIEW = """
@@ -58,7 +57,7 @@ flip roll cat stack concat repeat repeat_interleave.self_int tile constant_pad_n
 pixel_shuffle pixel_unshuffle channel_shuffle tril triu reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d embedding index_select gather index.Tensor _unsafe_index.Tensor
 upsample_nearest1d upsample_nearest1d.vec upsample_nearest2d upsample_nearest2d.vec
-select_scatter slice_scatter take_along_dim
+select_scatter slice_scatter take_along_dim scatter.value scatter.src scatter_add
 """.split()
 
 REDUCE = """
@@ -111,6 +110,8 @@ CATEGORIES = (
 
 
 def _qualified(name: str) -> str:
+    if name.startswith("plait."):
+        return name
     return f"aten.{name}" if "." in name else f"aten.{name}.default"
 
 
@@ -129,7 +130,14 @@ CATEGORY: dict[str, str] = {
         ("symbolic", SYMBOLIC),
     )
     for name in names
-} | {"plait.route.default": "route", "plait.routed_linear.default": "experts"}
+} | {
+    "plait.route.default": "route",
+    "plait.places.default": "route",
+    "aten.cumsum.default": "route",
+    "plait.routed_linear.default": "experts",
+    "plait.take.default": "view",
+    "plait.combine.default": "view",
+}
 """``str(target)`` of every operator that has a lowering, mapped to its category."""
 
 MOST_WRITES = 16
@@ -359,6 +367,20 @@ def _check_scalars(node: fx.Node) -> str | None:
     if any(isinstance(n.meta.get("val"), kinds) for n in node.all_input_nodes):
         return "a scalar that is no integer is known only at run time"
     return None
+
+
+@check("cumsum")
+def _check_cumsum(node: fx.Node) -> str | None:
+    result, source = node.meta["val"], *_input_tensors(node)
+    if result.dtype != torch.int64 or source.is_floating_point():
+        return "running totals of whole numbers only"  # elsewhere torch's order of adding counts
+    return None if result.dim() else "a tensor without dimensions"
+
+
+@check("plait.combine.default")
+def _check_combine(node: fx.Node) -> str | None:
+    share = argument(node, "share")
+    return None if 0 < share <= MOST_WRITES else f"{share} slots for a cell"
 
 
 @check("scatter.value", "scatter.src", "scatter_add")

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
+from plait.kernels import routing_rows  # noqa: F401  defines plait's operators
 from plait.kernels.abi import Kernel
 from plait.kernels.ops import CATEGORY, category, library_reason, registered
 from plait.kernels.target import host
@@ -266,6 +267,12 @@ def _direct() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield aten.scatter.src, (f, 1, places, _floats(3, 4))
     yield aten.scatter.src, (f.bfloat16(), 1, places, _floats(3, 4).bfloat16())
     yield aten.scatter_add.default, (f, 1, _ints(3, 5, low=0, high=20), _floats(3, 5))
+    cells, order = _floats(4, 5), torch.randperm(8)
+    yield torch.ops.plait.take.default, (cells, order, 2)
+    for weight in (None, torch.rand(4, 2)):
+        end = torch.tensor([0, 3, 6])  # the last two rows are nobody's
+        rows = torch.cat([_floats(6, 5), torch.full((2, 5), float("nan"))])
+        yield torch.ops.plait.combine.default, (rows, order, end, weight, 2)
     yield aten.copy.default, (f, g)
     yield aten.copy.default, (i, special[:1])
     for name in ("reflection_pad", "replication_pad"):
