@@ -14,13 +14,15 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from .workloads import FORMS
 
 Call = Callable[[], Any]
 
@@ -31,12 +33,16 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """An engine: ``prepare(model, inputs)`` compiles and returns a call without arguments."""
+    """An engine: ``prepare(model, inputs)`` compiles and returns a call without arguments.
+
+    ``form`` is the form of the model that it is given (`workloads.FORMS`), "" for the model itself.
+    """
 
     name: str
     summary: str
     prepare: Callable[[nn.Module, tuple[Any, ...]], Call]
     family: str = "torch"
+    form: str = ""
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
@@ -138,23 +144,34 @@ def _plait(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
     return lambda: compiled(*inputs)
 
 
-PEERS: dict[str, Peer] = {
-    p.name: p
-    for p in (
-        Peer("plait", "plait.compile", _plait, "plait"),
-        Peer("eager", "PyTorch eager", _eager),
-        Peer("eager-cl", "PyTorch eager, channels last", _channels_last),
-        Peer("compile", "torch.compile, default", _torch_compile(False, None)),
-        Peer("compile-freeze", "torch.compile, freezing", _torch_compile(True, None)),
-        Peer("compile-max", "freezing and max-autotune", _torch_compile(True, "max-autotune")),
-        Peer("ort", "ONNX Runtime", _onnxruntime, "engine"),
-        Peer("openvino", "OpenVINO", _openvino, "engine"),
-    )
-}
+_ENGINES = (
+    Peer("plait", "plait.compile", _plait, "plait"),
+    Peer("eager", "PyTorch eager", _eager),
+    Peer("eager-cl", "PyTorch eager, channels last", _channels_last),
+    Peer("compile", "torch.compile, default", _torch_compile(False, None)),
+    Peer("compile-freeze", "torch.compile, freezing", _torch_compile(True, None)),
+    Peer("compile-max", "freezing and max-autotune", _torch_compile(True, "max-autotune")),
+    Peer("ort", "ONNX Runtime", _onnxruntime, "engine"),
+    Peer("openvino", "OpenVINO", _openvino, "engine"),
+)
+
+
+def _forms(peer: Peer) -> list[Peer]:
+    """``peer``, and for one of PyTorch's modes the same with the model's other forms."""
+    if peer.family != "torch":
+        return [peer]
+    return [peer] + [
+        replace(peer, name=f"{peer.name}-{form}", summary=f"{peer.summary}; {what}", form=form)
+        for form, what in FORMS.items()
+    ]
+
+
+PEERS: dict[str, Peer] = {p.name: p for engine in _ENGINES for p in _forms(engine)}
 
 
 def select(names: Sequence[str]) -> list[Peer]:
-    """The engines with these names, in this order.
+    """The engines with these names, in this order; behind one of PyTorch's modes the same mode on
+    the other forms of a model, for workloads that have any.
 
     Raises ValueError naming the closest match when a name is unknown.
     """
@@ -163,7 +180,11 @@ def select(names: Sequence[str]) -> list[Peer]:
             close = difflib.get_close_matches(name, PEERS, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"use some of {', '.join(PEERS)}"
             raise ValueError(f"unknown peer {name!r}: {hint}")
-    return [PEERS[name] for name in dict.fromkeys(names)]
+    chosen: dict[str, Peer] = {}
+    for name in names:
+        chosen.update({p.name: p for p in _forms(PEERS[name])} if not PEERS[name].form else {})
+        chosen[name] = PEERS[name]
+    return list(chosen.values())
 
 
 def _exportable(model: nn.Module) -> None:

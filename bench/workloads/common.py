@@ -41,3 +41,8 @@ def finish(model: nn.Module, *inputs: Tensor) -> nn.Module:
             module.momentum = momentum
             module.num_batches_tracked.zero_()  # type: ignore[union-attr]
     return model.eval()
+
+
+def select_experts(model: nn.Module, form: str) -> None:
+    """Makes transformers compute experts in ``form``: "loop" or "batched"."""
+    model.set_experts_implementation({"loop": "eager", "batched": "batched_mm"}[form])  # type: ignore

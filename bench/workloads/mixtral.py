@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .common import SEED
+from .common import SEED, select_experts
 
 TOKENS = 32
 
@@ -52,3 +52,10 @@ def build(size: str = "cpu") -> tuple[nn.Module, tuple[Tensor, ...]]:
             model = MixtralForCausalLM(settings)
         tokens = torch.randint(0, settings.vocab_size, (1, TOKENS))
     return model.eval(), (tokens,)
+
+
+def build_plain(size: str = "cpu", form: str = "loop") -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """As `build`, with transformers' own loop over experts, or its batched product."""
+    model, inputs = build(size)
+    select_experts(model, form)
+    return model, inputs
