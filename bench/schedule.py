@@ -8,7 +8,7 @@ from pathlib import Path
 from ..compiler.api import compile
 from ..compiler.capture_tree import flatten
 from ..runtime.executor import Executor
-from ..runtime.plan import KernelStep, Plan, TensorRef
+from ..runtime.plan import KernelStep, Plan, touched
 from ..runtime.profile import profile_steps
 from ..runtime.sizes import evaluate
 from .workloads import Workload
@@ -87,13 +87,8 @@ def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
     """For each buffer of the workspace the first and the last step that touches it."""
     spans: dict[str, tuple[int, int]] = {}
     for number, step in enumerate(plan.steps):
-        refs: list[TensorRef] = []
-        if isinstance(step, KernelStep):
-            refs += step.args
-        else:
-            refs += [*step.refs, *[r for r in step.results if r is not None]]
-        for ref in refs:
-            if plan.buffers[ref.buffer].kind == "arena":
+        for ref in touched(step):
+            if ref is not None and plan.buffers[ref.buffer].kind == "arena":
                 first, _ = spans.get(ref.buffer, (number, number))
                 spans[ref.buffer] = (first, number)
     return spans

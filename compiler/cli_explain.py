@@ -86,8 +86,8 @@ def _table(rows: list[dict[str, Any]], total: float) -> Table:
         known = bool(r["flops"] or r["bytes"])
         table.add_row(
             str(r["step"]),
-            r["name"] if r["kind"] == "kernel" else r["kernel"],
-            r["kernel"][:8] if r["kind"] == "kernel" else "library",
+            r["kernel"] if r["kind"] == "library" else r["name"],
+            r["kernel"][:8] if r["kind"] == "kernel" else r["kind"],
             f"{r['seconds'] * 1e6:.4g}",
             f"{share:.1%}",
             f"{r['bound_seconds'] * 1e6:.4g}" if known else "-",

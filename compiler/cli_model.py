@@ -11,23 +11,27 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.fx as fx
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch._ops import HigherOrderOperator
 
 from ..bench.harness import relative_error
 from ..bench.measure import interleave
 from ..bench.peers import tensors_of
 from ..kernels.ops import category, library_reason
+from ..passes.ir import branches_of
 from ..passes.manager import PassManager
 from ..passes.remarks import render
+from ..runtime.plan import BranchStep, KernelStep, LibraryStep
 from .api import compile
 from .api import load as load_saved
 from .capture import capture
@@ -148,7 +152,7 @@ def check(loaded: Loaded) -> None:
         console.print(f"not captured: {error}", style="red", markup=False, highlight=False)
         console.print("plait.compile would run the original model.")
         sys.exit(1)
-    nodes = [n for n in result.graph_module.graph.nodes if n.op == "call_function"]
+    nodes = list(_operators(result.graph_module))
     console.print(f"captured whole: {len(nodes)} operators after {DEFAULT_PIPELINE}")
     for spec in captured.inputs[: captured.num_tensors]:
         console.print(f"  input {spec.name}: {spec}", markup=False, highlight=False)
@@ -167,6 +171,15 @@ def check(loaded: Loaded) -> None:
         console.print(table)
     remarks = [*captured.remarks, *result.remarks]
     console.print(render(remarks), markup=False, highlight=False)
+
+
+def _operators(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The operators of a graph and of the graphs of its branches."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and not isinstance(node.target, HigherOrderOperator):
+            yield node
+    for _, branch in branches_of(graph_module):
+        yield from _operators(branch)
 
 
 def run(
@@ -205,6 +218,11 @@ def run(
         raise CliError("plait's answer differs from eager's", "please report it with the model")
 
 
+_STEPS: dict[type, str] = {
+    KernelStep: "kernels", LibraryStep: "library calls", BranchStep: "choices of branches",
+}  # fmt: skip
+
+
 def compile_loaded(loaded: Loaded, pipeline: str | None, tune: str, console: Console) -> Compiled:
     """Compiles (unless it came compiled) and says how long it took."""
     if loaded.saved:
@@ -217,7 +235,7 @@ def compile_loaded(loaded: Loaded, pipeline: str | None, tune: str, console: Con
         compiled = compile(model, example_inputs=inputs, pipeline=pipeline, tune=tune)
     seconds = time.perf_counter() - start
     plan = newest(compiled).executable.plan
-    steps = Counter("kernels" if hasattr(s, "kernel") else "library calls" for s in plan.steps)
+    steps = Counter(_STEPS[type(s)] for s in plan.every_step())
     parts = ", ".join(f"{count} {kind}" for kind, count in steps.items())
     console.print(f"compiled in {seconds:.1f} s: {parts}")
     return compiled

@@ -53,12 +53,6 @@ class Lowered:
     storage: Storage | None = None
     parts: dict[str, Lowered] = field(default_factory=dict)
 
-    @property
-    def all_kernels(self) -> list[str]:
-        """Hashes of the kernels of this plan and its parts, sorted."""
-        nested = (k for part in self.parts.values() for k in part.all_kernels)
-        return sorted({*self.kernels, *nested})
-
 
 def lower(
     graph_module: fx.GraphModule,

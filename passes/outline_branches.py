@@ -132,10 +132,13 @@ class _Outliner:
             and len(ops.argument(n, "outs")) == count
         ]
         below = _below(scatter)
-        found = [n for n in found if n in below]
-        if len(found) != 1:
+        found = [n for n in self.graph.nodes if n in below and n in found]
+        if not found:
+            raise _Refused("PLT-BRN-002", "no gather belongs to this scatter")
+        first, *later = found  # routers one after another may share an index
+        if any(first not in _above(n) for n in later):
             raise _Refused("PLT-BRN-002", f"{len(found)} gathers belong to this scatter, not one")
-        return found[0]
+        return first
 
     def _regions(self, scatter: fx.Node, gather: fx.Node) -> list[_Region]:
         parts = {n.args[1]: n for n in scatter.users if n.target is operator.getitem}

@@ -7,7 +7,7 @@ syntax over the symbols (``"4*s0*(s0 + 1)"``) and evaluated when a call fixes th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -146,6 +146,14 @@ class Plan:
     arena_bytes: Size = 0
     parts: dict[str, Plan] = field(default_factory=dict)
     version: int = PLAN_VERSION
+
+    def every_step(self) -> Iterator[Step]:
+        """The steps of this plan and, after each `BranchStep`, those of its parts."""
+        for step in self.steps:
+            yield step
+            if isinstance(step, BranchStep):
+                for name in step.plans:
+                    yield from self.parts[name].every_step()
 
     def to_json(self) -> str:
         return json.dumps(self._document(), indent=1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .executor import Executor
-from .plan import KernelStep
+from .plan import BranchStep, KernelStep, LibraryStep
 from .sizes import evaluate
 
 
@@ -44,7 +44,7 @@ def profile_steps(
         StepTime(
             k,
             step.name,
-            "kernel" if isinstance(step, KernelStep) else "library",
+            _KINDS[type(step)],
             statistics.median(sample),
             evaluate(step.flops, values) if isinstance(step, KernelStep) else 0,
             evaluate(step.bytes, values) if isinstance(step, KernelStep) else 0,
@@ -53,12 +53,19 @@ def profile_steps(
     ]
 
 
+_KINDS: dict[type, str] = {KernelStep: "kernel", LibraryStep: "library", BranchStep: "branches"}
+
+
 class _StepExecutor(Executor):
     """An executor that launches every kernel on its own and notes the time of each step."""
 
     def __init__(self, executor: Executor) -> None:
         super().__init__(
-            replace(executor.plan), executor.constants, executor.functions, executor.calls
+            replace(executor.plan),
+            executor.constants,
+            executor.functions,
+            executor.calls,
+            parts=executor.parts,
         )
         self.seconds: list[float] = []
         self.values: dict[str, int] = {}

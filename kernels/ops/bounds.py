@@ -141,6 +141,8 @@ def limits(node: Any) -> Limits | None:
         if str(producer.target) in _POSITIONS and args[1] == 1:
             dim = argument(producer, "dim")
             return 0, _size(producer.args[0], -1 if dim is None else dim) - 1
+        if str(producer.target) in _POSITIONS:
+            return limits(producer.args[0])
         return limits(producer) if str(producer.target) in _MOVES else None
     if name in ("aten.full.default", "aten.scalar_tensor.default"):
         return limits(args[1] if name == "aten.full.default" else args[0])

@@ -11,6 +11,7 @@ one product, are computed in one panel that holds some columns of each.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ from ..target import Target
 from ..value import Context, Value
 from .conv_common import loop, name_index, vector
 from .conv_tiling import inner_unroll
+
+STRANDS = 4
+"""Partial sums of a single row: each addition waits for the one before it, and loses digits. Wider
+tiles have enough sums in flight without.
+"""
 
 
 def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
@@ -178,19 +184,28 @@ class _Body:
             rows = place
         bases = [name_index(self.x.offset([r, em.i64(0)])) for r in rows]
         step = self.x.strides[1]
-        sums = [em.local(width) for _ in range(size)]
+        strands = math.gcd(self.spec.depth, max(1, STRANDS // size))
+        unroll = max(strands, inner_unroll(self.spec.depth))
+        sums = [em.local(width * strands) for _ in range(size)]
         for buffer in sums:
-            with T.unroll(em.i64(self.nv)) as v, vector(em, lanes) as j:
+            with T.unroll(em.i64(self.nv * strands)) as v, vector(em, lanes) as j:
                 T.buffer_store(buffer, em.f32(0.0), [v * lanes + j])
-        unroll = inner_unroll(self.spec.depth)
         with loop(em, self.spec.depth // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
             k = k0 * unroll + k1
+            strand = tir.truncmod(k1, em.i64(strands)) * width
             for i in range(size):
                 value = self.x.load_flat(bases[i] + k * step)
                 with T.unroll(em.i64(self.nv)) as v, vector(em, lanes) as j:
                     lane = v * lanes + j
                     term = value * self.weight.load_flat(weights + k * width + lane)
-                    T.buffer_store(sums[i], sums[i][lane] + term, [lane])
+                    T.buffer_store(sums[i], sums[i][strand + lane] + term, [strand + lane])
+        for i in range(size):
+            half = strands
+            while half > 1:
+                half //= 2
+                with T.unroll(em.i64(self.nv * half)) as v, vector(em, lanes) as j:
+                    lane = v * lanes + j
+                    T.buffer_store(sums[i], sums[i][lane] + sums[i][lane + half * width], [lane])
         for i in range(size):
             row = slots[i] if self.scatter else place[i]
             self._store(row, panel, branch, sums[i])

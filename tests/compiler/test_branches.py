@@ -17,8 +17,7 @@ from plait.runtime.plan import BranchStep, LibraryStep, Plan
 
 def library_steps(plan: Plan) -> list[str]:
     """Targets of the library steps of a plan and its parts."""
-    own = [s.target for s in plan.steps if isinstance(s, LibraryStep)]
-    return own + [t for part in plan.parts.values() for t in library_steps(part)]
+    return [s.target for s in plan.every_step() if isinstance(s, LibraryStep)]
 
 
 def check(compiled, model, *inputs: Tensor) -> None:

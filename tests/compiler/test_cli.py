@@ -44,6 +44,12 @@ def sums():
             return torch.cumsum(x, 0)
     return Sums(), (torch.randn(9),)
 
+def routes():
+    import plait
+    branches = [nn.Linear(8, 4), nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 4))]
+    scorer = nn.Sequential(nn.Linear(8, 2), nn.Softmax(-1))
+    return plait.Router(branches, scorer).eval(), (torch.randn(6, 8),)
+
 def leaves():
     raise SystemExit(3)
 
@@ -164,6 +170,16 @@ def test_check_fails_where_the_model_cannot_be_captured(models: str) -> None:
     assert result.exit_code == 1
     assert "not captured: PLT-CAP-001" in result.output
     assert "would run the original model" in result.output
+
+
+def test_commands_look_into_branches(models: str) -> None:
+    result = plait("check", f"{models}:routes")
+    assert result.exit_code == 0 and "plait_branches" not in result.output
+    assert "run by library" not in result.output
+    result = plait("run", f"{models}:routes", "--rounds", "1")
+    assert result.exit_code == 0 and "1 choices of branches" in result.output
+    result = plait("explain", f"{models}:routes")
+    assert result.exit_code == 0 and "branches" in result.output
 
 
 # -- passes -------------------------------------------------------------------------------------

@@ -129,6 +129,26 @@ def test_the_bisect_counter_reaches_each_region() -> None:
     assert "plait.scatter.default" in calls(after) and counter.asked == 1
 
 
+def test_routers_one_after_another_may_share_an_index() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x):
+            index = (x[:, 0] > 0).long()
+            for a, b in (self.layers[:2], self.layers[2:]):
+                first, second = scatter(x, index, 2)
+                x = gather([a(first), b(second)], index, None)
+            return x
+
+    x = torch.randn(6, 4)
+    before, after, remarks = outlined(Twice(), x)
+    assert [r.id for r in remarks] == ["PLT-BRN-001"] * 2
+    assert calls(after).count("plait_branches") == 2
+    assert torch.equal(after(x)[0], before(x)[0])
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_slots_and_weights(slots: int) -> None:
     class Weighted(nn.Module):
