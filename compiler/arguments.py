@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .capture_state import states_of
 from .capture_tree import flatten
 
 _levels = torch._C._functorch.peek_interpreter_stack
@@ -64,11 +67,14 @@ def distinct(tensors: Sequence[Tensor], others: Iterable[Tensor]) -> list[Tensor
 
 def shares_memory(tensors: Sequence[Tensor], written: Sequence[int]) -> bool:
     """Whether a tensor that is written, by position, may overlap another one or itself."""
-    spans = [extent(t) for t in tensors]
-    for i in written:
-        low, high = spans[i]
-        if any(j != i and a < high and low < b for j, (a, b) in enumerate(spans)):
+    wanted = frozenset(written)
+    reach = reach_written = 0  # the furthest that tensors lying before extend
+    for (low, high), i in sorted((extent(t), i) for i, t in enumerate(tensors) if t.numel()):
+        if low < (reach if i in wanted else reach_written):
             return True
+        reach = max(reach, high)
+        reach_written = max(reach_written, high) if i in wanted else reach_written
+    for i in written:
         shape, stride = tensors[i].shape, tensors[i].stride()
         if any(n > 1 and s == 0 for n, s in zip(shape, stride, strict=True)):
             return True
@@ -96,3 +102,39 @@ def tensor_names(names: Sequence[str], args: Any, kwargs: Any) -> list[str]:
     """Those of ``names``, one for each leaf of a call, that are tensors'."""
     leaves = flatten((args, kwargs))[0]
     return [n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)]
+
+
+@dataclass(frozen=True)
+class Order:
+    """How tensors and state objects of a call move when its arguments are put in order."""
+
+    tensors: list[int]
+    objects: list[int]
+
+
+def canonical(
+    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Order | None]:
+    """The same call with arguments in the order of the signature, and how what they hold moved.
+
+    Raises TypeError for arguments that do not fit the signature.
+    """
+    if signature is None:
+        return args, kwargs, None
+    values = (*args, *kwargs.values())
+    tensors = _spans([[x for x in flatten(v)[0] if isinstance(x, Tensor)] for v in values])
+    objects = _spans([states_of(v) for v in values])
+    slots = [*zip(values, tensors, objects, strict=True)]
+    count = len(args)
+    bound = signature.bind(*slots[:count], **dict(zip(kwargs, slots[count:], strict=True)))
+    entries = (*bound.args, *bound.kwargs.values())
+    order = Order([i for e in entries for i in e[1]], [i for e in entries for i in e[2]])
+    same = order == Order(sorted(order.tensors), sorted(order.objects))
+    whole = {name: entry[0] for name, entry in bound.kwargs.items()}
+    return tuple(e[0] for e in bound.args), whole, None if same else order
+
+
+def _spans(parts: Sequence[Sequence[Any]]) -> list[range]:
+    """Positions of the elements of each part in all parts joined."""
+    ends = list(itertools.accumulate(map(len, parts), initial=0))
+    return [range(a, b) for a, b in itertools.pairwise(ends)]

@@ -8,14 +8,9 @@ kinds need no registration.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
-import logging
-import sys
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -30,6 +25,8 @@ from ..passes.remarks import Remark
 from . import capture_ops
 from .arguments import distinct, is_plain
 from .capture_experts import routed_experts
+from .capture_quiet import quiet
+from .capture_state import Given, Tracked, Update
 from .capture_tree import Tree, flatten, leaf_names, unflatten
 from .captured import Captured, InputSpec, Mutation
 from .errors import CaptureError
@@ -64,12 +61,15 @@ def capture(
     weights = [t for m in roots for t in (*m.parameters(), *m.buffers())]
     if any(map(is_lazy, weights)):
         raise CaptureError("PLT-CAP-020", "weights get their shapes at the first call")
-    traced.attributes = attributes = Attributes(roots)
     tensors = distinct([x for x in leaves if isinstance(x, torch.Tensor)], weights)
-    shapes = (tuple(dict(d) or None for d in dynamic),) if dynamic else None
+    shapes = None
+    if dynamic:
+        # Strides with gaps would be symbols of their own, which no call's sizes tell.
+        tensors = [t.clone() for t in tensors]
+        shapes = (tuple(dict(d) or None for d in dynamic),)
     try:
-        with _ONE_AT_A_TIME, _quiet():
-            program, remarks = _export(target, traced, tuple(tensors), shapes)
+        with _ONE_AT_A_TIME, quiet():
+            program, remarks = _export(target, traced, tuple(tensors), shapes, roots)
             # Autocast's conversions appear only when the program is traced through again.
             if torch._C._is_any_autocast_enabled() or capture_ops.needs_decomposition(program):
                 program = program.run_decompositions(capture_ops.decompositions())
@@ -77,20 +77,26 @@ def capture(
         raise
     except Exception as error:  # torch.export raises many kinds, all of them mean the same here
         raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
-    finally:
-        attributes.restore()
     captured = _Flat(program, traced, tree, leaves).captured()
     captured.remarks += remarks
     return captured
 
 
 def _export(
-    target: Any, traced: nn.Module, tensors: tuple[torch.Tensor, ...], shapes: Any
+    target: Any,
+    traced: _Traced,
+    tensors: tuple[torch.Tensor, ...],
+    shapes: Any,
+    roots: list[nn.Module],
 ) -> tuple[Any, list[Remark]]:
     """torch's exported program, with experts as routed products where these can be captured."""
 
     def export() -> Any:
-        return torch.export.export(traced, tensors, dynamic_shapes=shapes, strict=False)
+        traced.attributes = attributes = Attributes(roots)
+        try:
+            return torch.export.export(traced, tensors, dynamic_shapes=shapes, strict=False)
+        finally:
+            attributes.restore()
 
     with routed_experts(target) as count:
         if not count:
@@ -119,13 +125,15 @@ class _Traced(nn.Module):
         leaves, tree = self._call
         given = [next(supply) if isinstance(x, torch.Tensor) else x for x in leaves]
         args, kwargs = unflatten(tree, given)
+        tracked = Tracked((args, kwargs))
+        before, _ = flatten((args, kwargs), marks=tracked.given)
         out = self.target(*args, **kwargs)
-        after, tree_after = flatten((args, kwargs))
-        same = len(after) == len(given) and all(
+        after, tree_after = flatten((args, kwargs), marks=tracked.given)
+        same = len(after) == len(before) and all(
             a is b or (not isinstance(a, torch.Tensor) and a == b)
-            for a, b in zip(after, given, strict=True)
+            for a, b in zip(after, before, strict=True)
         )
-        if not same or tree_after.count != tree.count:
+        if not same or tree_after.count != len(before):
             raise CaptureError(
                 "PLT-CAP-005", "the program changes a container it is given", "return it instead"
             )
@@ -136,32 +144,38 @@ class _Traced(nn.Module):
                 f"the program changes the attribute {changed!r} of a module",
                 "make it a buffer, or return it",
             )
-        flat, out_tree = flatten(out, objects=True)
-        for leaf in flat:
-            if isinstance(leaf, torch.SymFloat | torch.SymBool):
-                raise CaptureError("PLT-CAP-006", "a result is a number computed from tensors")
-        found = [x for x in flat if isinstance(x, torch.Tensor)]
+        flat, out_tree = flatten(out, objects=True, marks=tracked.given)
+        changes = list(tracked.changes())
+        found: list[torch.Tensor] = []
+        own = {id(t): Given(i, tensor=True) for i, t in enumerate(tensors)}
+        # Not the tensors themselves: export objects to fake tensors that survive the trace.
+        slots = [_slot(x, found, {}) for x in flat]
+        updates = [Update(n, t, [_slot(x, found, own) for x in xs]) for n, xs, t in changes]
         if not found:
             raise CaptureError("PLT-CAP-007", "no result is a tensor")
-        # Not the tensors themselves: export objects to fake tensors that survive the trace.
-        slots = iter(range(len(found)))
-        self.result.value = out_tree, [_slot(x, slots) for x in flat]
+        self.result.value = out_tree, slots, updates
         return tuple(found)
 
 
 class _Holder:
     """Keeps a value set while tracing: export puts plain attributes of a module back."""
 
-    value: tuple[Tree, list[Any]]
+    value: tuple[Tree, list[Any], list[Update]]
 
 
-def _slot(leaf: Any, slots: Iterator[int]) -> Any:
+def _slot(leaf: Any, found: list[torch.Tensor], given: Mapping[int, Given]) -> Any:
+    """What stands for a leaf in `Captured`; tensors that were not given are added to ``found``."""
     if isinstance(leaf, torch.Tensor):
-        return next(slots)
+        if id(leaf) in given:
+            return given[id(leaf)]
+        found.append(leaf)
+        return len(found) - 1
+    if isinstance(leaf, torch.SymFloat | torch.SymBool):
+        raise CaptureError("PLT-CAP-006", "a result is a number computed from tensors")
     if isinstance(leaf, torch.SymInt):
         expr = leaf.node.expr
         return (int(expr),) if expr.is_Integer else expr
-    return (leaf,)
+    return leaf if isinstance(leaf, Given) else (leaf,)
 
 
 def _check_inputs(leaves: list[Any], tree: Tree) -> None:
@@ -191,43 +205,6 @@ def argument_names(tree: Tree, positional: Sequence[str] = ()) -> list[str]:
     for key, child in zip(kwargs.keys, kwargs.children, strict=True):
         names += leaf_names(child, str(key))
     return names
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences what export says of its own internals: warnings, logs, graphs printed on failure."""
-    before = sys.stderr
-    sys.stderr = _Muted(before)
-    thread = threading.get_ident()
-
-    def keep(record: logging.LogRecord) -> bool:
-        return record.thread != thread
-
-    loggers = (logging.getLogger(name) for name in [None, *logging.root.manager.loggerDict])
-    handlers = list(dict.fromkeys(h for logger in loggers for h in logger.handlers))
-    for handler in handlers:
-        handler.addFilter(keep)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.stderr = before
-        for handler in handlers:
-            handler.removeFilter(keep)
-
-
-class _Muted(io.TextIOBase):
-    """An error stream that drops what the thread that made it writes, and passes on the rest."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__()
-        self._stream, self._thread = stream, threading.get_ident()
-
-    def write(self, text: str) -> int:
-        if threading.get_ident() != self._thread and self._stream is not None:
-            self._stream.write(text)
-        return len(text)
 
 
 def _first_line(error: BaseException) -> str:
@@ -289,9 +266,9 @@ class _Flat:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         module = fx.GraphModule(root, self.graph, "Captured")
-        out_tree, out_leaves = self.traced.result.value
+        out_tree, out_leaves, updates = self.traced.result.value
         guards = self._guards(symbols)
-        for leaf in out_leaves:
+        for leaf in (*out_leaves, *(x for u in updates for x in u.leaves)):
             if isinstance(leaf, sympy.Basic) and not _covered(leaf, symbols):
                 raise CaptureError("PLT-CAP-006", "a result is a number computed from tensors")
         return Captured(
@@ -306,6 +283,7 @@ class _Flat:
             in_leaves=[None if isinstance(x, torch.Tensor) else (x,) for x in self.leaves],
             out_tree=out_tree,
             out_leaves=out_leaves,
+            updates=updates,
             names=self.names,
             aliases=self.aliases,
         )

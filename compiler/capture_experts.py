@@ -1,8 +1,9 @@
 """Mixture-of-experts models of transformers, captured as routed products.
 
 transformers lets the computation of experts be chosen by name (its experts interface). While a
-model is captured, its experts are sent to `forward` below, whose operators have kernels; afterwards
-the model is as it was. Nothing is imported where transformers is not in use.
+model is captured, its experts are sent to `forward` below, whose operators have kernels; those of
+architectures outside the interface have adapters (`capture_adapters`). Afterwards the model is as
+it was. Nothing is imported where transformers is not in use.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .capture_adapters import adapted
 from .watch import modules_of
 
 NAME = "plait"
@@ -51,9 +53,20 @@ def forward(
 
 @contextlib.contextmanager
 def routed_experts(target: Any) -> Iterator[int]:
-    """Within it, experts inside ``target`` compute by `forward`; yields how many there are."""
+    """Within it, experts inside ``target`` are routed products; yields how many there are."""
+    if "transformers" not in sys.modules:
+        yield 0
+        return
+    modules = list(dict.fromkeys(_modules(target)))
+    with _by_name(modules) as named, adapted(modules) as others:
+        yield named + others
+
+
+@contextlib.contextmanager
+def _by_name(modules: list[nn.Module]) -> Iterator[int]:
+    """Within it, modules that choose their computation by name compute by `forward`."""
     interface = _interface()
-    found = [] if interface is None else [m for m in _modules(target) if _is_experts(m)]
+    found = [] if interface is None else [m for m in modules if _is_experts(m)]
     # Modules of one configuration are switched together.
     left_alone = {id(m.config) for m in found if not _covered(m)}
     found = [m for m in found if id(m.config) not in left_alone]

@@ -44,20 +44,23 @@ class Tree:
 LEAF = Tree("leaf")
 
 
-def flatten(value: Any, objects: bool = False) -> tuple[list[Any], Tree]:
+def flatten(
+    value: Any, objects: bool = False, marks: Mapping[int, Any] | None = None
+) -> tuple[list[Any], Tree]:
     """Leaves of ``value`` from left to right, and the tree around them.
 
     With ``objects``, instances of ordinary classes are opened through their attributes; without,
-    they are leaves. Raises ValueError for a structure that contains itself.
+    only state is (`is_state`) and others are leaves. Instances whose ``id`` is in ``marks`` become
+    the leaf given there. Raises ValueError for a structure that contains itself.
     """
     leaves: list[Any] = []
-    tree = _flatten(value, leaves, objects, ())
+    tree = _flatten(value, leaves, objects, marks or {}, ())
     return leaves, tree
 
 
 def unflatten(tree: Tree, leaves: list[Any]) -> Any:
     """The value whose leaves are ``leaves``: the inverse of `flatten`."""
-    return _build(tree, iter(leaves))
+    return build(tree, iter(leaves))
 
 
 def leaf_names(tree: Tree, prefix: str = "") -> list[str]:
@@ -92,12 +95,39 @@ def parts(value: Any, objects: bool = False) -> tuple[str, tuple[Any, ...], list
         return "fields", tuple(names), [getattr(value, n) for n in names], cls
     if isinstance(value, Mapping):
         return "dict", tuple(value), list(value.values()), None if cls is dict else cls
-    if objects and type(getattr(value, "__dict__", None)) is dict and not callable(value):
+    opens = is_state(value) or (objects and not callable(value))
+    if opens and type(getattr(value, "__dict__", None)) is dict:
         return "object", tuple(vars(value)), list(vars(value).values()), cls
     return None
 
 
-def _flatten(value: Any, leaves: list[Any], objects: bool, path: tuple[int, ...]) -> Tree:
+_STATE = frozenset(
+    ("transformers.cache_utils", name)
+    for name in ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin")
+)
+_is_state: dict[type, bool] = {}
+
+
+def is_state(value: Any) -> bool:
+    """Whether ``value`` is of a class whose instances are what their attributes are."""
+    cls = type(value)
+    found = _is_state.get(cls)
+    if found is None:
+        names = ((c.__module__, c.__qualname__) for c in cls.__mro__)
+        found = _is_state[cls] = not _STATE.isdisjoint(names)
+    return found
+
+
+def _flatten(
+    value: Any,
+    leaves: list[Any],
+    objects: bool,
+    marks: Mapping[int, Any],
+    path: tuple[int, ...],
+) -> Tree:
+    if id(value) in marks:
+        leaves.append(marks[id(value)])
+        return LEAF
     opened = parts(value, objects)
     if opened is None:
         leaves.append(value)
@@ -106,14 +136,16 @@ def _flatten(value: Any, leaves: list[Any], objects: bool, path: tuple[int, ...]
         raise ValueError(f"a {type(value).__name__} contains itself")
     kind, keys, children, cls = opened
     path = (*path, id(value))
-    return Tree(kind, keys, tuple(_flatten(c, leaves, objects, path) for c in children), cls)
+    inner = tuple(_flatten(c, leaves, objects, marks, path) for c in children)
+    return Tree(kind, keys, inner, cls)
 
 
-def _build(tree: Tree, leaves: Iterator[Any]) -> Any:
+def build(tree: Tree, leaves: Iterator[Any]) -> Any:
+    """As `unflatten`, taking from ``leaves`` what ``tree`` needs."""
     if tree.kind == "leaf":
         return next(leaves)
-    children = [_build(c, leaves) for c in tree.children]
-    cls = _resolve(tree)
+    children = [build(c, leaves) for c in tree.children]
+    cls = resolve(tree)
     if tree.kind == "list":
         return children
     if tree.kind == "tuple":
@@ -153,7 +185,7 @@ class Record(dict[str, Any]):
             raise AttributeError(name) from None
 
 
-def _resolve(tree: Tree) -> Any:
+def resolve(tree: Tree) -> Any:
     """The class of ``tree``, or None when a loaded program's class is not there.
 
     A file names classes only; nothing is imported for it, and a name counts only if it is a class

@@ -13,6 +13,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from ..kernels.abi import Dim
 from ..passes.remarks import Remark
+from .capture_state import Update
 from .capture_tree import Tree
 
 
@@ -56,7 +57,8 @@ class Captured:
         in_tree: structure of ``(args, kwargs)``; ``in_leaves`` has None where a tensor goes and a
             1-tuple ``(value,)`` for everything else, which the graph was specialised on.
         out_tree: structure of the result; ``out_leaves`` has an output's position, an expression
-            over the symbols, or a 1-tuple ``(value,)``.
+            over the symbols, a 1-tuple ``(value,)``, or what the call was `Given`.
+        updates: what becomes of the state objects among the arguments.
         names: for every ``get_attr`` target of the graph the model's own name of the tensor.
         aliases: further names of tied tensors, with the attribute that holds them.
         remarks: what happened during capture.
@@ -76,6 +78,7 @@ class Captured:
     names: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
 
     @property
     def num_tensors(self) -> int:
@@ -98,7 +101,11 @@ class Captured:
 
     def binder(self) -> Callable[[Sequence[Sequence[int]]], tuple[Any, ...]]:
         """A function from the shapes of the user's tensors to the symbolic results."""
-        return self.evaluator([x for x in self.out_leaves if isinstance(x, sympy.Basic)])
+        return self.evaluator([x for x in self.all_leaves() if isinstance(x, sympy.Basic)])
+
+    def all_leaves(self) -> list[Any]:
+        """Leaves of the result, then those of the updates."""
+        return [*self.out_leaves, *(x for u in self.updates for x in u.leaves)]
 
     def evaluator(
         self, exprs: Sequence[Dim]

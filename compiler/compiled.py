@@ -17,6 +17,7 @@ from .dispatch import Dispatcher
 from .errors import InputError
 from .options import Options
 from .program import Program
+from .twin import rebound, twin_of
 
 _SHARED = (
     "_parameters",
@@ -28,7 +29,7 @@ _SHARED = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_OWN = ("_original", "_dispatcher", "_explicit")
+_OWN = ("_original", "_dispatcher", "_explicit", "_twin")
 
 
 class Compiled(nn.Module):
@@ -37,7 +38,8 @@ class Compiled(nn.Module):
     Calling it gives the original's result for every input. Parameters, buffers, submodules and
     attributes *are* the original's (not copies): training the original, loading a state dict or
     moving it is seen at the next call. In training mode, or when an input requires gradients, the
-    original runs; results of compiled calls carry no gradients.
+    original runs; results of compiled calls carry no gradients. Methods that call the module
+    (`generate` of a language model) run its compiled program.
 
     A call's Python numbers and texts, and attributes the forward reads, are constants of the
     compiled program. Different arguments compile again by themselves; an attribute changed after
@@ -61,6 +63,7 @@ class Compiled(nn.Module):
         vars(self)["_original"] = original if original is not None else shell
         vars(self)["_dispatcher"] = Dispatcher(original, options, dynamic_shapes, signature)
         vars(self)["_explicit"] = dynamic_shapes
+        vars(self)["_twin"] = None
         if module is None:
             super().__init__()
             vars(self).pop("training", None)
@@ -174,7 +177,12 @@ class Compiled(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name in _OWN:
             raise AttributeError(name)
-        return getattr(self._original, name)
+        value = getattr(self._original, name)
+        if not inspect.ismethod(value) or not isinstance(self._original, nn.Module):
+            return value
+        if self._twin is None:
+            vars(self)["_twin"] = twin_of(self._original, self._dispatcher)
+        return value if self._twin is None else rebound(value, self._original, self._twin, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._original, name, value)

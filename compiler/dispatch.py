@@ -22,9 +22,18 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ..passes.remarks import Remark
-from .arguments import is_plain, positional, signature_of, tensor_names, watched
+from .arguments import (
+    Order,
+    canonical,
+    is_plain,
+    positional,
+    signature_of,
+    tensor_names,
+    watched,
+)
 from .build import build, collector_paused
 from .capture import SCALARS, argument_names, capture
+from .capture_state import states_of
 from .capture_tree import Tree, flatten, unflatten
 from .captured import Captured, check_tensors, describe
 from .dynamic import Declared, declared_dims, enlarged, varying
@@ -76,7 +85,7 @@ class Dispatcher:
         self.target, self.options, self.dynamic_shapes = target, options, dynamic_shapes
         self.remarks: list[Remark] = []
         self.modules = modules_of(target)
-        self._table: dict[Any, tuple[Program, list[int] | None] | None] = {}
+        self._table: dict[Any, tuple[Program, Order | None] | None] = {}
         self._buckets: dict[Any, Bucket] = {}
         self._lock = threading.RLock()
         self._said: set[str] = set()
@@ -136,7 +145,7 @@ class Dispatcher:
                     return self._original(args, kwargs)  # fake tensors, other tracers' proxies
                 elif kind in FLOATS:
                     key += (kind, repr(leaf))  # 0.0 and -0.0 differ, nan equals itself
-                elif kind in _VALUES:
+                elif kind in _VALUES or isinstance(leaf, type):
                     key += (kind, leaf)
                 else:
                     return self._refuse(kind.__name__, args, kwargs)
@@ -146,7 +155,7 @@ class Dispatcher:
             hash(whole)
         except (TypeError, ValueError, RuntimeError) as error:
             return self._refuse(str(error), args, kwargs)
-        return self._dispatch(whole, tensors, grad, args, kwargs)
+        return self._dispatch(whole, tensors, grad, args, kwargs, states_of((args, kwargs)))
 
     def _refuse(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the original on arguments that cannot be part of a key."""
@@ -164,6 +173,7 @@ class Dispatcher:
         grad: bool,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        objects: Sequence[Any] = (),
     ) -> Any:
         if grad and torch.is_grad_enabled():
             self.say(
@@ -199,12 +209,13 @@ class Dispatcher:
                 fresh = self._refresh(program)
             if not fresh:
                 if key not in self._table:
-                    return self._dispatch(key, tensors, grad, args, kwargs)
+                    return self._dispatch(key, tensors, grad, args, kwargs, objects)
                 return self._original(args, kwargs)
         if order is not None:
-            tensors = [tensors[i] for i in order]
+            tensors = [tensors[i] for i in order.tensors]
+            objects = [objects[i] for i in order.objects]
         try:
-            return program(tensors)
+            return program(tensors, objects)
         except Unfit as unfit:
             return self._unfit(unfit, args, kwargs)
         except RuntimeError:
@@ -252,50 +263,25 @@ class Dispatcher:
         tensors: list[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Program, list[int] | None] | None:
+    ) -> tuple[Program, Order | None] | None:
         with self._lock:
             if len(self._table) >= MAX_KEYS:
                 self._table.clear()
-            args, kwargs, order = self._canonical(args, kwargs)
+            try:
+                args, kwargs, order = canonical(self.signature, args, kwargs)
+            except TypeError as error:
+                if self.target is None:
+                    raise InputError("PLT-INP-001", str(error)) from None
+                # The original raises what the user expects, or a hook changes the arguments first.
+                reason = f"arguments differ from the signature: {error}"
+                raise _Refused(CaptureError("PLT-CAP-001", reason)) from None
             if order is not None:
-                tensors = [tensors[i] for i in order]
+                tensors = [tensors[i] for i in order.tensors]
             with collector_paused():
                 program = self._program(tensors, args, kwargs)
             found = None if program is None else (program, order)
             self._table[key] = found
             return found
-
-    def _canonical(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], list[int] | None]:
-        """The same call with arguments in the order of the signature, and how tensors moved."""
-        if self.signature is None:
-            return args, kwargs, None
-        spans: list[list[int]] = []
-        count = 0
-        for value in (*args, *kwargs.values()):
-            leaves = [x for x in flatten(value)[0] if isinstance(x, Tensor)]
-            spans.append(list(range(count, count + len(leaves))))
-            count += len(leaves)
-        slots = [*zip(args, spans, strict=False)]
-        named = dict(
-            zip(kwargs, zip(kwargs.values(), spans[len(args) :], strict=True), strict=True)
-        )
-        try:
-            bound = self.signature.bind(*slots, **named)
-        except TypeError as error:
-            if self.target is None:
-                raise InputError("PLT-INP-001", str(error)) from None
-            # The original raises what the user expects, or a hook changes the arguments first.
-            refusal = CaptureError("PLT-CAP-001", f"arguments differ from the signature: {error}")
-            raise _Refused(refusal) from None
-        order = [i for _, span in (*bound.args, *bound.kwargs.values()) for i in span]
-        moved = None if order == list(range(count)) else order
-        return (
-            tuple(v for v, _ in bound.args),
-            {k: v for k, (v, _) in bound.kwargs.items()},
-            moved,
-        )
 
     def _program(
         self, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.ops.bounds import IndexCheck, index_checks
 from .arguments import shares_memory
+from .capture_state import Given, apply
 from .capture_tree import unflatten
 from .captured import Captured
 from .options import Executable
@@ -41,7 +42,7 @@ class Program:
         self.captured, self.executable, self.modules = captured, executable, tuple(modules)
         self.matches = captured.matcher()
         self._sizes = captured.binder()
-        self._symbolic = any(isinstance(x, sympy.Basic) for x in captured.out_leaves)
+        self._symbolic = any(isinstance(x, sympy.Basic) for x in captured.all_leaves())
         self._single = captured.out_tree.kind == "leaf" and captured.out_leaves == [0]
         self._calls = 0
         self._history: list[int] = []
@@ -56,12 +57,15 @@ class Program:
         self._written = [m.input for m in self.captured.mutations]
         self._checks = self._index_checks()
         conjugable = any(i.dtype.is_complex for i in self.captured.inputs)
-        self._simple = self._single and not (conjugable or self._written or self._checks)
+        changes = self._written or self.captured.updates
+        self._simple = self._single and not (conjugable or changes or self._checks)
         where = self._places()
         self.watch = Watch(where) if where else None
 
-    def __call__(self, tensors: list[Tensor]) -> Any:
-        """The result for ``tensors``, whose sizes satisfy `matches`. Raises Unfit."""
+    def __call__(self, tensors: list[Tensor], objects: Sequence[Any] = ()) -> Any:
+        """The result for ``tensors``, whose sizes satisfy `matches`, and the state ``objects`` of
+        the call. Raises Unfit.
+        """
         self._calls += 1
         if self._simple and not (_inference() or _autocast() or any(map(_is_neg, tensors))):
             return self._run(tensors)[0]
@@ -75,7 +79,7 @@ class Program:
                 results = self._run([*tensors, *self.captured.states])
         else:
             results = self._run([*tensors, *self.captured.states])
-        return self._result(given, results)
+        return self._result(given, results, objects)
 
     def _check(self, tensors: list[Tensor]) -> None:
         """Raises Unfit for indices out of range, and for memory that is written and shared."""
@@ -106,15 +110,24 @@ class Program:
         self._limits = self.captured.evaluator(exprs)
         return checks
 
-    def _result(self, tensors: list[Tensor], results: list[Tensor]) -> Any:
+    def _result(self, tensors: list[Tensor], results: list[Tensor], objects: Sequence[Any]) -> Any:
         captured = self.captured
         if captured.mutations:
             results = self._write_back([*tensors, *captured.states], results)
         sizes = iter(self._sizes([t.shape for t in tensors])) if self._symbolic else iter(())
-        leaves = [
-            results[x] if type(x) is int else x[0] if type(x) is tuple else next(sizes)
-            for x in captured.out_leaves
-        ]
+
+        def leaf(x: Any) -> Any:
+            if type(x) is int:
+                return results[x]
+            if type(x) is tuple:
+                return x[0]
+            if type(x) is Given:
+                return tensors[x.number] if x.tensor else objects[x.number]
+            return next(sizes)
+
+        leaves = [leaf(x) for x in captured.out_leaves]
+        for update in captured.updates:
+            apply(update, objects[update.number], leaf)
         return unflatten(captured.out_tree, leaves)
 
     def _write_back(self, inputs: list[Tensor], results: list[Tensor]) -> list[Tensor]:

@@ -34,6 +34,7 @@ from torch import nn
 
 from ..passes.remarks import Remark
 from . import capture_tree
+from .capture_state import Given, Update
 from .captured import Captured, InputSpec, Mutation
 from .dispatch import Dispatcher
 from .errors import FileError
@@ -309,6 +310,10 @@ def _program_to_json(captured: Captured, weights: _Weights) -> dict[str, Any]:
     try:
         in_tree = capture_tree.to_json(captured.in_tree)
         out_tree = capture_tree.to_json(captured.out_tree)
+        updates = [
+            [u.number, capture_tree.to_json(u.tree), [_leaf_to_json(x) for x in u.leaves]]
+            for u in captured.updates
+        ]
     except ValueError as error:
         raise Unsavable(str(error)) from None
     return {
@@ -325,6 +330,7 @@ def _program_to_json(captured: Captured, weights: _Weights) -> dict[str, Any]:
         "in_leaves": [_leaf_to_json(x) for x in captured.in_leaves],
         "out_tree": out_tree,
         "out_leaves": [_leaf_to_json(x) for x in captured.out_leaves],
+        "updates": updates,
         "names": captured.names,
         "aliases": captured.aliases,
         "remarks": [r.to_json() for r in captured.remarks],
@@ -347,6 +353,10 @@ def _program_from_json(data: Mapping[str, Any], weights: _Weights) -> Captured:
         in_leaves=[_leaf_from_json(x, symbols) for x in data["in_leaves"]],
         out_tree=capture_tree.from_json(data["out_tree"]),
         out_leaves=[_leaf_from_json(x, symbols) for x in data["out_leaves"]],
+        updates=[
+            Update(n, capture_tree.from_json(t), [_leaf_from_json(x, symbols) for x in leaves])
+            for n, t, leaves in data["updates"]
+        ],
         names=dict(data["names"]),
         aliases=dict(data["aliases"]),
         remarks=[Remark.from_json(r) for r in data["remarks"]],
@@ -366,9 +376,11 @@ def _spec_from_json(data: Mapping[str, Any], symbols: Symbols) -> InputSpec:
 
 
 def _leaf_to_json(leaf: Any) -> Any:
-    """A position, ``{"expr": ...}``, ``{"value": ...}``, or None for an input tensor."""
+    """A position, or an object with one of the keys of `_leaf_from_json`, or None for an input."""
     if leaf is None or isinstance(leaf, int):
         return leaf
+    if isinstance(leaf, Given):
+        return {"tensor" if leaf.tensor else "object": leaf.number}
     if isinstance(leaf, tuple):
         return {"value": value_to_json(leaf[0])}
     return {"expr": expression_to_json(leaf)}
@@ -379,4 +391,6 @@ def _leaf_from_json(data: Any, symbols: Symbols) -> Any:
         return data
     if "value" in data:
         return (value_from_json(data["value"]),)
+    if "tensor" in data or "object" in data:
+        return Given(*data.values(), tensor="tensor" in data)
     return symbols.expression(data["expr"])

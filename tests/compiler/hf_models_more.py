@@ -140,6 +140,18 @@ causal("granite-moe-hybrid", "GraniteMoeHybrid", **EXPERTS, shared_intermediate_
        mamba_d_head=8, mamba_chunk_size=4)
 text("llama4", "Llama4ForCausalLM", "Llama4TextConfig", **KV, **HEAD, **EXPERTS,
      intermediate_size_mlp=36, attention_chunk_size=8)
+causal("dbrx", "Dbrx", d_model=32, n_heads=4, n_layers=2, max_seq_len=64,
+       attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+       ffn_config={"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2})
+causal("hunyuan-moe", "HunYuanMoEV1", **HEAD, num_experts=4, moe_topk=2)
+causal("exaone-moe", "ExaoneMoe", **HEAD, num_experts=4, num_experts_per_tok=2,
+       moe_intermediate_size=16, num_shared_experts=1, first_k_dense_replace=1, n_group=1,
+       topk_group=1, sliding_window=6)
+causal("minimax-m2", "MiniMaxM2", **HEAD, **EXPERTS)
+causal("lfm2-moe", "Lfm2Moe", layer_types=["conv", "full_attention"], num_dense_layers=1,
+       num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+model("nllb-moe", "NllbMoeModel", "NllbMoeConfig", both_masked, **SEQ2SEQ, num_experts=4,
+      encoder_sparse_step=2, decoder_sparse_step=2)
 text("gemma3n", "Gemma3nForCausalLM", "Gemma3nTextConfig", **KV, **HEAD, sliding_window=6,
      layer_types=["sliding_attention", "full_attention"], vocab_size_per_layer_input=99,
      hidden_size_per_layer_input=8, num_kv_shared_layers=0, laurel_rank=4,
