@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
@@ -17,6 +17,9 @@ from .errors import OptionError
 from .options import Options
 from .program import Program
 
+if TYPE_CHECKING:
+    from .route_profile import Profile
+
 
 @overload
 def compile(
@@ -24,6 +27,7 @@ def compile(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
+    profile: Profile | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Callable[[Any], Any]: ...
@@ -35,6 +39,7 @@ def compile(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
+    profile: Profile | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Compiled: ...
@@ -45,6 +50,7 @@ def compile(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
+    profile: Profile | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Any:
@@ -53,13 +59,13 @@ def compile(
     Compilation happens at the first call, or right away with ``example_inputs`` (a tuple of
     positional or a dict of keyword arguments). ``dynamic_shapes`` is what `torch.export.export`
     takes; without it a dimension becomes dynamic when a second size of it is seen. ``pipeline`` is
-    a pass pipeline as text, ``tune`` "off", "quick" or "full". Without ``model`` it returns a
-    decorator.
+    a pass pipeline as text, ``tune`` "off", "quick" or "full". ``profile`` (`plait.profile`) tells
+    how the model routes; results do not depend on it. Without ``model`` it returns a decorator.
 
-    Raises OptionError for an option without meaning and InputError for wrong ``example_inputs`` or
-    ``dynamic_shapes``.
+    Raises OptionError for an option without meaning and InputError for wrong ``example_inputs``,
+    ``dynamic_shapes`` or a profile of another model.
     """
-    options = Options(pipeline=pipeline, tune=tune)
+    options = Options(pipeline=pipeline, tune=tune, profile=profile)
     if pipeline is not None:
         _check_pipeline(pipeline)
     if model is None:
@@ -67,6 +73,7 @@ def compile(
             compile,
             example_inputs=example_inputs,
             dynamic_shapes=dynamic_shapes,
+            profile=profile,
             pipeline=pipeline,
             tune=tune,
         )

@@ -59,6 +59,8 @@ class Compiled(nn.Module):
 
         A loaded program has none: ``shell`` holds its weights and ``signature`` its arguments.
         """
+        if options.profile is not None and original is not None:
+            options.profile.check(original)
         module = original if isinstance(original, nn.Module) else shell
         vars(self)["_original"] = original if original is not None else shell
         vars(self)["_dispatcher"] = Dispatcher(original, options, dynamic_shapes, signature)
@@ -155,6 +157,8 @@ class Compiled(nn.Module):
             lines += [f"  needs {guard}" for guard in captured.guards]
             operators = [n for n in captured.graph_module.graph.nodes if n.op == "call_function"]
             lines.append(f"  captured: {len(operators)} operators")
+            executor = getattr(program.executable, "executor", None)
+            lines += [f"  {text}" for text in ([] if executor is None else executor.visits())]
             if captured.mutations:
                 names = ", ".join(captured.inputs[m.input].name for m in captured.mutations)
                 lines.append(f"  written back: {names}")

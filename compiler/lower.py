@@ -19,6 +19,7 @@ from ..kernels.abi import Pack, TensorArg
 from ..kernels.group import Group
 from ..passes.plan_memory import Lifetime, MemoryPlan, describe, plan_memory
 from ..passes.remarks import Remark
+from ..passes.speculate_routes import DEFERRED
 from ..runtime import library
 from ..runtime.plan import (
     BranchStep,
@@ -52,6 +53,7 @@ class Lowered:
     selected: dict[int, Selected] = field(default_factory=dict)
     storage: Storage | None = None
     parts: dict[str, Lowered] = field(default_factory=dict)
+    deferred: dict[str, fx.GraphModule] = field(default_factory=dict)
 
 
 def lower(
@@ -87,6 +89,7 @@ class _Lowering:
         self.calls: dict[str, Callable[..., Any]] = {}
         self.buffers: dict[str, Buffer] = {}
         self.parts: dict[str, Lowered] = {}
+        self.deferred: dict[str, fx.GraphModule] = {}
 
     def is_library(self, group: Group) -> bool:
         return group.kind == "library" or group.nodes[0] in self.forced
@@ -107,6 +110,7 @@ class _Lowering:
             symbols=self.symbols,
             arena_bytes=memory.total,
             parts={name: part.plan for name, part in self.parts.items()},
+            deferred=tuple(self.deferred),
         )
         used = sorted({s.kernel for s in steps if isinstance(s, KernelStep)})
         remarks = [*self.forced.values(), *self.remarks]
@@ -121,6 +125,7 @@ class _Lowering:
             selected,
             self.storage,
             self.parts,
+            self.deferred,
         )
 
     # -- which groups are kernels -----------------------------------------------------------
@@ -266,14 +271,17 @@ class _Lowering:
         else:
             kind, selector, graphs, refs = "rows", args[2], args[0], (args[1], *args[3])
         names = []
-        for graph in graphs:
+        for b, graph in enumerate(graphs):
             name = str(graph.target)
+            names.append(name)
             module = getattr(self.graph_module, name)
             bound = bound_symbols(module)
+            if b in node.meta.get(DEFERRED, ()):
+                self.deferred[name] = module
+                continue
             part = lower(module, groups_of(module), self.kernels, bound, name)
             self.parts[name] = part
             self.remarks += part.remarks
-            names.append(name)
         return BranchStep(
             name=node.name,
             kind=kind,

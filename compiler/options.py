@@ -19,17 +19,24 @@ class Options:
     """Options of one compilation.
 
     ``pipeline`` is a pass pipeline as text (None: the default one). ``tune`` is "off" (first
-    candidate), "quick" (a short race of a few candidates) or "full" (search).
+    candidate), "quick" (a short race of a few candidates) or "full" (search). ``profile`` is a
+    `plait.Profile` to bet on.
     """
 
     pipeline: str | None = None
     tune: str = "quick"
+    profile: Any = None
 
     def __post_init__(self) -> None:
         if self.tune not in TUNE_LEVELS:
             levels = ", ".join(repr(t) for t in TUNE_LEVELS)
             raise OptionError(
                 "PLT-OPT-001", f"tune={self.tune!r} is unknown", f"use one of {levels}"
+            )
+        if self.profile is not None and not hasattr(self.profile, "routes"):
+            kind = type(self.profile).__name__
+            raise OptionError(
+                "PLT-OPT-005", f"profile is a {kind}", "give what plait.profile returned"
             )
         if self.pipeline is not None and not isinstance(self.pipeline, str):
             kind = type(self.pipeline).__name__

@@ -1,11 +1,12 @@
 """The whole compilation on one page: a captured graph goes in, something that runs comes out.
 
-capture -> normalize -> outline-branches -> fuse-vertical -> storage (layout, halo, concat)
-        -> select kernels -> plan-memory -> Plan -> Executor
+capture -> normalize -> outline-branches -> speculate-routes -> fuse-vertical
+        -> storage (layout, halo, concat) -> select kernels -> plan-memory -> Plan -> Executor
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -13,15 +14,17 @@ import torch
 import torch.fx as fx
 
 from ..kernels import target as targets
+from ..passes.base import copy_graph
 from ..passes.manager import PassManager
 from ..passes.remarks import Remark
-from ..runtime.executor import Executor
+from ..passes.speculate_routes import ROUTES
+from ..runtime.executor import Executor, Part
 from ..runtime.plan import Plan
 from . import lower, select
 from .capture import Captured
 from .options import Options
 
-DEFAULT_PIPELINE = "normalize,outline-branches,fuse-vertical"
+DEFAULT_PIPELINE = "normalize,outline-branches,speculate-routes,fuse-vertical"
 
 
 class CompiledGraph:
@@ -44,11 +47,45 @@ class CompiledGraph:
         self.run = self.executor.run
 
 
+class Deferred:
+    """A branch that a bet left out: compiled when a cell first goes there."""
+
+    def __init__(self, name: str, module: fx.GraphModule, tune: str) -> None:
+        self.name, self.module, self.tune = name, module, tune
+        self._lock = threading.Lock()
+        self._executor: Executor | None = None
+
+    def visits(self) -> list[str]:
+        """See `Executor.visits`."""
+        return [] if self._executor is None else self._executor.visits()
+
+    def run(
+        self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """See `Executor.run`; the first call compiles."""
+        with self._lock:
+            if self._executor is None:
+                self._executor = self._compile()
+        return self._executor.run(tensors, into)
+
+    def _compile(self) -> Executor:
+        from ..passes.fuse_vertical import groups_of
+
+        module = self.module
+        kernels = select.Kernels(targets.host(), select.database(), self.tune)
+        bound = lower.bound_symbols(module)
+        with torch.no_grad():
+            lowered = lower.lower(module, groups_of(module), kernels, bound, self.name)
+        return _executor(lowered, kernels)
+
+
 def _executor(lowered: lower.Lowered, kernels: select.Kernels) -> Executor:
+    parts: dict[str, Part] = {n: _executor(part, kernels) for n, part in lowered.parts.items()}
+    for name, module in lowered.deferred.items():
+        parts[name] = Deferred(name, module, kernels.tune)
     return Executor(
-        lowered.plan, lowered.constants, kernels.functions, lowered.calls, kernels.libraries,
-        {name: _executor(part, kernels) for name, part in lowered.parts.items()},
-    )  # fmt: skip
+        lowered.plan, lowered.constants, kernels.functions, lowered.calls, kernels.libraries, parts
+    )
 
 
 def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
@@ -62,7 +99,11 @@ def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
 
     with torch.no_grad():
         pipeline = DEFAULT_PIPELINE if options.pipeline is None else options.pipeline
-        result = PassManager(pipeline).run(captured.graph_module)
+        graph = captured.graph_module
+        if options.profile is not None:
+            graph = copy_graph(graph)
+            graph.meta[ROUTES] = options.profile.routes()
+        result = PassManager(pipeline).run(graph)
         graph = result.graph_module
         lap("passes")
         groups = groups_of(graph)

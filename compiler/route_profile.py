@@ -39,6 +39,13 @@ class Profile:
         """Fitted and held-out batches together."""
         return self.fitted.plus(self.heldout)
 
+    def routes(self) -> dict[tuple[str, int], tuple[RouterStats | None, RouterStats | None]]:
+        """The fitted and the held-out statistics of each router."""
+        fitted = {router.key: router for router in self.fitted}
+        held = {router.key: router for router in self.heldout}
+        keys = dict.fromkeys([*fitted, *held])
+        return {key: (fitted.get(key), held.get(key)) for key in keys}
+
     def merge(self, other: Profile) -> Profile:
         """The profile of both runs' batches: fitted with fitted, held-out with held-out.
 

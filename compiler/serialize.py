@@ -24,7 +24,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def save(dispatcher: Dispatcher, path: Path) -> None:
         "format": FORMAT,
         "version": VERSION,
         "torch": torch.__version__,
-        "options": asdict(dispatcher.options),
+        "options": asdict(replace(dispatcher.options, profile=None)),  # bets are made anew
         "parameters": _signature_to_json(dispatcher.signature),
         "remarks": [r.to_json() for r in dispatcher.remarks],
         "programs": len(programs),

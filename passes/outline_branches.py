@@ -252,6 +252,8 @@ class _Outliner:
             ran = self.graph.call_function(
                 routing_rows.branches, (tuple(attributes), rows, offsets, tuple(operands))
             )
+            if "nn_module_stack" in scatter.meta:  # tells which router this is
+                ran.meta["nn_module_stack"] = scatter.meta["nn_module_stack"]
             first, out = order.meta["val"], regions[0].result.meta["val"]
             with fake_mode_of(self.graph):
                 shape = (first.shape[0], *out.shape[1:])

@@ -17,6 +17,7 @@ from .suggest import did_you_mean
 _BUILT_IN: dict[str, str] = {
     "normalize": "normalize:Normalize",
     "outline-branches": "outline_branches:OutlineBranches",
+    "speculate-routes": "speculate_routes:SpeculateRoutes",
     "fuse-vertical": "fuse_vertical:FuseVertical",
 }
 _registered: dict[str, str | type[Pass]] = {}

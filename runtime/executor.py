@@ -11,7 +11,7 @@ import ctypes
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -55,6 +55,20 @@ def aligned_empty(nbytes: int) -> torch.Tensor:
     return raw[shift : shift + nbytes]
 
 
+class Part(Protocol):
+    """What runs one of the plans that a `BranchStep` names: an executor, or what becomes one."""
+
+    def visits(self) -> list[str]:
+        """See `Executor.visits`."""
+        ...
+
+    def run(
+        self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """See `Executor.run`."""
+        ...
+
+
 class Executor:
     """A plan with its constants and kernels, ready to run.
 
@@ -70,7 +84,7 @@ class Executor:
         functions: Mapping[str, int],
         calls: Mapping[str, Callable[..., Any]] | None = None,
         keep: Any = None,
-        parts: Mapping[str, Executor] | None = None,
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
         self.plan = plan
         self.parts = dict(parts or {})
@@ -81,7 +95,9 @@ class Executor:
         missing = {s.kernel for s in plan.steps if isinstance(s, KernelStep)} - set(functions)
         if missing:
             raise PlanError(f"{len(missing)} kernels of the plan are not loaded: compile again")
-        if plan.parts.keys() - self.parts.keys():
+        self.taken = dict.fromkeys(self.parts, 0)
+        """How often each part has run."""
+        if {*plan.parts, *plan.deferred} - self.parts.keys():
             raise PlanError("parts of the plan are not compiled: compile again")
         for buffer in plan.buffers.values():
             if buffer.kind == "const" and buffer.name not in self.constants:
@@ -94,6 +110,16 @@ class Executor:
         self._symbols = list(plan.symbols.items())
         self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
         self._launch = driver.launch_function()
+
+    def visits(self) -> list[str]:
+        """How often each branch ran, as lines of text."""
+        lines = []
+        for name, count in self.taken.items():
+            miss = ": a bet lost" if count and name in self.plan.deferred else ""
+            state = " (deferred)" if name in self.plan.deferred else ""
+            lines.append(f"{name} ran {count} times{state}{miss}")
+            lines += [f"  {line}" for line in self.parts[name].visits()]
+        return lines
 
     def run(
         self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
@@ -341,14 +367,16 @@ class Instance:
         results = [self._view(workspace, ref, live) for ref in step.results]
         parts = self.executor.parts
         if step.kind == "cond":
-            taken = step.plans[0 if selector.item() else 1]
-            for result, value in zip(results, parts[taken].run(operands), strict=True):
+            name = step.plans[0 if selector.item() else 1]
+            self.executor.taken[name] += 1
+            for result, value in zip(results, parts[name].run(operands), strict=True):
                 result.copy_(value)
             return
         rows, *others = operands
         begin, *ends = selector.tolist()
         for name, end in zip(step.plans, ends, strict=True):
             if begin < end:
+                self.executor.taken[name] += 1
                 parts[name].run([rows[begin:end], *others], into=results[0][begin:end])
             begin = end
 

@@ -133,7 +133,7 @@ class Plan:
     ``symbols`` maps a symbol to (input number, dimension) where a call binds it. ``inputs`` and
     ``outputs`` describe the caller's tensors; an output may be an alias of an input or of a
     constant. ``arena_bytes`` is the workspace's peak. ``parts`` are the plans that `BranchStep`
-    names.
+    names; a name without a plan is ``deferred``: it is compiled when it is first needed.
     """
 
     name: str
@@ -145,6 +145,7 @@ class Plan:
     guards: list[Guard] = field(default_factory=list)
     arena_bytes: Size = 0
     parts: dict[str, Plan] = field(default_factory=dict)
+    deferred: tuple[str, ...] = ()
     version: int = PLAN_VERSION
 
     def every_step(self) -> Iterator[Step]:
@@ -153,7 +154,8 @@ class Plan:
             yield step
             if isinstance(step, BranchStep):
                 for name in step.plans:
-                    yield from self.parts[name].every_step()
+                    if name in self.parts:
+                        yield from self.parts[name].every_step()
 
     def to_json(self) -> str:
         return json.dumps(self._document(), indent=1)
@@ -188,6 +190,7 @@ class Plan:
         document["symbols"] = {k: tuple(v) for k, v in document["symbols"].items()}
         document["guards"] = [Guard(**g) for g in document["guards"]]
         document["parts"] = {k: Plan._read(part) for k, part in document["parts"].items()}
+        document["deferred"] = tuple(document["deferred"])
         return Plan(**document)
 
     def __str__(self) -> str:
@@ -205,7 +208,8 @@ class Plan:
                     f"{len(step.plans)} plans({reads})"
                 )
                 for name in step.plans:
-                    lines += [f"       {line}" for line in str(self.parts[name]).splitlines()]
+                    part = str(self.parts[name]) if name in self.parts else f"plan {name}: deferred"
+                    lines += [f"       {line}" for line in part.splitlines()]
             else:
                 reads = ", ".join(a.buffer for a in step.refs)
                 writes = ", ".join(r.buffer if r else "_" for r in step.results)
