@@ -6,14 +6,15 @@ entries; an entry is six 64-bit words::
     [op, fn, lo, hi, args, args_class]
       END      0  the list is over
       CALL     1  fn(lo, hi, args...)
-      BARRIER  2  wait until every worker has arrived
+      SIGNAL   2  add one to the counter at ``fn``; what was written before can be seen after
       STEAL    3  take chunks [i, i+chunk) below hi from the shared counter at ``lo`` until none is
                   left; ``args_class`` holds class | chunk << 8
+      WAIT     4  until the counter at ``fn`` is at least ``lo``
 
 Because a table is data, a fused launch, a schedule or a balance of work needs no code generation.
 Workers are the threads of torch's own OpenMP team (``GOMP_parallel``), so kernels and library
-operators never fight over cores; where that entry point is missing, the launch runs serially.
-Barriers are arrival counters that are never reset: the k-th barrier of P workers opens at k*P.
+operators never fight over cores; where that entry point is missing, the launch runs serially: the
+workers take turns, each until it would have to wait. Counters are zero when a launch starts.
 
 A C function may be called with more integer arguments than it takes (the System V and AAPCS64
 calling conventions let the caller clean up), which is why one call site per *class* of argument
@@ -35,12 +36,12 @@ from typing import Any
 import platformdirs
 
 ENTRY_WORDS = 6
-END, CALL, BARRIER, STEAL = 0, 1, 2, 3
+END, CALL, SIGNAL, STEAL, WAIT = range(5)
 ARG_CLASSES = (4, 8, 16, 32, 64, 128)
 
 # Words of a launch block; worker list addresses follow, then as many scratch words (cursors).
-WORKERS, BARRIER_COUNT, GOMP, THREAD_NUM, NUM_THREADS, YIELD, COUNTERS, N_COUNTERS = range(8)
-PATCHES, N_PATCHES, LISTS = 8, 9, 10
+WORKERS, GOMP, THREAD_NUM, NUM_THREADS, YIELD, COUNTERS, N_COUNTERS = range(7)
+PATCHES, N_PATCHES, LISTS = 7, 8, 9
 
 
 def args_class(count: int) -> int:
@@ -90,7 +91,12 @@ loop:
   %hi = load i64, ptr %hip
   %args = load ptr, ptr %argp
   %cls = load i64, ptr %clsp
-  switch i64 %op, label %end [ i64 1, label %run  i64 2, label %bar  i64 3, label %steal ]
+  switch i64 %op, label %end [
+    i64 1, label %run
+    i64 2, label %signal
+    i64 3, label %steal
+    i64 4, label %wait
+  ]
 run:
   call void @plait_call(ptr %fn, i64 %lo, i64 %hi, ptr %args, i64 %cls)
   br label %done
@@ -111,27 +117,30 @@ work:
   br label %take
 done:
   br label %loop
-bar:
-  ret ptr %next
+signal:
+  %old = atomicrmw add ptr %fn, i64 1 release
+  br label %done
+wait:
+  %now = load atomic i64, ptr %fn acquire, align 8
+  %open = icmp sge i64 %now, %lo
+  br i1 %open, label %done, label %blocked
+blocked:
+  ret ptr %e
 end:
   ret ptr null
 }
 
-define internal void @plait_barrier(ptr %launch) {
+define internal void @plait_spin(ptr %launch, ptr %e) {
 entry:
-  %np = getelementptr i64, ptr %launch, i64 WORKERS
-  %n = load i64, ptr %np
-  %countp = getelementptr i64, ptr %launch, i64 BARRIER_COUNT
-  %count = load ptr, ptr %countp
-  %before = atomicrmw add ptr %count, i64 1 acq_rel
-  %round = udiv i64 %before, %n
-  %round1 = add i64 %round, 1
-  %target = mul i64 %round1, %n
+  %fnp = getelementptr i64, ptr %e, i64 1
+  %lop = getelementptr i64, ptr %e, i64 2
+  %counter = load ptr, ptr %fnp
+  %target = load i64, ptr %lop
   br label %spin
 spin:
   %tries = phi i64 [ 0, %entry ], [ %tries1, %again ]
-  %now = load atomic i64, ptr %count acquire, align 8
-  %open = icmp uge i64 %now, %target
+  %now = load atomic i64, ptr %counter acquire, align 8
+  %open = icmp sge i64 %now, %target
   br i1 %open, label %out, label %wait
 wait:
   %tries1 = add i64 %tries, 1
@@ -163,7 +172,7 @@ loop:
   %over = icmp eq ptr %rest, null
   br i1 %over, label %out, label %sync
 sync:
-  call void @plait_barrier(ptr %launch)
+  call void @plait_spin(ptr %launch, ptr %rest)
   br label %loop
 out:
   ret void
@@ -308,7 +317,6 @@ def llvm_ir() -> str:
     )
     names = {
         "WORKERS": WORKERS,
-        "BARRIER_COUNT": BARRIER_COUNT,
         "THREAD_NUM": THREAD_NUM,
         "NUM_THREADS": NUM_THREADS,
         "N_COUNTERS": N_COUNTERS,
@@ -433,3 +441,9 @@ def openmp() -> tuple[int, int, int]:
 def sched_yield() -> int:
     """Address of libc's sched_yield."""
     return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+
+
+@functools.cache
+def clock_gettime() -> int:
+    """Address of libc's clock_gettime: as a kernel, task ``lo`` is the clock, ``hi`` the result."""
+    return ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value or 0

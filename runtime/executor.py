@@ -27,7 +27,8 @@ from .plan import (
     check_guards,
 )
 from .sizes import evaluate
-from .table import ITEMSIZE, Address, Span, Table, build_table, span_of
+from .spans import ITEMSIZE, Span, span_of
+from .table import Address, Table, build_table
 
 MAX_INSTANCES = 64
 ALIGNMENT = 64
@@ -178,6 +179,7 @@ class _Workspace:
                 instance.executor.functions,
                 values,
                 instance.workers,
+                placed=instance.workers == plan.workers,
             )
             if isinstance(steps, list)
             else None

@@ -13,7 +13,7 @@ from typing import Any
 
 from .sizes import Size, evaluate
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 class PlanError(ValueError):
@@ -55,6 +55,8 @@ class KernelStep:
 
     ``args`` are tensor arguments in the kernel's order and ``symbols`` the values that follow
     them; the first ``reads`` arguments are only read. ``flops`` and ``bytes`` are the work.
+    ``place`` tells where a scheduled step runs: pairs (worker, end) in order; the worker takes the
+    tasks from the end before to its own. Without, the tasks are shared out evenly.
     """
 
     name: str
@@ -66,6 +68,7 @@ class KernelStep:
     flops: Size = 0
     bytes: Size = 0
     group: int = -1
+    place: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class Plan:
     ``outputs`` describe the caller's tensors; an output may be an alias of an input or of a
     constant. ``arena_bytes`` is the workspace's peak. ``parts`` are the plans that `BranchStep`
     names; a name without a plan is ``deferred``: it is compiled when it is first needed.
+    ``workers`` is the number of threads for which its steps are placed, 0 if they are not.
     """
 
     name: str
@@ -146,6 +150,7 @@ class Plan:
     arena_bytes: Size = 0
     parts: dict[str, Plan] = field(default_factory=dict)
     deferred: tuple[str, ...] = ()
+    workers: int = 0
     version: int = PLAN_VERSION
 
     def every_step(self) -> Iterator[Step]:
@@ -225,6 +230,7 @@ def _step(data: dict[str, Any]) -> Step:
     if kind == "kernel":
         data["args"] = tuple(_ref(a) for a in data["args"])
         data["symbols"] = tuple(data["symbols"])
+        data["place"] = tuple((worker, end) for worker, end in data["place"])
         return KernelStep(**data)
     data["refs"] = tuple(_ref(a) for a in data["refs"])
     data["results"] = tuple(a and _ref(a) for a in data["results"])

@@ -1,90 +1,62 @@
-"""Builds launch tables: consecutive kernel steps become per-worker lists with barriers.
+"""Builds launch tables: consecutive kernel steps become lists of entries, one for each worker.
 
-Steps keep their order. A barrier goes in only where a step touches memory that another worker has
-written, or overwrites what another has read, since the last barrier; steps too small to share run
-whole on one worker, chains of them on the same one, without any barrier between.
+Steps keep their order. A worker waits only where a step touches memory that another worker has
+written, or overwrites what another has read (`ordering`); steps too small to share run whole on one
+worker, chains of them on the same one. A plan that was scheduled says itself where its steps run.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from . import driver
-from .plan import KernelStep, TensorRef
+from .ordering import Ordering
+from .plan import KernelStep
 from .sizes import evaluate
+from .spans import ITEMSIZE, Span
 
 # Rough rates of one core that decide whether a step is worth sharing; a launch costs microseconds.
 FLOPS_PER_US = 40_000
 BYTES_PER_US = 10_000
 MIN_SHARED_US = 3.0
-
-
-@dataclass(frozen=True)
-class Span:
-    """Memory that a step touches: elements of a strided view, for telling overlap."""
-
-    space: str  # "arena" or the buffer's name
-    start: int  # bytes
-    extent: int  # bytes from the first to past the last element
-    itemsize: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def overlaps(self, other: Span) -> bool:
-        """Whether the two views may share a byte (False only when they certainly do not)."""
-        if self.space != other.space:
-            return False
-        if self.start + self.extent <= other.start or other.start + other.extent <= self.start:
-            return False
-        return _may_meet(self, other)
-
-
-def _may_meet(a: Span, b: Span) -> bool:
-    """Whether two views that lie across each other share an element.
-
-    Exact for equal strides: an element is shared if the distance between the views is a sum of
-    ``c_k * stride_k`` with every c_k in reach of both. So slices of one concatenation are told
-    apart. Anything unusual counts as meeting.
-    """
-    if a.strides != b.strides or a.itemsize != b.itemsize or (b.start - a.start) % a.itemsize:
-        return True
-    order = sorted(range(len(a.strides)), key=lambda i: -a.strides[i])
-    if any(a.strides[i] <= 0 for i in order):
-        return True
-    reach = [0] * (len(order) + 1)  # how far the dimensions from this one inwards go
-    for k in reversed(range(len(order))):
-        i = order[k]
-        reach[k] = reach[k + 1] + (max(a.shape[i], b.shape[i]) - 1) * a.strides[i]
-
-    def solvable(k: int, distance: int) -> bool:
-        if k == len(order):
-            return distance == 0
-        i, inner = order[k], reach[k + 1]
-        stride = a.strides[i]
-        low = max(-((inner - distance) // stride), 1 - b.shape[i])
-        high = min((distance + inner) // stride, a.shape[i] - 1)
-        if high - low > 3:
-            return True
-        return any(solvable(k + 1, distance - c * stride) for c in range(low, high + 1))
-
-    return solvable(0, (b.start - a.start) // a.itemsize)
+MANY = 3
+"""A part that waits for more workers than this meets all of them at a barrier instead."""
+LINE = 8
+"""Words of a cache line: counters do not share one."""
 
 
 @dataclass
 class Table:
-    """Native memory of one launch; keep it alive while it may run."""
+    """Native memory of one launch; keep it alive while it may run.
+
+    ``waits`` counts the entries that wait. ``stamps`` are, of a table built with them, two
+    ``timespec`` (seconds, nanoseconds) for each part in ``parts``: when it began and ended.
+    """
 
     block: np.ndarray
     arrays: list[np.ndarray]
     workers: int
-    barriers: int
+    waits: int
+    parts: list[Part]
+    stamps: np.ndarray | None = None
     address: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.address = self.block.ctypes.data
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tasks [lo, hi) of step number ``step``, on ``worker``."""
+
+    step: int
+    worker: int
+    lo: int
+    hi: int
 
 
 @dataclass(frozen=True)
@@ -93,37 +65,6 @@ class Address:
 
     base: int
     ext: int = -1
-
-
-ITEMSIZE = {
-    "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2,
-    "int32": 4, "float32": 4, "int64": 8, "float64": 8, "complex64": 8, "complex128": 16,
-}  # fmt: skip
-
-
-def span_of(ref: TensorRef, space: str, base: int, values: Mapping[str, int]) -> Span:
-    """The memory of ``ref`` inside ``space``, whose buffer starts at byte ``base`` of it."""
-    size = ITEMSIZE[ref.dtype]
-    shape = tuple(evaluate(d, values) for d in ref.shape)
-    strides = tuple(evaluate(s, values) for s in ref.strides)
-    offset = evaluate(ref.offset, values)
-    reach = sum((d - 1) * s for d, s in zip(shape, strides, strict=True)) + 1 if all(shape) else 0
-    start = base + offset * size
-    kept = [(d, s) for d, s in zip(shape, strides, strict=True) if d != 1]
-    return Span(
-        space,
-        start,
-        max(0, reach) * size,
-        size,
-        tuple(d for d, _ in kept),
-        tuple(s for _, s in kept),
-    )
-
-
-@dataclass
-class _Pending:
-    spans: list[tuple[Span, bool]]
-    workers: frozenset[int]
 
 
 def share(step: KernelStep, tasks: int, values: Mapping[str, int], workers: int) -> int:
@@ -143,99 +84,161 @@ def build_table(
     functions: Mapping[str, int],
     values: Mapping[str, int],
     workers: int,
+    placed: bool = False,
+    stamped: bool = False,
 ) -> Table:
     """Lays out one launch of ``steps`` for ``workers`` threads.
 
-    ``spans[i][k]`` is the memory of argument k of step i. Raises KeyError when a kernel's address
+    ``spans[i][k]`` is the memory of argument k of step i. Steps run where their ``place`` says if
+    ``placed``. ``stamped`` tables note when each part ran. Raises KeyError when a kernel's address
     is missing from ``functions``.
     """
-    arrays: list[np.ndarray] = []
-    patches: list[tuple[int, int, int]] = []
-    lists: list[list[tuple[int, ...]]] = [[] for _ in range(workers)]
-    pending: list[_Pending] = []
-    barriers = 0
-    for step, own in zip(steps, spans, strict=True):
+    builder = _Builder(workers)
+    for number, (step, own) in enumerate(zip(steps, spans, strict=True)):
         tasks = evaluate(step.tasks, values)
         if tasks <= 0:
             continue
-        words, classes = _arguments(step, addresses, values, patches)
-        arrays.append(words)
-        touched = [(span, k >= step.reads) for k, span in enumerate(own)]
-        conflicts = [p for p in pending if _conflict(p.spans, touched)]
-        count = share(step, tasks, values, workers)
-        if count == 1:
-            homes = {p.workers for p in conflicts}
-            if len(homes) == 1 and len(next(iter(homes))) == 1:
-                chosen = next(iter(homes))
+        accesses = [(span, k >= step.reads) for k, span in enumerate(own)]
+        conflicts = builder.ordering.conflicts(accesses)
+        if placed and step.place:
+            cuts = step.place
+        else:
+            count = share(step, tasks, values, workers)
+            home = 0
+            if count == 1:
+                homes = {w for c in conflicts for w, _ in c.parts}
+                home = homes.pop() if len(homes) == 1 else 0
+            cuts = tuple((home + k, tasks * (k + 1) // count) for k in range(count))
+        call = (functions[step.kernel], *builder.arguments(step, addresses, values))
+        builder.step(number, call, cuts, accesses, conflicts)
+    return builder.table(stamped)
+
+
+class _Builder:
+    """Entries so far. A wait is kept as (other worker, number of its part) until all are known."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.ordering = Ordering(workers)
+        self.arrays: list[np.ndarray] = []
+        self.patches: list[tuple[int, int, int]] = []
+        self.lists: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(workers)]
+        self.parts: list[Part] = []
+        self.meetings = 0
+
+    def step(
+        self,
+        number: int,
+        call: tuple[int, int, int],
+        cuts: Sequence[tuple[int, int]],
+        accesses: Sequence[tuple[Span, bool]],
+        conflicts: Sequence,
+    ) -> None:
+        """Adds a step whose tasks are cut at ``cuts``, (worker, end) in order."""
+        ordering = self.ordering
+        starts = [0, *(end for _, end in cuts)]
+        shares = [(w, lo, end) for lo, (w, end) in zip(starts, cuts, strict=False) if lo < end]
+        waits = [ordering.waits(conflicts, worker) for worker, _, _ in shares]
+        if max(map(len, waits)) > MANY:
+            self.meetings += 1
+            for entries in self.lists:
+                entries.append(("meet", (self.meetings,)))
+            ordering.meet()
+        else:
+            for (worker, _, _), needed in zip(shares, waits, strict=True):
+                self.lists[worker] += [("wait", w) for w in needed]
+                ordering.wait(worker, needed)
+        fn, address, classes = call
+        for worker, lo, hi in shares:
+            self.lists[worker].append(("call", (fn, lo, hi, address, classes, len(self.parts))))
+            self.parts.append(Part(number, worker, lo, hi))
+        ordering.add(accesses, [worker for worker, _, _ in shares])
+
+    def arguments(
+        self, step: KernelStep, addresses: Mapping[str, Address], values: Mapping[str, int]
+    ) -> tuple[int, int]:
+        """Address and class of a step's argument words; those of per-call pointers are patched."""
+        count = len(step.args) + len(step.symbols)
+        classes = driver.args_class(count)
+        words = np.zeros(driver.ARG_CLASSES[classes], dtype=np.int64)
+        for k, ref in enumerate(step.args):
+            where = addresses[ref.buffer]
+            shift = evaluate(ref.offset, values) * ITEMSIZE[ref.dtype]
+            if where.ext >= 0:
+                self.patches.append((words.ctypes.data + 8 * k, where.ext, shift))
             else:
-                chosen = frozenset([0])
-        else:
-            chosen = frozenset(range(count))
-        if any(p.workers != chosen or len(chosen) > 1 for p in conflicts):
-            for entries in lists:
-                entries.append((driver.BARRIER, 0, 0, 0, 0, 0))
-            barriers += 1
-            pending.clear()
-        ranks = sorted(chosen)
-        for rank, worker in enumerate(ranks):
-            lo, hi = tasks * rank // len(ranks), tasks * (rank + 1) // len(ranks)
-            if lo < hi:
-                lists[worker].append(
-                    (driver.CALL, functions[step.kernel], lo, hi, words.ctypes.data, classes)
-                )
-        pending.append(_Pending(touched, chosen))
-    used = max(
-        (w + 1 for w in range(workers) if any(e[0] == driver.CALL for e in lists[w])), default=1
-    )
-    lists = lists[:used]
-    if used == 1:
-        lists[0] = [e for e in lists[0] if e[0] != driver.BARRIER]
-        barriers = 0
-    return _block(lists, patches, arrays, barriers)
+                words[k] = where.base + shift
+        for k, symbol in enumerate(step.symbols):
+            words[len(step.args) + k] = values[symbol]
+        self.arrays.append(words)
+        return words.ctypes.data, classes
 
+    def table(self, stamped: bool) -> Table:
+        """The native table of everything added."""
+        used = 1 + max((p.worker for p in self.parts), default=0)
+        awaited = {w for entries in self.lists for kind, w in entries if kind == "wait"}
+        counters = np.zeros((used + 1) * LINE, dtype=np.int64)
+        stamps = np.zeros((max(1, len(self.parts)), 4), dtype=np.int64) if stamped else None
+        clock = driver.clock_gettime() if stamped else 0
+        waits = 0
+        native: list[np.ndarray] = []
+        ordinals: list[dict[int, int]] = []  # of each worker: part -> count of signals up to it
+        for worker in range(used):
+            numbers = sorted(n for w, n in awaited if w == worker)
+            ordinals.append({n: k + 1 for k, n in enumerate(numbers)})
 
-def _conflict(before: list[tuple[Span, bool]], now: list[tuple[Span, bool]]) -> bool:
-    return any((written or writes) and a.overlaps(b) for a, written in before for b, writes in now)
+        def counter(worker: int) -> int:
+            return counters.ctypes.data + 8 * LINE * worker
 
+        for worker in range(used):
+            rows: list[tuple[int, ...]] = []
+            part = 0
+            for kind, data in self.lists[worker]:
+                if kind == "wait":
+                    other, number = data
+                    target = ordinals[other][number]
+                    rows.append((driver.WAIT, counter(other), target, 0, 0, 0))
+                    waits += 1
+                elif kind == "meet":
+                    if used > 1:
+                        rows.append((driver.SIGNAL, counter(used), 0, 0, 0, 0))
+                        rows.append((driver.WAIT, counter(used), data[0] * used, 0, 0, 0))
+                        waits += 1
+                else:
+                    fn, lo, hi, address, classes, index = data
+                    if stamps is not None:
+                        at = stamps.ctypes.data + 32 * index
+                        rows.append((driver.CALL, clock, time.CLOCK_MONOTONIC, at, address, 0))
+                    rows.append((driver.CALL, fn, lo, hi, address, classes))
+                    if stamps is not None:
+                        at = stamps.ctypes.data + 32 * index + 16
+                        rows.append((driver.CALL, clock, time.CLOCK_MONOTONIC, at, address, 0))
+                    part += 1
+                    if part in ordinals[worker]:
+                        rows.append((driver.SIGNAL, counter(worker), 0, 0, 0, 0))
+            rows.append((driver.END,) + (0,) * 5)
+            native.append(np.array(rows, dtype=np.int64))
+        return self._block(native, counters, waits, stamps)
 
-def _arguments(
-    step: KernelStep,
-    addresses: Mapping[str, Address],
-    values: Mapping[str, int],
-    patches: list[tuple[int, int, int]],
-) -> tuple[np.ndarray, int]:
-    """The argument words of a step; words that hold per-call pointers join ``patches``."""
-    count = len(step.args) + len(step.symbols)
-    classes = driver.args_class(count)
-    words = np.zeros(driver.ARG_CLASSES[classes], dtype=np.int64)
-    for k, ref in enumerate(step.args):
-        where = addresses[ref.buffer]
-        shift = evaluate(ref.offset, values) * ITEMSIZE[ref.dtype]
-        if where.ext >= 0:
-            patches.append((words.ctypes.data + 8 * k, where.ext, shift))
-        else:
-            words[k] = where.base + shift
-    for k, symbol in enumerate(step.symbols):
-        words[len(step.args) + k] = values[symbol]
-    return words, classes
-
-
-def _block(
-    lists: list[list[tuple[int, ...]]],
-    patches: list[tuple[int, int, int]],
-    arrays: list[np.ndarray],
-    barriers: int,
-) -> Table:
-    entries = [np.array([*e, (driver.END,) + (0,) * 5], dtype=np.int64) for e in lists]
-    patch_table = np.array(patches or [(0, 0, 0)], dtype=np.int64)
-    arrivals = np.zeros(8, dtype=np.int64)
-    block = np.zeros(driver.LISTS + 2 * len(lists), dtype=np.int64)
-    gomp, thread_num, num_threads = driver.openmp()
-    block[driver.WORKERS] = len(lists)
-    block[driver.BARRIER_COUNT] = arrivals.ctypes.data
-    block[driver.GOMP], block[driver.THREAD_NUM] = gomp, thread_num
-    block[driver.NUM_THREADS], block[driver.YIELD] = num_threads, driver.sched_yield()
-    block[driver.PATCHES], block[driver.N_PATCHES] = patch_table.ctypes.data, len(patches)
-    for worker, e in enumerate(entries):
-        block[driver.LISTS + worker] = e.ctypes.data
-    return Table(block, [*arrays, *entries, patch_table, arrivals], len(lists), barriers)
+    def _block(
+        self,
+        entries: list[np.ndarray],
+        counters: np.ndarray,
+        waits: int,
+        stamps: np.ndarray | None,
+    ) -> Table:
+        patches = np.array(self.patches or [(0, 0, 0)], dtype=np.int64)
+        block = np.zeros(driver.LISTS + 2 * len(entries), dtype=np.int64)
+        gomp, thread_num, num_threads = driver.openmp()
+        block[driver.WORKERS] = len(entries)
+        block[driver.GOMP], block[driver.THREAD_NUM] = gomp, thread_num
+        block[driver.NUM_THREADS], block[driver.YIELD] = num_threads, driver.sched_yield()
+        block[driver.PATCHES], block[driver.N_PATCHES] = patches.ctypes.data, len(self.patches)
+        if waits:
+            block[driver.COUNTERS], block[driver.N_COUNTERS] = counters.ctypes.data, counters.size
+        for worker, rows in enumerate(entries):
+            block[driver.LISTS + worker] = rows.ctypes.data
+        arrays = [*self.arrays, *entries, patches, counters]
+        if stamps is not None:
+            arrays.append(stamps)
+        return Table(block, arrays, len(entries), waits, self.parts, stamps)

@@ -15,7 +15,7 @@ from plait.kernels.abi import TensorArg
 from plait.kernels.emit import Emitter
 from plait.runtime.executor import Executor
 from plait.runtime.plan import Buffer, Guard, KernelStep, LibraryStep, Plan, PlanError, TensorRef
-from plait.runtime.table import Span
+from plait.runtime.spans import Span
 
 COLUMNS = 64
 
