@@ -1,7 +1,8 @@
 """The whole compilation on one page: a captured graph goes in, something that runs comes out.
 
 capture -> normalize -> outline-branches -> speculate-routes -> fuse-vertical
-        -> storage (layout, halo, concat) -> select kernels -> plan-memory -> Plan -> Executor
+        -> storage (layout, halo, concat) -> select kernels -> plan-memory -> Plan -> schedule
+        -> Executor
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..kernels import target as targets
 from ..passes.base import copy_graph
 from ..passes.manager import PassManager
 from ..passes.remarks import Remark
+from ..passes.schedule import SCHEDULE, SchedulePass
 from ..passes.speculate_routes import ROUTES
 from ..runtime.executor import Executor, Part
 from ..runtime.plan import Plan
@@ -24,7 +26,7 @@ from . import lower, select
 from .capture import Captured
 from .options import Options
 
-DEFAULT_PIPELINE = "normalize,outline-branches,speculate-routes,fuse-vertical"
+DEFAULT_PIPELINE = "normalize,outline-branches,speculate-routes,fuse-vertical,schedule"
 
 
 class CompiledGraph:
@@ -37,13 +39,14 @@ class CompiledGraph:
         kernels: select.Kernels,
         remarks: Sequence[Remark],
         seconds: Mapping[str, float],
+        executor: Executor,
     ) -> None:
         self.graph, self.lowered = graph, lowered
         self.plan: Plan = lowered.plan
         self.remarks = tuple(remarks)
         self.seconds = dict(seconds)
         self.kernels = kernels
-        self.executor = _executor(lowered, kernels)
+        self.executor = executor
         self.run = self.executor.run
 
 
@@ -88,6 +91,20 @@ def _executor(lowered: lower.Lowered, kernels: select.Kernels) -> Executor:
     )
 
 
+def _schedule(
+    executor: Executor, lowered: lower.Lowered, captured: Captured, how: SchedulePass, tune: str
+) -> Executor:
+    """The executor of ``lowered`` with its kernels where a search put them, if that gained."""
+    from .scheduling import schedule
+
+    result = schedule(executor, captured, how, select.database(), measure=tune != "off")
+    if result.memory is not None:
+        lowered.plan, lowered.memory = result.executor.plan, result.memory
+        lowered.remarks = [r for r in lowered.remarks if r.pass_name != "plan-memory"]
+    lowered.remarks = [*lowered.remarks, *result.remarks]
+    return result.executor
+
+
 def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
     """Compiles a captured graph. Raises NotImplementedError for sizes that plans cannot hold."""
     from ..passes.fuse_vertical import groups_of
@@ -110,6 +127,11 @@ def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
         kernels = select.Kernels(targets.host(), select.database(), options.tune)
         lowered = lower.lower(graph, groups, kernels, captured.symbols)
         lap("lower")
+        executor = _executor(lowered, kernels)
+        how = graph.meta.get(SCHEDULE)
+        if how is not None:
+            executor = _schedule(executor, lowered, captured, how, options.tune)
+        lap("schedule")
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
     remarks = [*captured.remarks, *result.remarks, *lowered.remarks]
-    return CompiledGraph(graph, lowered, kernels, remarks, seconds)
+    return CompiledGraph(graph, lowered, kernels, remarks, seconds, executor)

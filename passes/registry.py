@@ -19,6 +19,7 @@ _BUILT_IN: dict[str, str] = {
     "outline-branches": "outline_branches:OutlineBranches",
     "speculate-routes": "speculate_routes:SpeculateRoutes",
     "fuse-vertical": "fuse_vertical:FuseVertical",
+    "schedule": "schedule:SchedulePass",
 }
 _registered: dict[str, str | type[Pass]] = {}
 

@@ -180,6 +180,7 @@ class _Workspace:
                 values,
                 instance.workers,
                 placed=instance.workers == plan.workers,
+                stamped=instance.stamped,
             )
             if isinstance(steps, list)
             else None
@@ -204,9 +205,16 @@ class _Workspace:
 
 
 class Instance:
-    """A plan with its symbols bound."""
+    """A plan with its symbols bound. A ``stamped`` one notes when each part of a kernel ran."""
 
-    def __init__(self, executor: Executor, values: Mapping[str, int], workers: int) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        values: Mapping[str, int],
+        workers: int,
+        stamped: bool = False,
+    ) -> None:
+        self.stamped = stamped
         self.executor, self.plan, self.values = executor, executor.plan, values
         self.workers = workers
         self.segments: list[list[KernelStep] | LibraryStep | BranchStep] = []

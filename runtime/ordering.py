@@ -1,9 +1,10 @@
 """Which worker has to wait for which other before it may start its share of a step.
 
 Steps come one by one in the plan's order; each is cut into at most one part per worker. A part
-waits for every earlier part that touches the same memory (one of the two writing) and ran elsewhere,
-unless an earlier wait implies already that it is over: every worker keeps a vector clock of how far
-it knows each other to be (Mattern, "Virtual Time and Global States of Distributed Systems", 1988).
+waits for every earlier part that touches the same memory (one of the two writing) and ran
+elsewhere, unless an earlier wait implies already that it is over: every worker keeps a vector clock
+of how far it knows each other to be (Mattern, "Virtual Time and Global States of Distributed
+Systems", 1988).
 """
 
 from __future__ import annotations

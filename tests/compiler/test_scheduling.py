@@ -1,0 +1,188 @@
+"""Scheduled plans: the same bits as in order, at any number of threads, kept and loaded again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import plait
+from plait.compiler import scheduling
+from plait.runtime.plan import KernelStep
+
+PLAIN = "normalize,outline-branches,speculate-routes,fuse-vertical"
+FORCED = PLAIN + ",schedule{least_gain=-1,rounds=5}"
+
+
+class Woven(nn.Module):
+    """A random graph of convolutions, poolings, sums and joins on small maps."""
+
+    def __init__(self, seed: int, nodes: int = 14) -> None:
+        super().__init__()
+        chance = random.Random(seed)
+        self.wiring: list[tuple[str, int, int]] = []
+        layers = []
+        for k in range(nodes):
+            kind = chance.choice(["conv", "conv", "sum", "pool", "join"])
+            a, b = chance.randint(max(0, k - 5), k), chance.randint(max(0, k - 5), k)
+            self.wiring.append((kind, a, b))
+            wide = 16 if kind == "join" else 8
+            layers.append(nn.Conv2d(wide, 8, chance.choice([1, 3]), padding="same"))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = [x]
+        for (kind, a, b), layer in zip(self.wiring, self.layers, strict=True):
+            if kind == "conv":
+                values.append(torch.relu(layer(values[a])))
+            elif kind == "sum":
+                values.append(values[a] + values[b].tanh())
+            elif kind == "pool":
+                values.append(nn.functional.max_pool2d(values[a], 3, 1, 1))
+            else:
+                values.append(layer(torch.cat([values[a], values[b]], 1)))
+        return torch.cat(values[-4:], 1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def _compiled(model: Any, x: torch.Tensor, pipeline: str) -> plait.Compiled:
+    with torch.no_grad():
+        return plait.compile(model, example_inputs=(x,), pipeline=pipeline)
+
+
+def _ids(compiled: plait.Compiled) -> set[str]:
+    return {r.id for r in compiled.remarks if r.pass_name == "schedule"}
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("algorithm", ["list", "ios"])
+def test_whatever_the_schedule_the_bits_are_those_of_the_plan_in_order(
+    seed: int, algorithm: str
+) -> None:
+    model = Woven(seed).eval()
+    x = torch.randn(1, 8, 24, 24)
+    plain = _compiled(model, x, PLAIN)
+    pipeline = f"{PLAIN},schedule{{least_gain=-1,rounds=5,algorithm={algorithm}}}"
+    scheduled = _compiled(model, x, pipeline)
+    plan = scheduled.plan
+    if "PLT-PAR-001" in _ids(scheduled):
+        assert plan.workers == 2
+        places = [s.place for s in plan.steps if isinstance(s, KernelStep)]
+        assert all(places) and {w for p in places for w, _ in p} == {0, 1}
+    else:
+        assert _ids(scheduled) == {"PLT-PAR-002"}
+    with torch.no_grad():
+        for threads in (2, 1, 3, 2):
+            torch.set_num_threads(threads)
+            for _ in range(5):
+                y = torch.randn(1, 8, 24, 24)
+                assert torch.equal(scheduled(y), plain(y))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_saved_schedule_comes_back_with_the_model(tmp_path: Path) -> None:
+    model, x = Woven(3).eval(), torch.randn(1, 8, 24, 24)
+    compiled = _compiled(model, x, FORCED)
+    assert _ids(compiled) == {"PLT-PAR-001"}
+    compiled.save(tmp_path / "model.plait")
+    loaded = plait.load(tmp_path / "model.plait")
+    assert loaded.plan.steps == compiled.plan.steps and loaded.plan.workers == 2
+    with torch.no_grad():
+        assert torch.equal(loaded(x), compiled(x))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_search_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Woven(4).eval(), torch.randn(1, 8, 24, 24)
+    first = _compiled(model, x, FORCED)
+
+    def search(*_: Any) -> Any:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(scheduling._Scheduler, "_search", search)
+    again = _compiled(model, x, FORCED)
+    assert [r.reason for r in again.remarks] == [r.reason for r in first.remarks]
+    assert again.plan.steps == first.plan.steps
+    assert again.plan.arena_bytes == first.plan.arena_bytes
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_buffers_of_steps_side_by_side_lie_apart() -> None:
+    """Two chains of their own: in order they could take turns in the same memory."""
+
+    class Chains(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(4))
+            self.b = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x
+            for layer in self.a:
+                y = layer(y).relu()
+            z = x
+            for layer in self.b:
+                z = layer(z).relu()
+            return y + z
+
+    model, x = Chains().eval(), torch.randn(1, 16, 32, 32)
+    plain, scheduled = _compiled(model, x, PLAIN), _compiled(model, x, FORCED)
+    assert scheduled.plan.arena_bytes > plain.plan.arena_bytes
+    table = _tables(scheduled, x)[0]
+    assert table.waits <= 6  # the chains start and meet; between, neither waits for the other
+    with torch.no_grad():
+        assert torch.equal(scheduled(x), plain(x))
+
+
+def _tables(compiled: plait.Compiled, x: torch.Tensor) -> list[Any]:
+    executor = compiled.programs[-1].executable.executor  # type: ignore[attr-defined]
+    executor.run([x])
+    (instance,) = executor._instances.values()
+    return [t for t in instance._free[0].tables if t is not None]
+
+
+def test_what_cannot_be_scheduled_says_why(two_threads: None) -> None:
+    model, x = Woven(1).eval(), torch.randn(1, 8, 24, 24)
+    pair = torch.randn(2, 8, 24, 24)
+    torch.set_num_threads(1)
+    one = _compiled(model, x, FORCED)
+    assert [r.reason for r in one.remarks if r.id == "PLT-PAR-004"] == ["there is one thread only"]
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        off = plait.compile(Woven(7).eval(), example_inputs=(x,), tune="off", pipeline=FORCED)
+        free = plait.compile(
+            model, example_inputs=(pair,), pipeline=FORCED, dynamic_shapes={"x": {0: "batch"}}
+        )
+        layers = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        chain = _compiled(layers.eval(), x, FORCED)
+        assert torch.allclose(free(pair), model(pair), atol=1e-4)
+    assert _ids(off) == _ids(free) == {"PLT-PAR-004"}
+    assert _ids(chain) == {"PLT-PAR-002"}
+
+
+def test_inputs_that_do_not_run_leave_the_plan_in_order(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any) -> Any:
+        raise RuntimeError("index 7 is out of bounds")
+
+    monkeypatch.setattr(scheduling.Tracer, "run", run)
+    model, x = Woven(6).eval(), torch.randn(1, 8, 24, 24)
+    compiled = _compiled(model, x, FORCED)
+    (remark,) = [r for r in compiled.remarks if r.pass_name == "schedule"]
+    assert remark.id == "PLT-PAR-005" and "index 7" in remark.reason
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), model(x), atol=1e-4)
