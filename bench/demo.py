@@ -10,7 +10,7 @@ from rich.console import Console
 from . import peers, report, workloads
 from .environment import environment
 from .harness import run_workload
-from .schedule import draw
+from .pictures import draw
 
 MODELS = ("inception_v3", "mixtral")
 ENGINES = ("plait", "eager", "compile")

@@ -195,7 +195,7 @@ def summary(results: Sequence[Result], families: dict[str, str]) -> dict[str, fl
     """Geometric means, over workloads, of how many times faster plait is.
 
     One entry for every engine, and for the best engine of each family per workload ("torch":
-    PyTorch in all its modes; "engine": the other runtimes); "all" is the best of everything.
+    PyTorch in all its modes; "engine": the other runtimes); "all" is the best of both.
     """
     means: dict[str, float] = {}
     others = [r for r in results if r.peer != "plait" and r.ratio]
@@ -204,7 +204,8 @@ def summary(results: Sequence[Result], families: dict[str, str]) -> dict[str, fl
     for family in ("torch", "engine", "all"):
         best: dict[str, float] = {}
         for r in others:
-            if r.ratio and family in (families.get(r.peer), "all"):
+            kind = families.get(r.peer)
+            if r.ratio and kind != "plait" and family in (kind, "all"):
                 best[r.workload] = min(best.get(r.workload, float("inf")), r.ratio)
         if best:
             means[f"best {family}"] = geometric_mean(list(best.values()))

@@ -133,19 +133,27 @@ def _openvino(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
     return call
 
 
-def _plait(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
-    from ..compiler.api import compile
+def _plait(without: str = "") -> Callable[[nn.Module, tuple[Any, ...]], Call]:
+    """plait, with one pass of its default pipeline left out."""
 
-    with _quiet():
-        compiled = compile(model, example_inputs=inputs)
-    if compiled.plan is None:  # the original would run, and nothing of ours be measured
-        why = next((r.reason for r in reversed(compiled.remarks) if r.kind == "missed"), "")
-        raise RuntimeError(f"not compiled: {why}")
-    return lambda: compiled(*inputs)
+    def prepare(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
+        from ..compiler.api import compile
+        from ..compiler.pipeline import DEFAULT_PIPELINE
+
+        pipeline = ",".join(p for p in DEFAULT_PIPELINE.split(",") if p != without)
+        with _quiet():
+            compiled = compile(model, example_inputs=inputs, pipeline=pipeline)
+        if compiled.plan is None:  # the original would run, and nothing of ours be measured
+            why = next((r.reason for r in reversed(compiled.remarks) if r.kind == "missed"), "")
+            raise RuntimeError(f"not compiled: {why}")
+        return lambda: compiled(*inputs)
+
+    return prepare
 
 
 _ENGINES = (
-    Peer("plait", "plait.compile", _plait, "plait"),
+    Peer("plait", "plait.compile", _plait(), "plait"),
+    Peer("plait-in-order", "plait.compile without its pass schedule", _plait("schedule"), "plait"),
     Peer("eager", "PyTorch eager", _eager),
     Peer("eager-cl", "PyTorch eager, channels last", _channels_last),
     Peer("compile", "torch.compile, default", _torch_compile(False, None)),

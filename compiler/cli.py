@@ -136,12 +136,32 @@ def run(
     rounds: Annotated[int, typer.Option("--rounds", "-n", min=1)] = 3,
     threads: Threads = None,
     save: Annotated[Path | None, typer.Option(help="Save the compiled model here.")] = None,
+    gantt: Annotated[
+        Path | None, typer.Option(help="Draw a typical run here, as .svg, .png or .pdf.")
+    ] = None,
 ) -> None:
     """Compile MODEL, compare its answer with eager PyTorch's, and time both."""
     with reported():
         from . import cli_model
 
-        cli_model.run(cli_model.load(model, input), pipeline, tune, rounds, threads, save)
+        loaded = cli_model.load(model, input)
+        cli_model.run(loaded, pipeline, tune, rounds, threads, save, gantt)
+
+
+@app.command()
+def trace(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The trace to write.")],
+    input: Inputs = [],  # noqa: B006
+    pipeline: Pipeline = None,
+    threads: Threads = None,
+    rounds: Annotated[int, typer.Option("--rounds", "-n", min=1, help="Take the median.")] = 15,
+) -> None:
+    """Run MODEL compiled and write what ran when on which thread, for Perfetto or Chrome."""
+    with reported():
+        from . import cli_model, cli_trace
+
+        cli_trace.trace(cli_model.load(model, input), output, pipeline, threads, rounds)
 
 
 @app.command()

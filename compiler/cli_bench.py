@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..bench import harness, peers, report, workloads
 from ..bench.environment import environment
-from .cli_error import CliError, check_output
+from .cli_error import CliError, check_output, write_text
 
 
 def show_registry() -> None:
@@ -79,7 +79,7 @@ def bench(
             console.print(report.workload_table(rows))
             if output is not None:  # after every workload: a long run that is stopped loses little
                 document = harness.document(results, families, header)
-                output.write_text(json.dumps(document, indent=1), encoding="utf-8")
+                write_text(output, json.dumps(document, indent=1))
     means = harness.summary(results, families)
     if means:
         console.print(report.summary_table(means))

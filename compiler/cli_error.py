@@ -1,4 +1,4 @@
-"""The error of the command line."""
+"""The error of the command line, and files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ def check_output(path: Path | None) -> None:
         raise CliError(f"{path} is a folder", "name a file in it")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise CliError(f"{path} cannot be written", "choose another place")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: to a temporary one beside it, which takes its place."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise CliError(f"{path} cannot be written ({error})", "choose another place") from error
+    finally:
+        scratch.unlink(missing_ok=True)

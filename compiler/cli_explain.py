@@ -15,7 +15,7 @@ from ..bench.bounds import Machine, measure_machine
 from ..passes.remarks import render
 from ..runtime.profile import StepTime, profile_steps
 from .capture_tree import flatten
-from .cli_error import CliError, check_output
+from .cli_error import CliError, check_output, write_text
 from .cli_model import Loaded, compile_loaded, newest
 
 
@@ -53,7 +53,7 @@ def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: P
     if output is not None:
         remarks = [r.to_json() for r in compiled.remarks]
         document = {"version": 1, "steps": rows, "seconds": total, "remarks": remarks}
-        output.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        write_text(output, json.dumps(document, indent=1))
 
 
 def _row(

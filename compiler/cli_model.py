@@ -44,6 +44,7 @@ from .pipeline import DEFAULT_PIPELINE
 from .program import Program
 
 _INPUT = re.compile(r"(\w+)\[\s*((?:\d+\s*,\s*)*\d+)?\s*\]")
+PICTURES = (".svg", ".png", ".pdf")
 _FREE_SIZE = 8  # what a dimension without a fixed size becomes in made-up inputs
 
 
@@ -189,9 +190,13 @@ def run(
     rounds: int,
     threads: int | None,
     save: Path | None,
+    gantt: Path | None = None,
 ) -> None:
     """Compiles, checks against eager and prints times. Exits with 1 where the answers differ."""
     check_output(save)
+    check_output(gantt)
+    if gantt is not None and gantt.suffix not in PICTURES:
+        raise CliError(f"{gantt} is no picture", f"name it {', '.join(PICTURES)}")
     console = Console()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -214,6 +219,11 @@ def run(
     if save is not None:
         compiled.save(save)
         console.print(f"saved {save}", highlight=False)
+    if gantt is not None:
+        from . import cli_trace
+
+        cli_trace.gantt(loaded, compiled, gantt)
+        console.print(f"drew {gantt}", highlight=False)
     if not loaded.saved and not error < 1e-2:
         raise CliError("plait's answer differs from eager's", "please report it with the model")
 

@@ -60,3 +60,17 @@ class Tracer:
         found.sort(key=lambda e: e[4])
         zero = found[0][4] if found else 0
         return [Event(*e[:4], (e[4] - zero) * 1e-9, (e[5] - zero) * 1e-9) for e in found]
+
+
+def typical(
+    executor: Executor,
+    tensors: Sequence[torch.Tensor],
+    rounds: int = 15,
+    values: Mapping[str, int] | None = None,
+) -> list[Event]:
+    """The events of the run of median length among ``rounds``, with torch's number of threads."""
+    tracer = Tracer(executor, values or {}, torch.get_num_threads())
+    tracer.run(tensors)
+    runs = [tracer.run(tensors) for _ in range(rounds)]
+    runs.sort(key=lambda events: max((e.end for e in events), default=0.0))
+    return runs[len(runs) // 2]

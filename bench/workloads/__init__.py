@@ -135,6 +135,14 @@ _ALL = (
     Workload("resnext50_32x4d", "ResNeXt-50 32x4d, 224x224: grouped convolutions", ("cnn",)),
     Workload("randwire", "RandWire WS(4, 0.75), 224x224: irregular wiring, depthwise", ("cnn",)),
     Workload("nasnet_a_mobile", "NASNet-A mobile 4@1056, 224x224: many tiny branches", ("cnn",)),
+    Workload(
+        "inception_8x8",
+        "Inception-v3's last two blocks alone: maps of 8x8",
+        ("branches",),
+        module="inception_v3",
+        options=(("part", "8x8"),),
+    ),
+    Workload("uneven_gemms", "eight experts with loads from 8 to 200 rows", ("branches",)),
     Workload("bert_base", "BERT-base encoder layers, 128 tokens: dense", ("dense",)),
     Workload(
         "mixtral",

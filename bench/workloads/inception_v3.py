@@ -141,8 +141,13 @@ class InceptionV3(nn.Module):
         return self.fc(torch.flatten(self.pool(self.features(x)), 1))
 
 
-def build(size: str = "cpu") -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """Both sizes are the paper's: batch 1 at 299x299."""
+def build(size: str = "cpu", part: str = "whole") -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Both sizes are the paper's: batch 1 at 299x299. ``part`` "8x8" is the last two blocks alone,
+    whose maps are too small to keep many threads busy one kernel at a time.
+    """
     del size
+    if part == "8x8":
+        x = torch.randn(1, 1280, 8, 8, generator=torch.Generator().manual_seed(0))
+        return finish(nn.Sequential(block8(1280), block8(2048)), x), (x,)
     x = image(299)
     return finish(InceptionV3(), x), (x,)

@@ -85,7 +85,7 @@ def error_of(*arguments: str | Path, code: int = 2) -> str:
 def test_help_names_every_command() -> None:
     result = plait("--help")
     assert result.exit_code == 0
-    for command in ("check", "passes", "run", "explain", "profile", "cache", "bench"):
+    for command in ("check", "passes", "run", "explain", "profile", "trace", "cache", "bench"):
         assert command in result.output
 
 
@@ -331,3 +331,25 @@ def test_bench_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     document = json.loads(path.read_text(encoding="utf-8"))
     assert document["results"][0]["status"] == "OK"
     assert document["environment"]["cores"]
+
+
+def test_trace_writes_lanes_for_what_was_planned_and_measured(models: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    result = plait("trace", f"{models}:small", "-o", path, "-t", 2)
+    assert result.exit_code == 0, result.output
+    events = json.loads(path.read_text())["traceEvents"]
+    slices = [e for e in events if e["ph"] == "X"]
+    assert {e["pid"] for e in slices} == {1, 2}
+    assert all(e["dur"] >= 0 and e["tid"] in (0, 1) for e in slices)
+    assert any(e["ph"] == "M" and e["args"]["name"] == "measured" for e in events)
+    assert "bound: work" in result.output
+    assert not list(tmp_path.glob(".t.json*"))
+    assert "does not exist" in error_of("trace", f"{models}:small", "-o", tmp_path / "no" / "t")
+
+
+def test_a_run_can_be_drawn(models: str, tmp_path: Path) -> None:
+    result = plait("run", f"{models}:small", "--gantt", tmp_path / "g.svg", "-n", 1)
+    assert result.exit_code == 0, result.output
+    assert "<svg" in (tmp_path / "g.svg").read_text()
+    assert ".svg" in error_of("run", f"{models}:small", "--gantt", tmp_path / "g.txt")
+    assert not (tmp_path / "g.txt").exists()
