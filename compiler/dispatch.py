@@ -41,6 +41,7 @@ from .errors import CaptureError, InputError, PlaitError
 from .keys import FLOATS, autocast_key, structure_key
 from .options import Executable, Options
 from .program import Program, Unfit
+from .quick import limits
 from .watch import Structure, modules_of
 
 MAX_PROGRAMS = 8
@@ -186,7 +187,7 @@ class Dispatcher:
             return self._original(args, kwargs)
         if self._structure.changed() or _default_dtype() is not self._default:
             self.forget()
-        if self._structure.training():
+        if self._structure.trains:
             self.say(
                 "PLT-CAP-016",
                 "the model is in training mode, so the original ran",
@@ -382,7 +383,13 @@ class Dispatcher:
 
     def _compile(self, captured: Captured) -> Program | None:
         executable = self._build(captured)
-        return None if executable is None else Program(captured, executable, self.modules)
+        if executable is None:
+            return None
+        slow = limits() if self.modules else ""
+        if slow:
+            reason = f"changes of {slow} cannot be read from memory, so each is asked at every call"
+            self._note("PLT-CAP-022", reason, kind="note")
+        return Program(captured, executable, self.modules)
 
     def _build(self, captured: Captured) -> Executable | None:
         """The executable, or None (said) where code generation fails: the original still runs."""

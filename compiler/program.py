@@ -174,8 +174,8 @@ class Program:
     def adopt_weights(self) -> bool:
         """Takes the weights of now into the graph.
 
-        False if that cannot be: one changed its shape, dtype or device, is gone, or tied weights
-        no longer are.
+        False if that cannot be: one changed its shape, strides, dtype or device, is gone, or tied
+        weights no longer are.
         """
         assert self.watch is not None
         module = self.captured.graph_module
@@ -186,6 +186,8 @@ class Program:
             if not isinstance(new, Tensor):
                 return False
             if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
+                return False
+            if new.stride() != old.stride():  # kernels read constants by their strides
                 return False
             if _memory(adopted.setdefault(attribute, new.detach())) != _memory(new):
                 return False

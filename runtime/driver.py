@@ -26,14 +26,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import glob
-import hashlib
 import os
 import platform
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import platformdirs
+from . import native
 
 ENTRY_WORDS = 6
 END, CALL, SIGNAL, STEAL, WAIT = range(5)
@@ -334,86 +331,14 @@ def llvm_ir() -> str:
     return _call_ir() + text
 
 
-def _compile_module(with_address: bool) -> Any:
-    """Compiles the interpreter with TVM's LLVM; returns the module. Imports TVM.
-
-    TVM inlines imported IR into the function that calls it and drops the rest, so each entry point
-    is a PrimFunc of one call. ``plait_launch_address`` serves machines without a linker.
-    """
-    import tvm
-    from tvm.script.ir_builder import IRBuilder
-    from tvm.script.ir_builder import tirx as T
-
-    def entry(name: str, params: tuple[str, ...], packed: bool = False) -> Any:
-        with IRBuilder() as builder, T.prim_func():
-            T.func_name(name)
-            args = [T.arg(p, T.handle()) for p in params]
-            T.func_attr({"global_symbol": name, **({} if packed else {"calling_conv": 1})})
-            if packed:
-                ir = (
-                    "declare void @plait_launch(ptr, ptr)\n"
-                    "define i64 @plait_launch_address_body() "
-                    "{ ret i64 ptrtoint (ptr @plait_launch to i64) }\n"
-                )
-                with T.attr(0, "pragma_import_llvm", ir):
-                    T.Return(T.call_extern("int64", name + "_body"))
-            else:
-                with T.attr(0, "pragma_import_llvm", llvm_ir()):
-                    T.evaluate(T.call_extern("void", name + "_body", *args))
-        return builder.get()
-
-    functions = {
-        "plait_thread": entry("plait_thread", ("launch",)),
-        "plait_launch": entry("plait_launch", ("launch", "ext")),
-    }
-    if with_address:
-        functions["plait_launch_address"] = entry("plait_launch_address", (), packed=True)
-    target = tvm.target.Target({"kind": "llvm"})
-    return tvm.compile(tvm.IRModule(functions), target=target)
-
-
 @functools.cache
 def launch_function() -> Any:
-    """The native ``launch(block_address, ext_address)`` as a ctypes function (releases the GIL).
-
-    Compiled once per machine and kept in the cache directory; without a linker it is compiled into
-    this process instead.
-    """
-    directory = Path(os.environ.get("PLAIT_CACHE_DIR") or platformdirs.user_cache_dir("plait"))
-    path = directory / f"driver-{hashlib.sha256(llvm_ir().encode()).hexdigest()[:16]}.so"
-    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
-    if not _is_whole(path):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=directory) as scratch:
-                built = Path(scratch) / "driver.so"
-                _compile_module(with_address=False).export_library(str(built))
-                with built.open("ab") as file:  # loaders ignore what follows the sections
-                    file.write(hashlib.sha256(built.read_bytes()).hexdigest().encode())
-                built.replace(path)
-        except Exception:  # no linker (TVM raises TypeError), no room, no rights
-            return _in_process(prototype)
-    try:
-        return prototype(("plait_launch", ctypes.CDLL(str(path))))
-    except (OSError, AttributeError):  # cut short or from another machine: build it afresh
-        path.unlink(missing_ok=True)
-        return _in_process(prototype)
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a kept driver ends in its own checksum: mapping one cut short kills the process."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(content[:-64]).hexdigest().encode() == content[-64:]
-
-
-def _in_process(prototype: Any) -> Any:
-    module = _compile_module(with_address=True)
-    function = prototype(module["plait_launch_address"]())
-    function.module = module  # keeps the code mapped
-    return function
+    """The native ``launch(block_address, ext_address)`` as a ctypes function (releases the GIL)."""
+    text = llvm_ir()
+    thread = native.Function("plait_thread", ("launch",), text)
+    launch = native.Function("plait_launch", ("launch", "ext"), text)
+    address = native.load("driver", [launch, thread])["plait_launch"]
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(address)
 
 
 @functools.cache
