@@ -376,3 +376,12 @@ def test_slow_guards_are_remarked_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert remark.reason.startswith("changes of tensors cannot")
     model.weight.mul_(2)
     torch.testing.assert_close(compiled(torch.ones(1, 3)), model(torch.ones(1, 3)))
+
+
+def test_data_that_moved_within_its_memory_is_noticed() -> None:
+    whole = torch.rand(8)
+    owner = {"part": whole[:4]}
+    look = Watch({"part": (owner, "part")})
+    assert not look.changed() and not look.changed()
+    owner["part"].data = whole[4:]  # the same storage, sizes, strides and version
+    assert look.changed() and look.full()
