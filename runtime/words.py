@@ -1,10 +1,10 @@
 """Words of memory: a native check that many of them still hold what they held.
 
-A *table* is a word for the verdict, the number n of rows, and n rows of two words: an address, and
-what the 64-bit word there must hold. Rows are compared in order up to the first that differs, so a
-row may rely on those before it: a word that is reached through a pointer comes after the pointer.
-Nothing is computed from what is read, so a processor has dozens of the reads under way at a time,
-which is what counts when they miss every cache.
+A *table* is a word for the verdict, the number n of rows, n rows of two words (an address, and what
+the 64-bit word there must hold), and `AHEAD` empty rows. Rows are compared in order up to the first
+that differs, so a row may rely on those before it: a word that is reached through a pointer comes
+after the pointer. Words are fetched some rows before they are compared: what counts is how many
+reads are under way at a time when they miss every cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from typing import Any
 
 from . import native
 
+AHEAD = 24
+"""Rows from one that is compared to one whose word is fetched: as many misses as can be waited for
+at a time."""
+
 _LOOP = """
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+
 define void @NAME_body(ptr %table) {
 entry:
   %np = getelementptr i64, ptr %table, i64 1
@@ -33,6 +39,9 @@ look:
   %k1 = add i64 %k, 1
   %row1 = getelementptr i64, ptr %row, i64 2
   %heldp = getelementptr i64, ptr %row, i64 1
+  %soonp = getelementptr i64, ptr %row, i64 SOON
+  %soon = load ptr, ptr %soonp
+  call void @llvm.prefetch.p0(ptr %soon, i32 0, i32 3, i32 1)
   %word = load ptr, ptr %row
   %now = load volatile i64, ptr %word
 """
@@ -64,9 +73,13 @@ def _functions() -> tuple[Any, Any]:
     done sooner than it could be handed over.
     """
     loops = {"plait_words_moved": _MOVED, "plait_words_read": _READ}
+    loop = _LOOP.replace("SOON", str(2 * AHEAD))
     found = native.load(
         "words",
-        [native.Function(n, ("table",), _LOOP.replace("NAME", n) + x) for n, x in loops.items()],
+        [
+            native.Function(name, ("table",), loop.replace("NAME", name) + rest)
+            for name, rest in loops.items()
+        ],
     )
     moved, read = (ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(found[name]) for name in loops)
     return moved, read
@@ -85,6 +98,7 @@ class Words:
         for row in rows:
             table.extend(row)
         table[1] = len(table) // 2 - 1
+        table.extend([0] * (2 * AHEAD))  # fetching from nowhere does nothing
         self._set(table, free, keep)
 
     def _set(self, table: array[int], free: int, keep: Any) -> None:
