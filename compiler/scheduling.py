@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..kernels.database import Database
+from ..passes.list_schedule import RULES, in_order, list_schedule
 from ..passes.plan_memory import Lifetime, MemoryPlan, describe, plan_memory
 from ..passes.remarks import Remark
 from ..passes.schedule import SchedulePass
-from ..passes.tasks import Bounds, Schedule, Task, bounds, simulate
+from ..passes.tasks import DEFAULT_COSTS, Bounds, Schedule, Task, bounds, simulate
 from ..runtime.executor import Executor
 from ..runtime.plan import KernelStep, Plan, Step, touched
 from ..runtime.sizes import evaluate
@@ -307,6 +308,23 @@ def tasks_of(steps: Sequence[Step], numbers: Sequence[int]) -> list[Task]:
         pieces = max(1, evaluate(step.tasks, {}))
         tasks.append(Task(step.name, 0.0, pieces, tuple(sorted(after))))
     return tasks
+
+
+def predict(plan: Plan, seconds: Mapping[int, float], workers: int) -> tuple[float, float, float]:
+    """Simulated seconds of a plan's launches on ``workers``, given each step's on one: in order,
+    by the better of that and list scheduling, and the larger of the lower bounds.
+    """
+    plain = best = limit = 0.0
+    for numbers in segments(plan):
+        tasks = [
+            replace(t, seconds=seconds[k])
+            for t, k in zip(tasks_of(plan.steps, numbers), numbers, strict=True)
+        ]
+        ordered = in_order(tasks, workers, DEFAULT_COSTS).seconds
+        listed = min(list_schedule(tasks, workers, rule).seconds for rule in RULES)
+        plain, best = plain + ordered, best + min(ordered, listed)
+        limit += bounds(tasks, workers).best
+    return plain, best, limit
 
 
 def made_up(captured: Captured) -> list[torch.Tensor]:

@@ -2,8 +2,9 @@
 
 After Graham ("Bounds on Multiprocessing Timing Anomalies", 1969), with bottom levels for urgency
 (HEFT: Topcuoglu, Hariri and Wu, 2002), and a choice for each task of how many workers share it:
-where the other ready tasks could not keep the other workers busy, the task is dealt out, so that
-all of its shares end at the same time wherever their workers stand.
+where the other ready tasks could not keep the other workers busy, the task is dealt out to as many
+as its part of the work deserves, so that all of its shares end at the same time wherever their
+workers stand.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from .tasks import (
 class Rule:
     """How choices are made.
 
-    A task is shared where the work of all other ready tasks is less than ``spare`` times its own
-    and it takes at least ``least`` seconds. ``urgency``: "path" (longest way to the end), "depth"
-    (what continues on the worker's last task), "order" (as given).
+    A task is given the share of the workers that its work is of all ready work, that of the others
+    divided by ``spare``; it stays on one if it takes less than ``least`` seconds. ``urgency``:
+    "path" (longest way to the end), "depth" (what continues on the worker's last task), "order" (as
+    given).
     """
 
     spare: float = 0.5
@@ -41,7 +43,7 @@ class Rule:
 
 
 RULES = tuple(
-    Rule(spare, urgency) for urgency in ("path", "depth", "order") for spare in (0.1, 0.5, 1.0)
+    Rule(spare, urgency) for urgency in ("path", "depth", "order") for spare in (0.1, 0.5, 2.0)
 )
 
 
@@ -121,10 +123,11 @@ class _Lister:
     def _take(self, number: int, worker: int, others: float) -> None:
         task, rule = self.tasks[number], self.rule
         starts = [max(self.free[w], self._ready(number, w)) for w in range(self.workers)]
-        wanted = self.forced[number]
-        if wanted is None:
-            wanted = task.seconds >= rule.least and others < rule.spare * task.seconds
-        place = self._dealt(task, starts) if wanted and task.pieces > 1 else ()
+        forced = self.forced[number]
+        most = self.workers if forced else 1
+        if forced is None and task.seconds >= rule.least:
+            most = round(self.workers * task.seconds / (task.seconds + others / rule.spare))
+        place = self._dealt(task, starts, most) if most > 1 and task.pieces > 1 else ()
         if not place:
             best = min(range(self.workers), key=starts.__getitem__)
             home = worker if starts[worker] <= starts[best] + 1e-9 else best
@@ -137,11 +140,13 @@ class _Lister:
             low = end
         self.shares[number] = tuple(shares)
 
-    def _dealt(self, task: Task, starts: Sequence[float]) -> Place:
-        """The task on as many workers as help, all ending together as nearly as pieces allow."""
+    def _dealt(self, task: Task, starts: Sequence[float], most: int) -> Place:
+        """The task on up to ``most`` workers, as many as help, all ending together as nearly as
+        pieces allow.
+        """
         order = sorted(range(self.workers), key=starts.__getitem__)
         used, finish = order[:1], starts[order[0]] + self.costs.call + task.seconds
-        for count in range(2, self.workers + 1):
+        for count in range(2, most + 1):
             begun = sum(starts[w] + self.costs.call for w in order[:count])
             together = (begun + task.seconds) / count
             if together >= finish or starts[order[count - 1]] >= together:

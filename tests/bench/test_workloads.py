@@ -95,3 +95,13 @@ def test_unknown_names_get_the_nearest_one() -> None:
         select(["inceptionv3"])
     with pytest.raises(ValueError, match="unknown size 'huge': use one of cpu, paper"):
         WORKLOADS["chain30"].build("huge")  # type: ignore[arg-type]
+
+
+def test_predictions_for_more_workers_fall_and_stay_above_their_bounds() -> None:
+    from plait.bench.scaling import scale
+
+    rows = scale(WORKLOADS["uneven_gemms"], (1, 2, 8, 64))
+    assert rows[0].measured and rows[-1].measured is None
+    for row in rows:
+        assert row.bound * 0.999 <= row.scheduled <= row.in_order
+    assert [r.scheduled for r in rows] == sorted((r.scheduled for r in rows), reverse=True)
