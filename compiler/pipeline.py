@@ -91,13 +91,11 @@ def _executor(lowered: lower.Lowered, kernels: select.Kernels) -> Executor:
     )
 
 
-def _schedule(
-    executor: Executor, lowered: lower.Lowered, captured: Captured, how: SchedulePass, tune: str
-) -> Executor:
+def _schedule(executor: Executor, lowered: lower.Lowered, how: SchedulePass, tune: str) -> Executor:
     """The executor of ``lowered`` with its kernels where a search put them, if that gained."""
     from .scheduling import schedule
 
-    result = schedule(executor, captured, how, select.database(), measure=tune != "off")
+    result = schedule(executor, how, select.database(), measure=tune != "off")
     if result.memory is not None:
         lowered.plan, lowered.memory = result.executor.plan, result.memory
         lowered.remarks = [r for r in lowered.remarks if r.pass_name != "plan-memory"]
@@ -130,7 +128,7 @@ def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
         executor = _executor(lowered, kernels)
         how = graph.meta.get(SCHEDULE)
         if how is not None:
-            executor = _schedule(executor, lowered, captured, how, options.tune)
+            executor = _schedule(executor, lowered, how, options.tune)
         lap("schedule")
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
     remarks = [*captured.remarks, *result.remarks, *lowered.remarks]

@@ -25,8 +25,7 @@ from ..runtime.executor import Executor
 from ..runtime.plan import KernelStep, Plan, Step, touched
 from ..runtime.sizes import evaluate
 from ..runtime.spans import span_of
-from ..runtime.trace import Tracer
-from .captured import Captured
+from ..runtime.trace import Tracer, made_up
 
 SECONDS = 1.5
 """Time for measuring candidates, beyond the fewest runs that tell anything."""
@@ -49,7 +48,6 @@ class Scheduled:
 
 def schedule(
     executor: Executor,
-    captured: Captured,
     how: SchedulePass,
     database: Database,
     measure: bool = True,
@@ -57,15 +55,13 @@ def schedule(
     """Looks for a faster order and places of the kernels of ``executor``; without ``measure`` only
     for one that was found before.
     """
-    return _Scheduler(executor, captured, how, database).run(measure)
+    return _Scheduler(executor, how, database).run(measure)
 
 
 class _Scheduler:
-    def __init__(
-        self, executor: Executor, captured: Captured, how: SchedulePass, database: Database
-    ) -> None:
+    def __init__(self, executor: Executor, how: SchedulePass, database: Database) -> None:
         self.executor, self.plan = executor, executor.plan
-        self.captured, self.how, self.database = captured, how, database
+        self.how, self.database = how, database
         self.workers = torch.get_num_threads()
 
     def run(self, measure: bool) -> Scheduled:
@@ -126,7 +122,7 @@ class _Scheduler:
     # -- search -------------------------------------------------------------------------------
 
     def _search(self, tasks: Sequence[Sequence[Task]]) -> dict[str, Any]:
-        inputs = [*made_up(self.captured), *self.captured.states]
+        inputs = made_up(self.plan)
         timed, plain = self._timed(tasks, inputs)
         limits = [bounds(ts, self.workers) for ts in timed]
         limit = Bounds(sum(b.path for b in limits), sum(b.work for b in limits))
@@ -325,20 +321,6 @@ def predict(plan: Plan, seconds: Mapping[int, float], workers: int) -> tuple[flo
         plain, best = plain + ordered, best + min(ordered, listed)
         limit += bounds(tasks, workers).best
     return plain, best, limit
-
-
-def made_up(captured: Captured) -> list[torch.Tensor]:
-    """Inputs of fixed sizes: noise, and zeros for integers, which index any table."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for spec in captured.inputs[: captured.num_tensors]:
-        shape = [int(d) for d in spec.shape]  # type: ignore[arg-type] - no symbols here
-        if spec.dtype.is_floating_point or spec.dtype.is_complex:
-            noise = torch.randn(shape, generator=generator)
-            made.append(noise.to(spec.dtype))
-        else:
-            made.append(torch.zeros(shape, dtype=spec.dtype))
-    return made
 
 
 def _branches(tasks: Sequence[Task]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from ..kernels.database import Entry
 from ..kernels.metaschedule import Bench
 from ..kernels.race import Candidate
 from ..kernels.tune import Outcome, Progress, Task, tune
+from ..runtime.executor import Executor
 from ..runtime.plan import KernelStep
 from ..runtime.profile import profile_steps
+from ..runtime.trace import made_up
 from . import select
 from .pipeline import CompiledGraph
 from .trial import Trial
@@ -47,16 +49,18 @@ def tune_graph(
 
 
 def tasks_of(graph: CompiledGraph, tensors: Sequence[torch.Tensor]) -> list[Task]:
-    """One task for each heavy kernel, weighed by the time that all of its steps take."""
-    with torch.no_grad():
-        times = profile_steps(graph.executor, tensors, rounds=5)
+    """One task for each heavy kernel, weighed by the time that all of its steps take; those of
+    branches whose sizes are known as if every branch ran.
+    """
     weights: Counter[str] = Counter()
     names: dict[str, str] = {}
-    for time in times:
-        step = graph.plan.steps[time.number]
-        if isinstance(step, KernelStep):
-            weights[step.kernel] += time.seconds  # type: ignore[assignment] - seconds, not counts
-            names[step.kernel] = f"{step.name} {list(step.args[-1].shape)}"
+    with torch.no_grad():
+        for executor, inputs in _profiled(graph.executor, tensors):
+            for time in profile_steps(executor, inputs, rounds=5):
+                step = executor.plan.steps[time.number]
+                if isinstance(step, KernelStep):
+                    weights[step.kernel] += time.seconds  # type: ignore[assignment] - no counts
+                    names[step.kernel] = f"{step.name} {list(step.args[-1].shape)}"
     return [
         _task(key, names[key], float(weight), graph.kernels.requests[key])
         for key, weight in weights.most_common()
@@ -64,6 +68,16 @@ def tasks_of(graph: CompiledGraph, tensors: Sequence[torch.Tensor]) -> list[Task
         and graph.kernels.requests[key].group.kind in select.HEAVY
         and not graph.kernels.requests[key].rename
     ]
+
+
+def _profiled(
+    executor: Executor, tensors: Sequence[torch.Tensor]
+) -> Iterator[tuple[Executor, Sequence[torch.Tensor]]]:
+    """An executor with its inputs, and those of its branches of fixed sizes with made-up ones."""
+    yield executor, tensors
+    for part in executor.parts.values():
+        if isinstance(part, Executor) and not part.plan.symbols:
+            yield from _profiled(part, made_up(part.plan))
 
 
 def _task(key: str, name: str, weight: float, request: select.Request) -> Task:

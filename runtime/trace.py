@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from .executor import Executor, Instance
+from .plan import Plan
+from .sizes import evaluate
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,19 @@ class Tracer:
         found.sort(key=lambda e: e[4])
         zero = found[0][4] if found else 0
         return [Event(*e[:4], (e[4] - zero) * 1e-9, (e[5] - zero) * 1e-9) for e in found]
+
+
+def made_up(plan: Plan) -> list[torch.Tensor]:
+    """Inputs for a plan of fixed sizes: noise, and zeros for integers, which index any table."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for ref in plan.inputs:
+        shape, dtype = [evaluate(d, {}) for d in ref.shape], getattr(torch, ref.dtype)
+        if dtype.is_floating_point or dtype.is_complex:
+            made.append(torch.randn(shape, generator=generator).to(dtype))
+        else:
+            made.append(torch.zeros(shape, dtype=dtype))
+    return made
 
 
 def typical(

@@ -103,3 +103,27 @@ def test_a_saved_program_can_be_tuned(tmp_path) -> None:
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert "the whole model:" in result.output
+
+
+def test_kernels_of_both_sides_of_a_choice_are_tuned() -> None:
+    class Choice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(256, 384), nn.Linear(256, 128)
+            self.back = nn.Linear(128, 384)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            def one(x: torch.Tensor) -> torch.Tensor:
+                return self.wide(x)
+
+            def other(x: torch.Tensor) -> torch.Tensor:
+                return self.back(self.narrow(x))
+
+            return torch.cond(x.sum() > 0, one, other, (x,))
+
+    x = torch.randn(16, 256)
+    with torch.no_grad():
+        compiled = plait.compile(Choice().eval(), example_inputs=x)
+    tasks = tuning.tasks_of(compiled.programs[-1].executable, [x])
+    assert [t.group.kind for t in tasks] == ["gemm"] * 3
+    assert all(t.weight > 0 for t in tasks)
