@@ -29,6 +29,8 @@ cache_app = typer.Typer(help="Look after the kernel database.", no_args_is_help=
 app.add_typer(cache_app, name="cache")
 
 _debug = False
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="module:function, file.py:function or a saved file.")
@@ -55,7 +57,7 @@ def reported() -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
@@ -283,7 +285,15 @@ def bench(
 
 def main() -> None:
     """Entry point of the ``plait`` command."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            # TVM's threads may still run; destroying them at exit would end in an abort.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,7 +107,7 @@ def tune(
 
     Tasks are taken by weight; each gets a share of the time left that fits its weight, and what
     one does not use goes to the others. Tasks tuned as far before cost nothing. Raises ValueError
-    for a budget that is not positive.
+    for a budget that is not positive, and KeyboardInterrupt when interrupted.
     """
     if not budget > 0:
         raise ValueError(f"the tuning budget must be positive, got {budget}")
@@ -121,12 +123,39 @@ def tune(
             outcomes.append(_skipped(task, database, "the budget is spent"))
             continue
         try:
-            outcomes.append(_Tuning(task, database, target, share, trials, notify).run())
+            with _interruptible():
+                outcomes.append(_Tuning(task, database, target, share, trials, notify).run())
         except Unsupported as error:
             outcomes.append(_skipped(task, database, error.reason))
         except BuildError as error:
             outcomes.append(_skipped(task, database, str(error)))
     return outcomes
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets Ctrl-C through TVM, which turns a KeyboardInterrupt in its threads into errors of its
+    own. Only the main thread gets signals; elsewhere nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal seen
+        seen = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if seen:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _skipped(task: Task, database: Database, remark: str) -> Outcome:

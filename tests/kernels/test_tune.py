@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,3 +143,16 @@ def test_budgets_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         tune([], Database(tmp_path), host(), budget=0)
     assert tune([], Database(tmp_path), host(), budget=1) == []
+
+
+def test_an_interruption_that_tvm_turns_into_an_error_is_one_again() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), tune_module._interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise RuntimeError("parallel_for_dynamic error") from None
+    with pytest.raises(RuntimeError, match="its own"), tune_module._interruptible():
+        raise RuntimeError("its own")
+    assert signal.getsignal(signal.SIGINT) is before
