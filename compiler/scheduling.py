@@ -33,6 +33,14 @@ FEWEST, MOST = 7, 41
 """Measured rounds."""
 TIMED = 7
 """Runs from which the costs of kernels are taken, by median."""
+LONGEST = 0.3
+"""Seconds of a call beyond which nothing is tried: waits are no part of it worth the runs."""
+LARGEST = 64 << 20
+"""Bytes of workspace beyond which one candidate is tried only: each has its own meanwhile."""
+
+
+class _TooLong(Exception):
+    """A call takes too long to try schedules."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,8 @@ class _Scheduler:
             try:
                 with torch.random.fork_rng(devices=[]):
                     found = self._search(tasks)
+            except _TooLong as error:
+                return self._kept("PLT-PAR-004", str(error))
             except (RuntimeError, ValueError, IndexError) as error:
                 text = str(error).strip().splitlines() or [""]
                 return self._kept("PLT-PAR-005", f"made-up inputs do not run: {text[0][:200]}")
@@ -137,6 +147,8 @@ class _Scheduler:
                 remarks.append(Remark("PLT-PAR-006", "missed", "schedule", (), reason, hint))
         count = max(map(len, options))
         mixed = [[o[min(k, len(o) - 1)] for o in options] for k in range(count)]
+        if evaluate(self.plan.arena_bytes, {}) > LARGEST:
+            mixed = mixed[:1]
         if self.how.least_gain >= 0:
             mixed = [m for m in mixed if _seconds(m) <= (1 - self.how.least_gain) * plain]
         nothing: dict[str, Any] = {"taken": None, "remarks": []}
@@ -189,12 +201,16 @@ class _Scheduler:
         launch_of = {k: s for s, numbers in enumerate(self.segments) for k in numbers}
         for turn in range(TIMED + 1):
             spent = [0.0] * len(samples)
+            start = time.perf_counter()
             reach: dict[int, tuple[float, float]] = {}
             for event in tracer.run(inputs):
                 spent[event.step] += event.end - event.begin
                 if event.step in launch_of:
                     begin, end = reach.get(launch_of[event.step], (event.begin, event.end))
                     reach[launch_of[event.step]] = (min(begin, event.begin), max(end, event.end))
+            took = time.perf_counter() - start
+            if turn and took > LONGEST:
+                raise _TooLong(f"a call takes {took:.1f} s, too long to try schedules")
             if turn:  # the first one warms up
                 wholes.append(sum(end - begin for begin, end in reach.values()))
                 for sample, seconds in zip(samples, spent, strict=True):

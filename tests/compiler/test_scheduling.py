@@ -186,3 +186,28 @@ def test_inputs_that_do_not_run_leave_the_plan_in_order(
     assert remark.id == "PLT-PAR-005" and "index 7" in remark.reason
     with torch.no_grad():
         assert torch.allclose(compiled(x), model(x), atol=1e-4)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_calls_that_take_long_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "LONGEST", 0.0)
+    compiled = _compiled(Woven(8).eval(), torch.randn(1, 8, 24, 24), FORCED)
+    (remark,) = [r for r in compiled.remarks if r.pass_name == "schedule"]
+    assert remark.id == "PLT-PAR-004" and "too long" in remark.reason
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_of_large_workspaces_one_candidate_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    raced: list[int] = []
+    race = scheduling._Scheduler._race
+
+    def count(self: Any, mixed: Any, inputs: Any) -> Any:
+        raced.append(len(mixed))
+        return race(self, mixed, inputs)
+
+    monkeypatch.setattr(scheduling._Scheduler, "_race", count)
+    x = torch.randn(1, 8, 24, 24)
+    _compiled(Woven(9).eval(), x, FORCED)
+    monkeypatch.setattr(scheduling, "LARGEST", 0)
+    _compiled(Woven(10).eval(), x, FORCED)
+    assert raced[0] > 1 and raced[1] == 1
