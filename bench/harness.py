@@ -196,11 +196,18 @@ def summary(results: Sequence[Result], families: dict[str, str]) -> dict[str, fl
 
     One entry for every engine, and for the best engine of each family per workload ("torch":
     PyTorch in all its modes; "engine": the other runtimes); "all" is the best of both.
+    "eager (plait-profiled)" is how many times faster than eager that form of plait is.
     """
     means: dict[str, float] = {}
     others = [r for r in results if r.peer != "plait" and r.ratio]
     for peer in dict.fromkeys(r.peer for r in others):
         means[peer] = geometric_mean([r.ratio for r in others if r.peer == peer and r.ratio])
+    for variant in dict.fromkeys(p for p, f in families.items() if f == "plait" and p != "plait"):
+        times = {r.workload: r.p50 for r in results if r.peer == variant and r.p50}
+        eager = [r for r in others if r.peer == "eager" and r.workload in times]
+        if eager:  # the same workloads with and without what the variant adds
+            ratios = [r.p50 / times[r.workload] for r in eager if r.p50]
+            means[f"eager ({variant})"] = geometric_mean(ratios)
     for family in ("torch", "engine", "all"):
         best: dict[str, float] = {}
         for r in others:

@@ -133,8 +133,12 @@ def _openvino(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
     return call
 
 
-def _plait(without: str = "") -> Callable[[nn.Module, tuple[Any, ...]], Call]:
-    """plait, with one pass of its default pipeline left out."""
+def _plait(
+    without: str = "", routes: Callable[[nn.Module, tuple[Any, ...]], Any] | None = None
+) -> Callable[[nn.Module, tuple[Any, ...]], Call]:
+    """plait, with one pass of its default pipeline left out, or with a profile that ``routes``
+    makes.
+    """
 
     def prepare(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
         from ..compiler.api import compile
@@ -142,7 +146,8 @@ def _plait(without: str = "") -> Callable[[nn.Module, tuple[Any, ...]], Call]:
 
         pipeline = ",".join(p for p in DEFAULT_PIPELINE.split(",") if p != without)
         with _quiet():
-            compiled = compile(model, example_inputs=inputs, pipeline=pipeline)
+            profile = None if routes is None else routes(model, inputs)
+            compiled = compile(model, example_inputs=inputs, pipeline=pipeline, profile=profile)
         if compiled.plan is None:  # the original would run, and nothing of ours be measured
             why = next((r.reason for r in reversed(compiled.remarks) if r.kind == "missed"), "")
             raise RuntimeError(f"not compiled: {why}")
@@ -151,9 +156,31 @@ def _plait(without: str = "") -> Callable[[nn.Module, tuple[Any, ...]], Call]:
     return prepare
 
 
+def _profile_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    from ..compiler.route_profile import profile
+
+    return profile(model, resampled(inputs))
+
+
+def resampled(inputs: tuple[Any, ...], batches: int = 16) -> list[tuple[Any, ...]]:
+    """Batches like ``inputs``: their samples (first dimension) drawn with replacement, so that
+    loads vary from batch to batch as those of samples at random do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count = inputs[0].shape[0]
+    drawn = [torch.randint(count, (count,), generator=generator) for _ in range(batches)]
+    return [tuple(x[rows] if x.shape[0] == count else x for x in inputs) for rows in drawn]
+
+
 _ENGINES = (
     Peer("plait", "plait.compile", _plait(), "plait"),
     Peer("plait-in-order", "plait.compile without its pass schedule", _plait("schedule"), "plait"),
+    Peer(
+        "plait-profiled",
+        "plait.compile with a profile to bet on",
+        _plait(routes=_profile_of),
+        "plait",
+    ),
     Peer("eager", "PyTorch eager", _eager),
     Peer("eager-cl", "PyTorch eager, channels last", _channels_last),
     Peer("compile", "torch.compile, default", _torch_compile(False, None)),

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
@@ -27,7 +27,7 @@ def compile(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
-    profile: Profile | None = None,
+    profile: Profile | Literal["online"] | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Callable[[Any], Any]: ...
@@ -39,7 +39,7 @@ def compile(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
-    profile: Profile | None = None,
+    profile: Profile | Literal["online"] | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Compiled: ...
@@ -50,7 +50,7 @@ def compile(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
-    profile: Profile | None = None,
+    profile: Profile | Literal["online"] | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Any:
@@ -60,7 +60,8 @@ def compile(
     positional or a dict of keyword arguments). ``dynamic_shapes`` is what `torch.export.export`
     takes; without it a dimension becomes dynamic when a second size of it is seen. ``pipeline`` is
     a pass pipeline as text, ``tune`` "off", "quick" or "full". ``profile`` (`plait.profile`) tells
-    how the model routes; results do not depend on it. Without ``model`` it returns a decorator.
+    how the model routes; results do not depend on it. ``profile="online"`` learns that from the
+    first calls, and compiles again in the background. Without ``model`` it returns a decorator.
 
     Raises OptionError for an option without meaning and InputError for wrong ``example_inputs``,
     ``dynamic_shapes`` or a profile of another model.

@@ -16,12 +16,19 @@ def build(captured: Captured, options: Options) -> Executable:
     """Compiles outside of whatever modes the caller happens to be in."""
     from .pipeline import compile_graph  # the passes are imported when they are needed
 
+    with plain_modes():
+        return compile_graph(captured, options)
+
+
+@contextlib.contextmanager
+def plain_modes() -> Iterator[None]:
+    """The modes that compilation runs in."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
     ):
-        return compile_graph(captured, options)
+        yield
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from .captured import Captured, InputSpec, Mutation
 from .errors import CaptureError
 from .watch import Attributes, modules_of
 
-_ONE_AT_A_TIME = threading.RLock()
+EXCLUSIVE = threading.RLock()
 """Export swaps a module's weights for fakes while it traces, and patches torch."""
 
 Dynamic = Mapping[int, Any]
@@ -68,7 +68,7 @@ def capture(
         tensors = [t.clone() for t in tensors]
         shapes = (tuple(dict(d) or None for d in dynamic),)
     try:
-        with _ONE_AT_A_TIME, quiet():
+        with EXCLUSIVE, quiet():
             program, remarks = _export(target, traced, tuple(tensors), shapes, roots)
             # Autocast's conversions appear only when the program is traced through again.
             if torch._C._is_any_autocast_enabled() or capture_ops.needs_decomposition(program):

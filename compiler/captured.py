@@ -59,6 +59,7 @@ class Captured:
         out_tree: structure of the result; ``out_leaves`` has an output's position, an expression
             over the symbols, a 1-tuple ``(value,)``, or what the call was `Given`.
         updates: what becomes of the state objects among the arguments.
+        routes: how its calls were routed, once that was learned from them.
         names: for every ``get_attr`` target of the graph the model's own name of the tensor.
         aliases: further names of tied tensors, with the attribute that holds them.
         remarks: what happened during capture.
@@ -79,6 +80,7 @@ class Captured:
     aliases: dict[str, str] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
+    routes: Any = None
 
     @property
     def num_tensors(self) -> int:

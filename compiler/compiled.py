@@ -15,7 +15,7 @@ from torch import nn
 from ..passes.remarks import Remark, render
 from .dispatch import Dispatcher
 from .errors import InputError
-from .options import Options
+from .options import Bettable, Options
 from .program import Program
 from .twin import rebound, twin_of
 
@@ -59,7 +59,7 @@ class Compiled(nn.Module):
 
         A loaded program has none: ``shell`` holds its weights and ``signature`` its arguments.
         """
-        if options.profile is not None and original is not None:
+        if isinstance(options.profile, Bettable) and original is not None:
             options.profile.check(original)
         module = original if isinstance(original, nn.Module) else shell
         vars(self)["_original"] = original if original is not None else shell
@@ -157,8 +157,8 @@ class Compiled(nn.Module):
             lines += [f"  needs {guard}" for guard in captured.guards]
             operators = [n for n in captured.graph_module.graph.nodes if n.op == "call_function"]
             lines.append(f"  captured: {len(operators)} operators")
-            executor = getattr(program.executable, "executor", None)
-            lines += [f"  {text}" for text in ([] if executor is None else executor.visits())]
+            visits = getattr(program.executable, "visits", None)
+            lines += [f"  {text}" for text in ([] if visits is None else visits())]
             if captured.mutations:
                 names = ", ".join(captured.inputs[m.input].name for m in captured.mutations)
                 lines.append(f"  written back: {names}")

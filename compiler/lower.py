@@ -19,7 +19,7 @@ from ..kernels.abi import Pack, TensorArg
 from ..kernels.group import Group
 from ..passes.plan_memory import Lifetime, MemoryPlan, describe, plan_memory
 from ..passes.remarks import Remark
-from ..passes.speculate_routes import DEFERRED
+from ..passes.speculate_routes import DEFERRED, ROUTER, SIZED
 from ..runtime import library
 from ..runtime.plan import (
     BranchStep,
@@ -282,6 +282,7 @@ class _Lowering:
             part = lower(module, groups_of(module), self.kernels, bound, name)
             self.parts[name] = part
             self.remarks += part.remarks
+        router = node.meta.get(ROUTER)
         return BranchStep(
             name=node.name,
             kind=kind,
@@ -290,7 +291,28 @@ class _Lowering:
             refs=tuple(map(self._operand, refs)),
             results=self._results(node),  # type: ignore[arg-type]
             group=number,
+            router="" if router is None else f"{router[0]}#{router[1]}",
+            sized=self._sized_plans(node, names),
         )
+
+    def _sized_plans(self, node: fx.Node, names: Sequence[str]) -> tuple[tuple[int, str], ...]:
+        """Lowers the graphs that branches of a node have for a number of rows."""
+        from ..passes.fuse_vertical import groups_of
+
+        sized = node.meta.get(SIZED)
+        if not sized:
+            return ()
+        found = []
+        for b, name in enumerate(names):
+            rows, module = sized.get(b, (0, None))
+            if module is not None and name in self.parts:
+                name = f"{name}_rows{rows}"
+                bound = bound_symbols(module)
+                self.parts[name] = lower(module, groups_of(module), self.kernels, bound, name)
+                found.append((rows, name))
+            else:
+                found.append((0, ""))
+        return tuple(found)
 
     def _library_step(self, node: fx.Node, number: int) -> LibraryStep:
         tensors = [a for a in node.all_input_nodes if self._is_operand(a)]

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.fx as fx
 
 from .errors import OptionError
 
+ONLINE = "online"
 TUNE_LEVELS = ("off", "quick", "full")
+
+
+@runtime_checkable
+class Bettable(Protocol):
+    """What bets are made on: a `plait.Profile`."""
+
+    def routes(self) -> Any:
+        """The fitted and the held-out statistics of each router."""
+        ...
+
+    def check(self, model: Any) -> None:
+        """Raises InputError unless it is of ``model``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,7 +34,7 @@ class Options:
 
     ``pipeline`` is a pass pipeline as text (None: the default one). ``tune`` is "off" (first
     candidate), "quick" (a short race of a few candidates) or "full" (search). ``profile`` is a
-    `plait.Profile` to bet on.
+    `plait.Profile` to bet on, or "online": routes are learned from the first calls.
     """
 
     pipeline: str | None = None
@@ -33,10 +47,12 @@ class Options:
             raise OptionError(
                 "PLT-OPT-001", f"tune={self.tune!r} is unknown", f"use one of {levels}"
             )
-        if self.profile is not None and not hasattr(self.profile, "routes"):
-            kind = type(self.profile).__name__
+        if self.profile not in (None, ONLINE) and not isinstance(self.profile, Bettable):
+            kind = repr(self.profile) if isinstance(self.profile, str) else type(self.profile)
             raise OptionError(
-                "PLT-OPT-005", f"profile is a {kind}", "give what plait.profile returned"
+                "PLT-OPT-005",
+                f"profile is {kind}",
+                f"give what plait.profile returned, or {ONLINE!r}",
             )
         if self.pipeline is not None and not isinstance(self.pipeline, str):
             kind = type(self.pipeline).__name__

@@ -3,51 +3,121 @@
 capture -> normalize -> outline-branches -> speculate-routes -> fuse-vertical
         -> storage (layout, halo, concat) -> select kernels -> plan-memory -> Plan -> schedule
         -> Executor
+
+With a profile of routes the graph of the likely ones goes the same way from fuse-vertical on, and
+bets decide by measurement which of the two plans runs first.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
 
 from ..kernels import target as targets
 from ..passes.base import copy_graph
+from ..passes.ir import branches_of
 from ..passes.manager import PassManager
 from ..passes.remarks import Remark
+from ..passes.route_odds import Routes
 from ..passes.schedule import SCHEDULE, SchedulePass
-from ..passes.speculate_routes import ROUTES
-from ..runtime.executor import Executor, Part
-from ..runtime.plan import Plan
+from ..passes.speculate_routes import LIKELY, ROUTES, SIZED, Likely, SpeculateRoutes
+from ..runtime.executor import Executor, Part, Recorder
+from ..runtime.plan import BranchStep, Plan
 from . import lower, select
-from .capture import Captured
-from .options import Options
+from .bets import Sample, Speculation, inputs_of, judge_capacities, judge_likely
+from .build import plain_modes
+from .capture import EXCLUSIVE
+from .captured import Captured
+from .online import Monitor
+from .options import Bettable, Options
 
 DEFAULT_PIPELINE = "normalize,outline-branches,speculate-routes,fuse-vertical,schedule"
 
 
-class CompiledGraph:
-    """A graph compiled for the CPU: implements `options.Executable`."""
+@dataclass(frozen=True)
+class _Made:
+    """What a compilation made: a plan, what runs it, and the same with bets on it."""
 
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        lowered: lower.Lowered,
-        kernels: select.Kernels,
-        remarks: Sequence[Remark],
-        seconds: Mapping[str, float],
-        executor: Executor,
-    ) -> None:
-        self.graph, self.lowered = graph, lowered
-        self.plan: Plan = lowered.plan
-        self.remarks = tuple(remarks)
-        self.seconds = dict(seconds)
-        self.kernels = kernels
-        self.executor = executor
-        self.run = self.executor.run
+    graph: fx.GraphModule
+    lowered: lower.Lowered
+    kernels: select.Kernels
+    remarks: tuple[Remark, ...]
+    seconds: dict[str, float]
+    engine: Executor | Speculation
+
+
+class CompiledGraph:
+    """A graph compiled for the CPU: implements `options.Executable`.
+
+    Where it bets on routes, or learns them, a `Monitor` watches its calls and may put another plan
+    of the same graph into service, by assigning what `run` calls next.
+    """
+
+    def __init__(self, captured: Captured, options: Options) -> None:
+        self.captured, self.options = captured, options
+        routes = captured.routes
+        if routes is None and isinstance(options.profile, Bettable):
+            routes = options.profile.routes()
+        made = _make(captured, options, routes)
+        self.monitor: Monitor | None = None
+        self._serve(made)
+        if options.profile is not None and _has_branches(made.lowered.plan):
+            self.monitor = Monitor(self._specialise, routes)
+            self.monitor.attach(self.engine, sum(made.seconds.values()))
+            self.run = self._watched
+
+    def _serve(self, made: _Made) -> None:
+        self.graph, self.lowered, self.kernels = made.graph, made.lowered, made.kernels
+        self.plan: Plan = made.lowered.plan
+        self.seconds = made.seconds
+        self.own_remarks = made.remarks
+        self.executor = made.engine.general if isinstance(made.engine, Speculation) else made.engine
+        self.engine = made.engine
+        if self.monitor is None:
+            self.run = self.engine.run
+
+    def _watched(
+        self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        assert self.monitor is not None
+        begin = time.perf_counter()
+        results = self.engine.run(tensors, into)
+        self.monitor.called(time.perf_counter() - begin)
+        return results
+
+    def _specialise(self, routes: Routes) -> float:
+        """Puts a plan that bets on ``routes`` into service. Called in a thread of the monitor."""
+        assert self.monitor is not None
+        with EXCLUSIVE, plain_modes():
+            made = _make(self.captured, self.options, routes)
+        self.captured.routes = routes
+        self.monitor.attach(made.engine, sum(made.seconds.values()))
+        self._serve(made)
+        return sum(r.predicted_gain or 0.0 for r in made.remarks if r.id.startswith("PLT-SPC"))
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """What was done, or not done and why, in order."""
+        return (*self.own_remarks, *(self.monitor.remarks if self.monitor is not None else ()))
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """What runs the likely plan first, if anything does."""
+        return self.engine if isinstance(self.engine, Speculation) else None
+
+    def visits(self) -> list[str]:
+        """What became of bets and how often each branch ran, as lines of text."""
+        return [*([] if self.monitor is None else self.monitor.visits()), *self.engine.visits()]
+
+
+def _has_branches(plan: Plan) -> bool:
+    return any(isinstance(step, BranchStep) for step in plan.steps)
 
 
 class Deferred:
@@ -57,6 +127,14 @@ class Deferred:
         self.name, self.module, self.tune = name, module, tune
         self._lock = threading.Lock()
         self._executor: Executor | None = None
+        self._recorder: Recorder | None = None
+
+    def observe(self, recorder: Recorder) -> None:
+        """See `Executor.observe`."""
+        with self._lock:
+            self._recorder = recorder
+            if self._executor is not None:
+                self._executor.observe(recorder)
 
     def visits(self) -> list[str]:
         """See `Executor.visits`."""
@@ -79,7 +157,10 @@ class Deferred:
         bound = lower.bound_symbols(module)
         with torch.no_grad():
             lowered = lower.lower(module, groups_of(module), kernels, bound, self.name)
-        return _executor(lowered, kernels)
+        executor = _executor(lowered, kernels)
+        if self._recorder is not None:
+            executor.observe(self._recorder)
+        return executor
 
 
 def _executor(lowered: lower.Lowered, kernels: select.Kernels) -> Executor:
@@ -105,6 +186,11 @@ def _schedule(executor: Executor, lowered: lower.Lowered, how: SchedulePass, tun
 
 def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
     """Compiles a captured graph. Raises NotImplementedError for sizes that plans cannot hold."""
+    return CompiledGraph(captured, options)
+
+
+def _make(captured: Captured, options: Options, routes: Routes | None) -> _Made:
+    """The whole compilation, with bets on ``routes`` where they are known."""
     from ..passes.fuse_vertical import groups_of
 
     clock = [("start", time.perf_counter())]
@@ -113,23 +199,73 @@ def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
         clock.append((name, time.perf_counter()))
 
     with torch.no_grad():
-        pipeline = DEFAULT_PIPELINE if options.pipeline is None else options.pipeline
+        manager = PassManager(DEFAULT_PIPELINE if options.pipeline is None else options.pipeline)
         graph = captured.graph_module
-        if options.profile is not None:
+        if routes is not None:
             graph = copy_graph(graph)
-            graph.meta[ROUTES] = options.profile.routes()
-        result = PassManager(pipeline).run(graph)
+            graph.meta[ROUTES] = routes
+        result = manager.run(graph)
         graph = result.graph_module
+        if routes is not None:
+            _finish_sized(graph, _after_bets(manager))
         lap("passes")
-        groups = groups_of(graph)
         kernels = select.Kernels(targets.host(), select.database(), options.tune)
-        lowered = lower.lower(graph, groups, kernels, captured.symbols)
+        lowered = lower.lower(graph, groups_of(graph), kernels, captured.symbols)
         lap("lower")
-        executor = _executor(lowered, kernels)
-        how = graph.meta.get(SCHEDULE)
-        if how is not None:
-            executor = _schedule(executor, lowered, how, options.tune)
+        bets: list[Remark] = []
+        if routes is not None:
+            values = _sizes_of(captured)
+            build = functools.partial(_executor, kernels=kernels)
+            bets += judge_capacities(lowered, build, routes, values)
+            lap("bets on capacities")
+        engine: Executor | Speculation = _scheduled(graph, lowered, kernels)
         lap("schedule")
+        likely: Likely | None = graph.meta.pop(LIKELY, None)
+        if routes is not None and likely is not None:
+            other = _after_bets(manager).run(likely.graph).graph_module
+            special = lower.lower(other, groups_of(other), kernels, captured.symbols, "likely")
+            quick = _scheduled(other, special, kernels)
+            sample = Sample(inputs_of(lowered.plan, values), routes)
+            verdict = judge_likely(likely, engine, quick, sample, bets)
+            if verdict is quick:  # right for every route: nothing has to stand behind it
+                graph, lowered = other, special
+            engine = verdict or engine
+            lap("bets on likely routes")
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
-    remarks = [*captured.remarks, *result.remarks, *lowered.remarks]
-    return CompiledGraph(graph, lowered, kernels, remarks, seconds, executor)
+    remarks = (*captured.remarks, *result.remarks, *lowered.remarks, *bets)
+    return _Made(graph, lowered, kernels, remarks, seconds, engine)
+
+
+def _scheduled(graph: fx.GraphModule, lowered: lower.Lowered, kernels: select.Kernels) -> Executor:
+    """The executor of ``lowered``, its kernels placed as the pass `schedule` asks for."""
+    executor = _executor(lowered, kernels)
+    how = graph.meta.get(SCHEDULE)
+    return executor if how is None else _schedule(executor, lowered, how, kernels.tune)
+
+
+def _sizes_of(captured: Captured) -> dict[str, int]:
+    """The sizes of the call that was captured, by symbol."""
+    inputs = list(captured.graph_module.graph.find_nodes(op="placeholder"))
+    return {
+        name: int(inputs[i].meta["val"].shape[d].node.hint)
+        for name, (i, d) in captured.symbols.items()
+    }
+
+
+def _after_bets(manager: PassManager) -> PassManager:
+    """The passes of a pipeline that come after the bets, for the graphs that bets made."""
+    names = [item.name for item in manager.passes]
+    first = names.index(SpeculateRoutes.name) + 1 if SpeculateRoutes.name in names else len(names)
+    return PassManager(manager.passes[first:])
+
+
+def _finish_sized(module: fx.GraphModule, rest: PassManager) -> None:
+    """Runs the passes after the bets on the graphs for a number of rows, in place."""
+    for node in module.graph.nodes:
+        if node.meta.get(SIZED):
+            node.meta[SIZED] = {
+                b: (rows, rest.run(graph).graph_module)
+                for b, (rows, graph) in node.meta[SIZED].items()
+            }
+    for _, branch in branches_of(module):
+        _finish_sized(branch, rest)

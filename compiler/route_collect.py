@@ -34,6 +34,25 @@ def fingerprint(model: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def _conds_shown() -> Iterator[None]:
+    """Within it `torch.cond` is a router with two branches that sends one cell to one of them."""
+    original = torch.cond
+
+    def cond(pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
+        if torch.compiler.is_compiling() or not routes.is_observed():
+            return original(pred, true_fn, false_fn, operands)
+        side = 0 if bool(pred) else 1
+        routes.show(torch.tensor([[side]]), 2)
+        return (true_fn, false_fn)[side](*operands)
+
+    torch.cond = cond
+    try:
+        yield
+    finally:
+        torch.cond = original
+
+
 class Collector:
     """The routes that a model takes: watched inside `watching`, handed over by `taken`."""
 
@@ -60,7 +79,7 @@ class Collector:
             for module, name in self._names.items():
                 handles.append(module.register_forward_pre_hook(self._entering(name)))
                 handles.append(module.register_forward_hook(self._leaving, always_call=True))
-            with routed_experts(self._model), routes.observed(self._record):
+            with routed_experts(self._model), routes.observed(self._record), _conds_shown():
                 yield
         finally:
             for handle in handles:

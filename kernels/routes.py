@@ -42,6 +42,11 @@ def observed(observer: Observer) -> Iterator[None]:
         _observers.reset(token)
 
 
+def is_observed() -> bool:
+    """Whether anybody watches the routes of this thread."""
+    return bool(_observers.get())
+
+
 def show(index: Tensor, branches: int) -> None:
     """Tells the observers of this thread that ``index`` was routed to ``branches``."""
     for observer in _observers.get():

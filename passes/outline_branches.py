@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import sympy
 import torch
 import torch.fx as fx
 from torch._dynamo.source import ConstantSource
@@ -35,6 +34,7 @@ from ..kernels import ops
 from .base import Pass, PassResult, allow, copy_graph
 from .ir import branches_of, fake_mode_of, fake_result
 from .remarks import Remark
+from .resize import Sizes
 
 HINT = 13  # a size to trace with; nothing may depend on it
 INNER = "inner"
@@ -154,7 +154,7 @@ class _Outliner:
             if out not in depends:
                 raise _Refused("PLT-BRN-003", f"branch {b} does not read its cells")
             inside = {n for n in depends if n in above and n is not part}
-            inside -= {n for n in inside if _is_bookkeeping(n)}
+            inside -= {n for n in inside if is_bookkeeping(n)}
             regions.append(_Region(part, [n for n in self.graph.nodes if n in inside], out))
         self._check(regions, gather)
         return regions
@@ -180,7 +180,7 @@ class _Outliner:
             inside = {region.part, *region.nodes}
             for node in region.nodes:
                 for arg in node.all_input_nodes:
-                    if arg in inside or arg.op == "get_attr" or _is_bookkeeping(arg):
+                    if arg in inside or arg.op == "get_attr" or is_bookkeeping(arg):
                         continue
                     value = arg.meta.get("val")
                     if not isinstance(value, torch.Tensor):
@@ -196,7 +196,7 @@ class _Outliner:
 
     def _graph_of(self, region: _Region, operands: list[fx.Node], name: str) -> fx.GraphModule:
         mode = fake_mode_of(self.graph)
-        renamed = _Sizes(mode, region.part, name)
+        renamed = _renamed(mode, region.part, name)
         graph = fx.Graph()
         inner: dict[fx.Node, fx.Node] = {}
         for k, outer in enumerate([region.part, *operands]):
@@ -207,7 +207,7 @@ class _Outliner:
             for arg in node.all_input_nodes:
                 if arg.op == "get_attr" and arg not in inner:
                     inner[arg] = graph.node_copy(arg)
-            if _is_bookkeeping(node):
+            if is_bookkeeping(node):
                 continue
             copied = graph.node_copy(node, lambda a: inner[a] if a in inner else _lost(a))
             copied.meta["val"] = renamed.value(node.meta.get("val"))
@@ -283,37 +283,14 @@ class _Outliner:
                 self.graph.erase_node(node)
 
 
-class _Sizes:
-    """Renames the size of a branch's part, which data tells, to an ordinary symbol."""
-
-    def __init__(self, mode: Any, part: fx.Node, name: str) -> None:
-        self.mode, env = mode, mode.shape_env
-        size = part.meta["val"].shape[0]
-        self.env = env
-        self.old = size.node.expr
-        source = ConstantSource(f"rows_{name}")
-        symbol = env.create_symbol(
-            HINT, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None,
-            positive=True, do_not_specialize_zero_one=True,
-        )  # fmt: skip
-        self.new = symbol
-
-    def value(self, value: Any) -> Any:
-        """A node's value in the new symbol."""
-        if isinstance(value, torch.Tensor):
-            shape = [self.value(d) for d in value.shape]
-            strides = [self.value(s) for s in value.stride()]
-            with self.mode:
-                return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
-        if isinstance(value, torch.SymInt):
-            expr = value.node.expr.xreplace({self.old: self.new})
-            return int(expr) if expr.is_Integer else self.env.create_symintnode(expr, hint=None)
-        if isinstance(value, torch.SymBool):
-            expr = value.node.expr.xreplace({self.old: self.new})
-            return bool(expr) if expr in (sympy.true, sympy.false) else value
-        if isinstance(value, (list, tuple)):
-            return type(value)(self.value(v) for v in value)
-        return value
+def _renamed(mode: Any, part: fx.Node, name: str) -> Sizes:
+    """Sizes in which that of a branch's part, which data tells, is an ordinary symbol."""
+    old = part.meta["val"].shape[0].node.expr
+    symbol = mode.shape_env.create_symbol(
+        HINT, source=ConstantSource(f"rows_{name}"), dynamic_dim=DimDynamic.DYNAMIC,
+        constraint_dim=None, positive=True, do_not_specialize_zero_one=True,
+    )  # fmt: skip
+    return Sizes(mode, {old: symbol})
 
 
 def _lost(node: fx.Node) -> fx.Node:
@@ -324,7 +301,7 @@ def _is_call(node: fx.Node, name: str) -> bool:
     return node.op == "call_function" and str(node.target) == name
 
 
-def _is_bookkeeping(node: fx.Node) -> bool:
+def is_bookkeeping(node: fx.Node) -> bool:
     """Whether a node asserts something about sizes, or computes what only asserts read."""
     if _is_call(node, "aten._assert_scalar.default"):
         return True
@@ -337,7 +314,7 @@ def _is_idle(node: fx.Node) -> bool:
     """Whether a node has no effect on any tensor."""
     if node.op != "call_function":
         return False
-    if _is_bookkeeping(node):
+    if is_bookkeeping(node):
         return True
     sized = (
         isinstance(node.meta.get("val"), (torch.SymInt, int)) and ops.category(node) == "symbolic"

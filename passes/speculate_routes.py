@@ -1,107 +1,221 @@
 """`speculate-routes`: bets on how a model routes, from its profile.
 
-One bet so far: a branch that no cell takes is *deferred*. Its graph stays in the plan, but it is
-compiled, and its weights are packed, only when a cell first goes there. The guard is the count of
-the branch's cells, which the plan computes anyway, so a miss costs that compilation and nothing
-else: the results are the same all along.
+Results are the same whether bets are won or lost; what is lost is time. A bet is made from the
+fitted batches of the profile and judged by the held-out ones, and what can be lost by one must be
+worth it by measurement (`compiler.bets`) before it stays. The bets (after Brainstorm, Cui et al.,
+OSDI 2023):
 
-A bet is made from the fitted batches of the profile and judged by the held-out ones: a branch is
-deferred where at least ``min_cells`` fitted cells and none of the held-out batches went to it. The
-profile of a graph lies in its ``meta["routes"]``; without one nothing happens.
+* *Operators that all branches begin with* run once before the scatter (`route_reorder`); that is
+  proven to be no worse and needs no profile.
+* *Constant routers* are folded: where an index depends on no input, each branch is cut out and runs
+  without a router. This is proven, not bet on, and needs no profile.
+* *Dead branches* are deferred: the graph stays in the plan, but is compiled, and its weights are
+  packed, when a cell first goes there. Their guard is the count of the branch's cells.
+* *Likely routes* are inlined in a second graph, the likely one: where all cells of a router take
+  one branch (or none), or a `torch.cond` one side, that side is part of the graph, and runs without
+  waiting for the route. The graph's last result tells whether the routes were so; where not, the
+  general plan runs. Routers with one branch that most cells take run it on all cells there, and
+  choose per cell after.
+* *Capacities* are tailored: a branch gets a second plan for the number of rows that it often has;
+  further rows, and fewer, go through the general plan.
+
+The profile of a graph lies in its ``meta["routes"]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
 
+from . import route_odds
 from .base import Pass, PassResult, allow, copy_graph
-from .ir import branches_of
+from .cse import drop_dead
+from .ir import Rewriter, attribute, branches_of, is_random
+from .outline_branches import is_bookkeeping
 from .remarks import Remark
+from .resize import at_rows
+from .route_odds import MIXED, Key, Loads, Routes
+from .route_regions import (
+    COND,
+    Inliner,
+    Region,
+    constant_index,
+    is_region,
+    may_fail,
+    region_of,
+    regions,
+)
+from .route_reorder import hoist
 
 ROUTES = "routes"
 """Key of a graph module's ``meta``: a mapping from router to its (fitted, held-out) `Loads`."""
 DEFERRED = "deferred"
 """Key of a node's ``meta``: the branches that are compiled when they are first needed."""
+ROUTER = "router"
+"""Key of a node's ``meta``: which router it is, as in the profile."""
+SIZED = "sized"
+"""Key of a node's ``meta``: branches with a plan for so many rows, and its graph."""
+LIKELY = "likely"
+"""Key of a graph module's ``meta``: its `Likely` graph."""
 
 
-class Loads(Protocol):
-    """How often the branches of a router were taken."""
+@dataclass(frozen=True)
+class Likely:
+    """The graph for the routes that are likely.
+
+    It takes what the general graph takes and returns the same and, last, whether the routes of the
+    call were those ``assumed`` (bool; all the results mean nothing where they were not). ``dense``
+    are the routers whose branch runs on every cell. ``held`` tells for each held-out batch whether
+    the bet was won, ``widths`` how many branches a router has.
+    """
+
+    graph: fx.GraphModule
+    assumed: dict[Key, int]
+    dense: tuple[Key, ...]
+    held: tuple[bool, ...]
+    widths: dict[Key, int]
 
     @property
-    def loads(self) -> tuple[tuple[int, ...], ...]:
-        """Slots of each branch, per batch."""
-        ...
-
-    @property
-    def cells(self) -> tuple[int, ...]:
-        """Cells per batch."""
-        ...
+    def odds(self) -> float:
+        """The probability that a call wins."""
+        return route_odds.odds(sum(self.held), len(self.held)) if self.assumed else 1.0
 
 
-Routes = Mapping[tuple[str, int], tuple[Loads | None, Loads | None]]
+@dataclass
+class _State:
+    routes: Routes
+    remarks: list[Remark] = field(default_factory=list)
+    seen: dict[str, int] = field(default_factory=dict)
+    assumed: dict[Key, int] = field(default_factory=dict)
+    dense: list[Key] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class SpeculateRoutes(Pass):
-    """Defers branches that the profile says are dead.
+    """Bets on the routes of a profile.
 
     Attributes:
         min_cells: fitted cells below which a profile is too small to bet on.
+        min_batches: fitted batches below which it is too small to bet on likely routes.
+        hoist: run what all branches of a router begin with before its scatter.
+        fold: fold routers whose index is constant.
+        likely: share of the fitted batches in which a route must be taken by all; above 1: never.
+        dense: share of the fitted cells that must take the only branch of a router for it to run
+            on all of them; above 1: never.
+        sized: give branches a plan for the number of rows that they often have.
     """
 
     name: ClassVar[str] = "speculate-routes"
     min_cells: int = 32
+    min_batches: int = 4
+    hoist: bool = True
+    fold: bool = True
+    likely: float = 0.9
+    dense: float = 0.5
+    sized: bool = True
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
-        routes: Routes = graph_module.meta.get(ROUTES, {})
-        if not routes or not any(_routers(graph_module)):
+        if not _has_regions(graph_module):
             return PassResult(graph_module)
+        routes: Routes = graph_module.meta.get(ROUTES, {})
+        state = _State(routes)
         result = copy_graph(graph_module)
-        remarks: list[Remark] = []
-        seen: dict[str, int] = {}
-        self._bet(result, routes, seen, remarks)
+        if self.hoist:
+            self._hoist(result, state)
+        self._walk(result, state)
+        if self.fold:
+            result = self._fold(result, state)
+        if state.assumed or state.dense:
+            self._make_likely(result, state)
         result.recompile()
-        return PassResult(result, tuple(remarks))
+        return PassResult(result, tuple(state.remarks))
 
-    def _bet(
-        self, module: fx.GraphModule, routes: Routes, seen: dict[str, int], remarks: list[Remark]
-    ) -> None:
+    def _walk(self, module: fx.GraphModule, state: _State) -> None:
         """Marks the routers of a graph and of its branches, in the order in which they run."""
-        graphs = dict(branches_of(module))
+        pending = dict(branches_of(module))
         for node in list(module.graph.nodes):
             name = router_name(node)
             if name is not None:
-                call = seen[name] = seen.get(name, -1) + 1
-                if str(node.target) == "plait_branches":
-                    self._judge(node, name, routes.get((name, call)), module, remarks)
-            if node.op == "get_attr" and str(node.target) in graphs:
-                inner = copy_graph(graphs[str(node.target)])
-                self._bet(inner, routes, seen, remarks)
-                inner.recompile()
-                setattr(module, str(node.target), inner)
+                call = state.seen[name] = state.seen.get(name, -1) + 1
+                if is_region(node):
+                    node.meta[ROUTER] = (name, call)
+                    region = region_of(node)
+                    if state.routes and (region is None or constant_index(region) is None):
+                        self._judge(node, (name, call), module, state)
+            if node.op != "get_attr":
+                for graph in node.all_input_nodes:  # a router runs before those in its branches
+                    target = str(graph.target)
+                    if graph.op == "get_attr" and target in pending:
+                        inner = copy_graph(pending.pop(target))
+                        self._walk(inner, state)
+                        inner.recompile()
+                        setattr(module, target, inner)
 
-    def _judge(
+    # -- what the profile says --------------------------------------------------------------------
+
+    def _judge(self, node: fx.Node, key: Key, module: fx.GraphModule, state: _State) -> None:
+        """Decides which bets a router is good for."""
+        is_cond = node.target is COND
+        graphs: Any = node.args[1:3] if is_cond else node.args[0]
+        fitted, held = state.routes.get(key, (None, None))
+        if fitted is None or any(len(loads) != len(graphs) for loads in fitted.loads):
+            self._say(state, "PLT-SPC-003", node, f"router {key[0]!r} is not in the profile")
+            return
+        few = sum(fitted.cells) < self.min_cells
+        if len(fitted.cells) >= self.min_batches:
+            self._guess(node, key, fitted, held, module, state)
+        elif few:
+            cells = f"{sum(fitted.cells)} cells of router {key[0]!r}"
+            reason = f"{cells} in {len(fitted.cells)} batches, fewer than {self.min_cells}"
+            self._say(state, "PLT-SPC-003", node, reason)
+        if is_cond or few:
+            return
+        self._defer(node, key, fitted, held, module, state)
+        if self.sized:
+            self._tailor(node, key, fitted, held, module, state)
+
+    def _guess(
         self,
         node: fx.Node,
-        name: str,
-        found: tuple[Loads | None, Loads | None] | None,
+        key: Key,
+        fitted: Loads,
+        held: Loads | None,
         module: fx.GraphModule,
-        remarks: list[Remark],
+        state: _State,
+    ) -> None:
+        """Whether a route is likely enough to be part of the likely graph."""
+        graphs: Any = node.args[1:3] if node.target is COND else node.args[0]
+        outcome = route_odds.likely_outcome(fitted, self.likely)
+        one = len(graphs) == 1 and node.target is not COND
+        dense = outcome == MIXED and one and route_odds.share(fitted, 0) >= self.dense
+        if outcome == MIXED and not dense:
+            return
+        if held is None or not held.cells:
+            reason = f"no held-out batch judges the routes of {key[0]!r}"
+            self._say(state, "PLT-SPC-006", node, reason)
+            return
+        taken = graphs if dense else [graphs[outcome]] if outcome >= 0 else []
+        if any(may_fail(attribute(module, str(g.target))) for g in taken):
+            reason = f"a branch of {key[0]!r} may fail on cells that are not meant for it"
+            self._say(state, "PLT-SPC-007", node, reason)
+        elif dense:
+            state.dense.append(key)
+        else:
+            state.assumed[key] = outcome
+
+    def _defer(
+        self,
+        node: fx.Node,
+        key: Key,
+        fitted: Loads,
+        held: Loads | None,
+        module: fx.GraphModule,
+        state: _State,
     ) -> None:
         graphs: Any = node.args[0]
-        fitted, held = found if found is not None else (None, None)
-        if fitted is None or any(len(loads) != len(graphs) for loads in fitted.loads):
-            self._say(remarks, "PLT-SPC-003", node, f"router {name!r} is not in the profile")
-            return
-        if sum(fitted.cells) < self.min_cells:
-            reason = f"{sum(fitted.cells)} cells of router {name!r}, fewer than {self.min_cells}"
-            self._say(remarks, "PLT-SPC-003", node, reason)
-            return
         deferred = []
         for b, graph in enumerate(graphs):
             if any(loads[b] for loads in fitted.loads):
@@ -109,30 +223,174 @@ class SpeculateRoutes(Pass):
             taken = 0 if held is None else sum(bool(loads[b]) for loads in held.loads)
             if taken:
                 batches = len(held.loads) if held else 0
-                reason = f"branch {b} of {name!r}, dead when fitted, ran in {taken} of {batches}"
-                self._say(remarks, "PLT-SPC-002", node, f"{reason} held-out batches")
+                reason = f"branch {b} of {key[0]!r}, dead when fitted, ran in {taken} of {batches}"
+                self._say(state, "PLT-SPC-002", node, f"{reason} held-out batches")
             elif allow("defer branch", [node]):
                 deferred.append(b)
-                size = _weight_bytes(getattr(module, str(graph.target)))
-                reason = f"branch {b} of {name!r} took none of {sum(fitted.cells)} cells"
-                self._say(
-                    remarks,
-                    "PLT-SPC-001",
-                    node,
-                    f"{reason}: {size / 2**20:.2f} MiB deferred",
-                    "done",
-                )
+                size = _weight_bytes(attribute(module, str(graph.target)))
+                reason = f"branch {b} of {key[0]!r} took none of {sum(fitted.cells)} cells"
+                text = f"{reason}: {size / 2**20:.2f} MiB deferred"
+                self._say(state, "PLT-SPC-001", node, text, "done")
         node.meta[DEFERRED] = tuple(deferred)
 
-    def _say(
-        self, remarks: list[Remark], remark: str, node: fx.Node, reason: str, kind: Any = "missed"
+    def _tailor(
+        self,
+        node: fx.Node,
+        key: Key,
+        fitted: Loads,
+        held: Loads | None,
+        module: fx.GraphModule,
+        state: _State,
     ) -> None:
-        remarks.append(Remark(remark, kind, self.name, (node.name,), reason))
+        """Makes graphs for the numbers of rows that branches often have."""
+        graphs: Any = node.args[0]
+        sized: dict[int, tuple[int, fx.GraphModule]] = {}
+        for b, graph in enumerate(graphs):
+            source = attribute(module, str(graph.target))
+            rows = route_odds.capacity([loads[b] for loads in fitted.loads])
+            if not rows or held is None or not held.cells or _has_regions(source):
+                continue
+            first = source.graph.find_nodes(op="placeholder")[0]
+            if not isinstance(first.meta["val"].shape[0], torch.SymInt):
+                continue
+            if allow("tailor capacity", [node]):
+                sized[b] = rows, at_rows(source, rows, is_bookkeeping)
+        node.meta[SIZED] = sized
+
+    # -- the likely graph -------------------------------------------------------------------------
+
+    def _make_likely(self, module: fx.GraphModule, state: _State) -> None:
+        """Puts the likely graph into ``module.meta``."""
+        first = next(regions(module), None)
+        if first is None:
+            return
+        if any(map(is_random, module.graph.nodes)):
+            self._say(state, "PLT-SPC-007", first.node, "the graph draws random numbers")
+            return
+        copy = copy_graph(module)
+        inliner = Inliner(copy)
+        assumed: dict[Key, int] = {}
+        dense: list[Key] = []
+        guards: list[fx.Node] = []
+        while (region := self._next(copy, state, assumed, dense)) is not None:
+            key: Key = region.node.meta[ROUTER]
+            if key in state.assumed:
+                guard = inliner.taken(region, state.assumed[key])
+                if guard is None:
+                    self._say(state, "PLT-SPC-007", region.node, "cells take several branches")
+                    del state.assumed[key]
+                else:
+                    guards.append(guard)
+                    assumed[key] = state.assumed[key]
+            elif inliner.dense(region):
+                dense.append(key)
+            else:
+                state.dense.remove(key)
+        if assumed or dense:
+            self._finish(module, copy, inliner, assumed, dense, guards, state)
+
+    def _next(
+        self, copy: fx.GraphModule, state: _State, assumed: dict[Key, int], dense: list[Key]
+    ) -> Region | None:
+        """The next region to inline; inlining one may bring up others."""
+        for region in regions(copy):
+            key = region.node.meta.get(ROUTER)
+            if key in state.assumed and key not in assumed:
+                return region
+            if key in state.dense and key not in dense:
+                return region
+        return None
+
+    def _finish(
+        self,
+        module: fx.GraphModule,
+        copy: fx.GraphModule,
+        inliner: Inliner,
+        assumed: dict[Key, int],
+        dense: list[Key],
+        guards: list[fx.Node],
+        state: _State,
+    ) -> None:
+        (output,) = copy.graph.find_nodes(op="output")
+        with copy.graph.inserting_before(output):
+            won: Any = None
+            for guard in guards:
+                both = torch.ops.aten.logical_and.default
+                won = guard if won is None else inliner.call(both, won, guard)
+        results: Any = output.args[0]
+        output.args = ((*results, *([] if won is None else [won])),)
+        rewriter = Rewriter(copy, self.name)
+        drop_dead(rewriter)
+        graph = rewriter.finish()
+        graph.meta.pop(ROUTES, None)
+        for inner in regions(graph):
+            inner.node.meta.pop(DEFERRED, None)
+            inner.node.meta.pop(SIZED, None)
+        judged = {key: pair[1] for key, pair in state.routes.items() if pair[1] is not None}
+        won_in = route_odds.joint(judged, assumed)
+        node = next(r.node for r in regions(module))
+        if assumed and not won_in:
+            self._say(state, "PLT-SPC-006", node, "routers did not run in every held-out batch")
+            return
+        if allow("bet on likely routes", [node]):
+            widths = {key: len(judged[key].loads[0]) for key in assumed}
+            module.meta[LIKELY] = Likely(graph, assumed, tuple(dense), tuple(won_in), widths)
+
+    # -- reordering ------------------------------------------------------------------------------
+
+    def _hoist(self, module: fx.GraphModule, state: _State) -> None:
+        """Moves what branches have in common before their scatter; in branches, too."""
+        for region in regions(module):
+            if not region.is_cond and allow("hoist", [region.node]):
+                moved = hoist(module, region)
+                if moved:
+                    text = f"all {len(region.graphs)} branches begin with {', '.join(moved)}"
+                    self._say(state, "PLT-SPC-010", region.node, text, "done")
+        for name, branch in branches_of(module):
+            inner = copy_graph(branch)
+            self._hoist(inner, state)
+            inner.recompile()
+            setattr(module, name, inner)
+
+    # -- constant routers -------------------------------------------------------------------------
+
+    def _fold(self, module: fx.GraphModule, state: _State) -> fx.GraphModule:
+        """Folds constant routers of a graph and of its branches."""
+        for name, branch in branches_of(module):
+            setattr(module, name, self._fold(branch, state))
+        inliner = Inliner(module)
+        folded = False
+        for region in regions(module):
+            index = constant_index(region)
+            if index is None or not allow("fold router", [region.node]):
+                continue
+            name = region.node.meta.get(ROUTER, ("", 0))[0]
+            count = len(region.graphs)
+            if isinstance(index, torch.Tensor):
+                done, what = inliner.fold(region, index), "a constant index"
+            else:
+                outcome = index if 0 <= index < count else -1
+                done = inliner.taken(region, outcome) is not None
+                what = f"all cells go to branch {index}" if outcome >= 0 else "no cell is routed"
+            if done:
+                folded = True
+                self._say(state, "PLT-SPC-004", region.node, f"router {name!r}: {what}", "done")
+        if not folded:
+            return module
+        rewriter = Rewriter(module, self.name)
+        drop_dead(rewriter)
+        return rewriter.finish()
+
+    def _say(
+        self, state: _State, remark: str, node: fx.Node, reason: str, kind: Any = "missed"
+    ) -> None:
+        state.remarks.append(Remark(remark, kind, self.name, (node.name,), reason))
 
 
 def router_name(node: fx.Node) -> str | None:
     """The qualified name of the module that routes by ``node``; None for other operators."""
-    if str(node.target) not in ("plait_branches", "plait.route.default", "plait.scatter.default"):
+    routing = ("plait_branches", "plait.route.default", "plait.scatter.default")
+    if str(node.target) not in routing and node.target is not COND:
         return None
     stack = node.meta.get("nn_module_stack")
     if not stack:
@@ -141,12 +399,10 @@ def router_name(node: fx.Node) -> str | None:
     return "" if path == "target" else path.removeprefix("target.")
 
 
-def _routers(module: fx.GraphModule) -> Iterator[fx.Node]:
-    for node in module.graph.nodes:
-        if str(node.target) == "plait_branches":
-            yield node
-    for _, branch in branches_of(module):
-        yield from _routers(branch)
+def _has_regions(module: fx.GraphModule) -> bool:
+    return any(map(is_region, module.graph.nodes)) or any(
+        _has_regions(branch) for _, branch in branches_of(module)
+    )
 
 
 def _weight_bytes(module: fx.GraphModule) -> int:

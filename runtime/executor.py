@@ -11,7 +11,7 @@ import ctypes
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -56,11 +56,19 @@ def aligned_empty(nbytes: int) -> torch.Tensor:
     return raw[shift : shift + nbytes]
 
 
+Recorder = Callable[[BranchStep, Any, int], None]
+"""Told, for every `BranchStep` that runs, which way it went and how many rows it had."""
+
+
 class Part(Protocol):
     """What runs one of the plans that a `BranchStep` names: an executor, or what becomes one."""
 
     def visits(self) -> list[str]:
         """See `Executor.visits`."""
+        ...
+
+    def observe(self, recorder: Recorder) -> None:
+        """See `Executor.observe`."""
         ...
 
     def run(
@@ -77,6 +85,8 @@ class Executor:
     ``calls`` names of library targets that are not operators (subgraphs) to callables, ``parts``
     the plan's parts to executors. ``keep`` holds what must stay alive, such as loaded libraries.
     """
+
+    instance_type: ClassVar[type[Instance]]
 
     def __init__(
         self,
@@ -98,6 +108,12 @@ class Executor:
             raise PlanError(f"{len(missing)} kernels of the plan are not loaded: compile again")
         self.taken = dict.fromkeys(self.parts, 0)
         """How often each part has run."""
+        sized = [n for s in plan.steps if isinstance(s, BranchStep) for _, n in s.sized if n]
+        self.missed = dict.fromkeys(sized, 0)
+        """How often a branch had too few rows for the plan that it has for a number of them."""
+        self.spilled = dict.fromkeys(sized, 0)
+        """How often it had more."""
+        self.recorder: Recorder | None = None
         if {*plan.parts, *plan.deferred} - self.parts.keys():
             raise PlanError("parts of the plan are not compiled: compile again")
         for buffer in plan.buffers.values():
@@ -112,12 +128,21 @@ class Executor:
         self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
         self._launch = driver.launch_function()
 
+    def observe(self, recorder: Recorder) -> None:
+        """Tells ``recorder`` of every `BranchStep` that runs, here and in parts."""
+        self.recorder = recorder
+        for part in self.parts.values():
+            part.observe(recorder)
+
     def visits(self) -> list[str]:
         """How often each branch ran, as lines of text."""
         lines = []
         for name, count in self.taken.items():
             miss = ": a bet lost" if count and name in self.plan.deferred else ""
             state = " (deferred)" if name in self.plan.deferred else ""
+            if name in self.missed:
+                missed, spilled = self.missed[name], self.spilled[name]
+                state = f" (a bet: {count} hits, {spilled} of them with spills, {missed} misses)"
             lines.append(f"{name} ran {count} times{state}{miss}")
             lines += [f"  {line}" for line in self.parts[name].visits()]
         return lines
@@ -145,7 +170,7 @@ class Executor:
         message = check_guards(self.plan, values)
         if message:
             raise ValueError(message)
-        instance = Instance(self, values, threads)
+        instance = self.instance_type(self, values, threads)
         self._instances[key] = instance
         while len(self._instances) > MAX_INSTANCES:
             self._instances.popitem(last=False)
@@ -358,7 +383,7 @@ class Instance:
             if table is not None:
                 self._launch(table.address, workspace.ext_address)
             elif isinstance(segment, BranchStep):
-                self._run_branches(workspace, segment, live)
+                self._run_branches(workspace, segment, number, live)
             else:
                 assert isinstance(segment, LibraryStep)
                 self._call_library(workspace, segment, number, live)
@@ -369,26 +394,57 @@ class Instance:
         return outputs
 
     def _run_branches(
-        self, workspace: _Workspace, step: BranchStep, live: dict[str, torch.Tensor]
+        self, workspace: _Workspace, step: BranchStep, number: int, live: dict[str, torch.Tensor]
     ) -> None:
         """Runs the plans of a step that have something to do, in their order."""
-        selector = self._view(workspace, step.selector, live)
-        operands = [self._view(workspace, ref, live) for ref in step.refs]
-        results = [self._view(workspace, ref, live) for ref in step.results]
+        selector, *whole = [
+            self._operand(workspace, ref, live, (number, k))
+            for k, ref in enumerate((step.selector, *step.refs, *step.results))
+        ]
+        choice = self._choice(step, selector)
+        operands, results = whole[: len(step.refs)], whole[len(step.refs) :]
         parts = self.executor.parts
+        if self.executor.recorder is not None:
+            self.executor.recorder(step, choice, operands[0].shape[0] if step.kind == "rows" else 1)
         if step.kind == "cond":
-            name = step.plans[0 if selector.item() else 1]
+            name = step.plans[0 if choice else 1]
             self.executor.taken[name] += 1
             for result, value in zip(results, parts[name].run(operands), strict=True):
                 result.copy_(value)
             return
         rows, *others = operands
-        begin, *ends = selector.tolist()
-        for name, end in zip(step.plans, ends, strict=True):
+        begin, *ends = choice
+        for b, (name, end) in enumerate(zip(step.plans, ends, strict=True)):
+            if step.sized and step.sized[b][0] and begin < end:
+                begin = self._run_sized(step.sized[b], begin, end, rows, others, results[0])
             if begin < end:
                 self.executor.taken[name] += 1
                 parts[name].run([rows[begin:end], *others], into=results[0][begin:end])
             begin = end
+
+    def _choice(self, step: BranchStep, selector: torch.Tensor) -> Any:
+        """Which way a step goes: offsets of the branches' rows, or a truth value."""
+        return selector.item() if step.kind == "cond" else selector.tolist()
+
+    def _run_sized(
+        self,
+        sized: tuple[int, str],
+        begin: int,
+        end: int,
+        rows: torch.Tensor,
+        others: Sequence[torch.Tensor],
+        result: torch.Tensor,
+    ) -> int:
+        """Runs the plan for so many rows on the first of a branch's; returns where it stopped."""
+        count, name = sized
+        if end - begin < count:
+            self.executor.missed[name] += 1
+            return begin
+        middle = begin + count
+        self.executor.taken[name] += 1
+        self.executor.parts[name].run([rows[begin:middle], *others], into=result[begin:middle])
+        self.executor.spilled[name] += middle < end
+        return middle
 
     def _call_library(
         self,
@@ -467,3 +523,6 @@ class Instance:
             storage = storage[: storage.numel() // size * size].view(dtype)
         offset = storage.storage_offset() + evaluate(ref.offset, self.values)
         return storage.as_strided(shape, strides, offset)
+
+
+Executor.instance_type = Instance

@@ -13,7 +13,7 @@ from typing import Any
 
 from .sizes import Size, evaluate
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 
 class PlanError(ValueError):
@@ -98,6 +98,10 @@ class BranchStep:
     other ``refs``, and writes as many rows of ``results[0]``; without rows it does not run.
     ``kind`` "cond": the first plan runs where the truth value ``selector`` holds, else the second;
     each gets all ``refs`` and gives all ``results``. ``plans`` are names in `Plan.parts`.
+
+    ``router`` tells which router of a profile it is, ``name#call``. Where ``sized[b]`` is a number
+    of rows and the name of another plan, and not (0, ""), that plan runs the first so many rows of
+    plan b, if there are as many; plan b runs the others.
     """
 
     name: str
@@ -107,6 +111,13 @@ class BranchStep:
     refs: tuple[TensorRef, ...]
     results: tuple[TensorRef, ...]
     group: int = -1
+    router: str = ""
+    sized: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def every_plan(self) -> tuple[str, ...]:
+        """All plans that it may run."""
+        return (*self.plans, *(name for _, name in self.sized if name))
 
 
 Step = KernelStep | LibraryStep | BranchStep
@@ -158,7 +169,7 @@ class Plan:
         for step in self.steps:
             yield step
             if isinstance(step, BranchStep):
-                for name in step.plans:
+                for name in step.every_plan:
                     if name in self.parts:
                         yield from self.parts[name].every_step()
 
@@ -212,7 +223,7 @@ class Plan:
                     f"  {i:4d} {writes} = {step.kind} {step.selector.buffer} of "
                     f"{len(step.plans)} plans({reads})"
                 )
-                for name in step.plans:
+                for name in step.every_plan:
                     part = str(self.parts[name]) if name in self.parts else f"plan {name}: deferred"
                     lines += [f"       {line}" for line in part.splitlines()]
             else:
@@ -238,6 +249,7 @@ def _step(data: dict[str, Any]) -> Step:
         return LibraryStep(**data)
     data["selector"] = _ref(data["selector"])
     data["plans"] = tuple(data["plans"])
+    data["sized"] = tuple((rows, name) for rows, name in data["sized"])
     return BranchStep(**data)
 
 

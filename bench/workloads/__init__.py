@@ -66,11 +66,16 @@ class Workload:
         return importlib.import_module(f"{__name__}.{self.module or self.name}")
 
 
+_BRAINSTORM = ("switch_layer", "livesr", "msdnet", "dynamic_segmentation", "task_moe")
+"""One for each family of models in Brainstorm's evaluation (Cui et al., OSDI 2023)."""
+
+
 def _routed(name: str, summary: str, module: str = "", **options: Any) -> Workload:
     gib, forms = options.pop("gib", 0.0), options.pop("forms", ("loop",))
+    groups = ("routing", "brainstorm") if name in _BRAINSTORM else ("routing",)
     sizes: tuple[tuple[Size, float], ...] = (("paper", gib),) if gib else ()
     given = tuple(options.items())
-    return Workload(name, summary, ("routing",), sizes, module, given, forms)
+    return Workload(name, summary, groups, sizes, module, given, forms)
 
 
 _SHORT = ("loop", "batched")  # a batched product, compiled, wins for few tokens

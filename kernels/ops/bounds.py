@@ -62,6 +62,11 @@ def index_checks(graph: fx.Graph) -> list[IndexCheck]:
     return list(found)
 
 
+def reads_by_index(node: fx.Node) -> bool:
+    """Whether an operator reads or divides by what its integer operands say."""
+    return next(_reads(node), None) is not None or str(node.target) in _DIVISIONS
+
+
 def _reads(node: fx.Node) -> Iterator[tuple[fx.Node, Any, bool]]:
     """(index, size of the dimension it points into, whether it may be negative) of a node."""
     name = str(node.target)
@@ -91,8 +96,12 @@ def _check_index(node: fx.Node) -> str | None:
     return None
 
 
-@check(*"floor_divide floor_divide.Scalar remainder.Tensor remainder.Scalar fmod.Tensor".split())
-@check(*"fmod.Scalar div.Tensor_mode div.Scalar_mode".split())
+_DIVIDE = """floor_divide floor_divide.Scalar remainder.Tensor remainder.Scalar fmod.Tensor
+fmod.Scalar div.Tensor_mode div.Scalar_mode""".split()
+_DIVISIONS = frozenset(f"aten.{n}" if "." in n else f"aten.{n}.default" for n in _DIVIDE)
+
+
+@check(*_DIVIDE)
 def _check_division(node: fx.Node) -> str | None:
     if node.meta["val"].dtype.is_floating_point:
         return None
