@@ -17,7 +17,7 @@ import torch.fx as fx
 from ..kernels import ops
 from ..kernels.ops.bounds import reads_by_index
 from ..kernels.routes import by_branch
-from .ir import attribute, branches_of, fake_mode_of, fake_result
+from .ir import alias_root, attribute, branches_of, fake_mode_of, fake_result, is_random
 from .outline_branches import is_bookkeeping
 from .resize import attacher, copy_into, fitting
 
@@ -209,7 +209,15 @@ class Inliner:
         sizes = fitting(self.mode, inputs, [a.meta["val"] for a in given])
         if sizes is None:
             return None
-        return copy_into(self.graph, source, given, sizes, self.attach, is_bookkeeping)
+        results = copy_into(self.graph, source, given, sizes, self.attach, is_bookkeeping)
+        lent = {alias_root(a) for a in given}
+        # What a branch passes on unchanged must not become a result that shares memory.
+        return [
+            self.call(aten.clone.default, r)
+            if (root := alias_root(r)) in lent or root.op != "call_function"
+            else r
+            for r in results
+        ]
 
     def _weighted(self, rows: fx.Node, region: Region) -> fx.Node:
         weight = ops.argument(region.combine, "weight")
@@ -253,6 +261,13 @@ def may_fail(module: fx.GraphModule) -> bool:
             if not is_bookkeeping(node):
                 return True
     return any(may_fail(inner) for _, inner in branches_of(module))
+
+
+def draws(module: fx.GraphModule) -> bool:
+    """Whether a graph, or one of its branches, draws random numbers."""
+    return any(map(is_random, module.graph.nodes)) or any(
+        draws(inner) for _, inner in branches_of(module)
+    )
 
 
 def regions(module: fx.GraphModule) -> Iterator[Region]:

@@ -30,10 +30,11 @@ from typing import Any, ClassVar
 import torch
 import torch.fx as fx
 
+from ..kernels.ops.bounds import index_checks
 from . import route_odds
 from .base import Pass, PassResult, allow, copy_graph
 from .cse import drop_dead
-from .ir import Rewriter, attribute, branches_of, is_random
+from .ir import Rewriter, attribute, branches_of
 from .outline_branches import is_bookkeeping
 from .remarks import Remark
 from .resize import at_rows
@@ -43,6 +44,7 @@ from .route_regions import (
     Inliner,
     Region,
     constant_index,
+    draws,
     is_region,
     may_fail,
     region_of,
@@ -264,7 +266,7 @@ class SpeculateRoutes(Pass):
         first = next(regions(module), None)
         if first is None:
             return
-        if any(map(is_random, module.graph.nodes)):
+        if draws(module):
             self._say(state, "PLT-SPC-007", first.node, "the graph draws random numbers")
             return
         copy = copy_graph(module)
@@ -326,6 +328,10 @@ class SpeculateRoutes(Pass):
         for inner in regions(graph):
             inner.node.meta.pop(DEFERRED, None)
             inner.node.meta.pop(SIZED, None)
+        if not set(index_checks(graph.graph)) <= set(index_checks(module.graph)):
+            reason = "inputs would be read as indices that nobody checks"
+            self._say(state, "PLT-SPC-007", next(r.node for r in regions(module)), reason)
+            return
         judged = {key: pair[1] for key, pair in state.routes.items() if pair[1] is not None}
         won_in = route_odds.joint(judged, assumed)
         node = next(r.node for r in regions(module))

@@ -326,3 +326,70 @@ def test_a_profile_of_another_version_is_refused(model: Routed, tmp_path) -> Non
     path.write_text(path.read_text().replace('"version": 1', '"version": 99'))
     with pytest.raises(plait.PlaitError, match="PLT-PRF-005"):
         plait.compile(model, profile=plait.Profile.load(path))
+
+
+class PassesOn(nn.Module):
+    """A side and a branch that return what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        branches = [nn.Identity(), *mlp(4)]
+        self.router = plait.Router(branches, lambda x: (x[:, 0] < 0).long(), combine="select")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        (y,) = torch.cond(x.sum() > 0, lambda x: (x.clone(),), lambda x: (x * 2,), (x,))
+        return self.router(x), y, self.router(y)
+
+
+def test_results_share_no_memory(wins: None) -> None:
+    model = PassesOn().eval()
+    compiled, _ = both(model, [(torch.rand(5, 8),) for _ in range(16)])
+    assert len(speculation(compiled).bet.assumed) == 3
+    x = torch.rand(5, 8)
+    with torch.no_grad():
+        results = compiled(x)
+        for have, want in zip(results, model(x), strict=True):
+            assert torch.equal(have, want)
+    memory = [t.untyped_storage().data_ptr() for t in (x, *results)]
+    assert len(set(memory)) == 4 and speculation(compiled).hits == 2
+
+
+class LooksAfter(nn.Module):
+    """What a router passes on is a position in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.router = plait.Router(
+            [nn.Identity(), nn.ReLU()], lambda n: (n < 0).long(), combine="select"
+        )
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.table(self.router(numbers))
+
+
+def test_positions_that_a_router_passes_on_are_checked(wins: None) -> None:
+    model = LooksAfter().eval()
+    compiled, _ = both(model, [(torch.tensor([1, 3, 2]),) for _ in range(16)])
+    with torch.no_grad():
+        x = torch.tensor([4, -3, 0])
+        assert torch.equal(compiled(x), model(x))
+        for bad in (7, 1 << 40):
+            with pytest.raises((IndexError, RuntimeError)):
+                compiled(torch.tensor([4, bad, 0]))
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = plait.Router(
+            [nn.Dropout(0.0), *mlp(4)], lambda x: (x[:, 0] < 0).long(), combine="select"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(x) + torch.rand_like(x)
+
+
+def test_random_numbers_are_drawn_once(wins: None) -> None:
+    compiled, _ = both(Draws().eval(), [(torch.rand(5, 8),) for _ in range(16)])
+    assert speculation(compiled) is None and "PLT-SPC-007" in ids(compiled)
