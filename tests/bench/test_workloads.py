@@ -87,7 +87,7 @@ def test_select_knows_names_and_groups() -> None:
     assert [w.name for w in select(["bert_base", "bert_base"])] == ["bert_base"]
     assert len(select(["cnn"])) == 5
     assert len(select([])) == len(WORKLOADS)
-    assert {"brainstorm", "cnn", "dense", "moe", "overhead", "routing"} == set(GROUPS)
+    assert {"brainstorm", "branches", "cnn", "dense", "moe", "overhead", "routing"} == set(GROUPS)
 
 
 def test_unknown_names_get_the_nearest_one() -> None:
