@@ -19,6 +19,7 @@ PACKAGES = [
     "plait.kernels.ops",
     "plait.kernels.templates",
     "plait.passes",
+    "plait.passes.placement",
     "plait.runtime",
 ]
 
@@ -64,6 +65,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=PACKAGES,
+    package_data={"plait.passes.placement": ["engine.c"]},
     package_dir={"plait": "."},
     install_requires=REQUIRED,
     extras_require=EXTRAS,

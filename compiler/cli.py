@@ -72,7 +72,15 @@ def reported() -> Iterator[None]:
 def _is_user_error(error: Exception) -> bool:
     # By module, for the classes themselves cannot be imported without importing torch.
     kinds = {f"{k.__module__.rpartition('.')[2]}.{k.__name__}" for k in type(error).__mro__}
-    return bool(kinds & {"errors.PlaitError", "pipeline_text.PipelineError", "plan.PlanError"})
+    return bool(
+        kinds
+        & {
+            "errors.PlaitError",
+            "errors.PlacementError",
+            "pipeline_text.PipelineError",
+            "plan.PlanError",
+        }
+    )
 
 
 def _fail(message: str, code: int) -> None:
@@ -219,6 +227,35 @@ def profile(
 
         loaded = cli_model.load(model, input, need_inputs=data is None)
         cli_profile.profile(loaded, output, data, batches, holdout, merge)
+
+
+@app.command()
+def place(
+    problem: Annotated[
+        str, typer.Argument(metavar="PROBLEM", help="A problem file, plain or .gz.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the placement to this file.")
+    ] = None,
+    algorithm: Annotated[
+        str, typer.Option(help="best, single, min-cut, m-topo, m-etf, m-sct or heft.")
+    ] = "best",
+    budget: Annotated[
+        float, typer.Option(help="Seconds to plan, from the start of the process.")
+    ] = 10.0,
+    objective: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same placement.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Place the ops of a problem on devices with limited memory, with a proven gap.
+
+    Exits with 2, and writes nothing, where nothing fits; the message says on which devices, and by
+    how many bytes.
+    """
+    with reported():
+        from . import cli_place
+
+        cli_place.run(problem, output, algorithm, budget, objective, seed, quiet, {})
 
 
 @cache_app.command("path")

@@ -7,7 +7,6 @@ serves: the same code, but it cannot be kept on disk (``Bundle.persistent`` is F
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shlex
@@ -24,6 +23,7 @@ from typing import Any
 
 from . import loader
 from .abi import Kernel
+from .c_compiler import c_compiler
 from .target import Target
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -125,20 +125,6 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
-
-
-@functools.cache
-def c_compiler() -> tuple[str, ...] | None:
-    """The C compiler as a command: ``$CC``, or the first of cc, gcc and clang; None without one."""
-    try:
-        chosen = shlex.split(os.environ.get("CC", ""))
-    except ValueError:  # unbalanced quotes name no command
-        chosen = []
-    candidates = [chosen] if chosen else [["cc"], ["gcc"], ["clang"]]
-    for command in candidates:
-        if shutil.which(command[0]):
-            return tuple(command)
-    return None
 
 
 def _split(names: list[str], jobs: int) -> list[list[str]]:

@@ -1,0 +1,265 @@
+"""The default planner: a portfolio of starts, then annealing over assignment and order at once.
+
+Starts are ranked by simulation. The better ones are annealed for a short while, the best of them
+for the rest of the budget, in rounds at temperatures that paid before. Memory beyond a device's
+capacity is a penalty that grows while nothing fits, so infeasible starts are repaired on the way;
+where memory is static, integer programming decides feasibility instead.
+
+The work is counted in moves, not in seconds: the same seed and budget give the same placement on
+any machine that is fast enough. On a slower one the clock ends the search, and the report says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import feasible, starts
+from .bounds import lower_bounds
+from .clusters import cluster_levels, linear_orders, regions
+from .engine import Engine
+from .errors import InfeasibleError
+from .problem import Floats, Ints, Problem
+
+Progress = Callable[[float, float, float], None]
+"""Called with the share of the budget that is used, the best cost and the lower bound, seconds."""
+
+_LAMBDAS = (0.0, 0.05, 0.3, 1.0)  # weights of the depth-first place against bottom levels
+_ROUNDS = 24
+_CHUNK = 0.04  # seconds between looks at the clock, about
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best placement: devices by op, ops in starting order, and how it was found."""
+
+    assign: Ints
+    sequence: Ints
+    cost: float
+    bounds: dict[str, float]
+    start: str
+    moves: int
+    stopped: str
+
+
+class Search:
+    """One run of the planner on a problem. Deterministic for a seed, unless the clock ends it."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        objective: str,
+        seed: int,
+        deadline: float,
+        budget: float,
+        progress: Progress | None,
+    ) -> None:
+        self.problem, self.p = problem, problem.arrays
+        self.seed, self.deadline, self.progress = seed, deadline, progress
+        p = self.p
+        self.n, self.m = p.time.shape
+        self.orders = linear_orders(p)
+        self.engine = Engine(p, self.orders, regions(cluster_levels(p, seed)))
+        self.engine.set_throughput(objective == "throughput")
+        self.bounds = lower_bounds(p, objective == "throughput")
+        size = self.n + len(p.pair_dst)
+        # Seconds of one move on one core of the machine that this was written on; graphs that
+        # outgrow the caches take longer. A part of the budget stays in reserve.
+        self.move_seconds = 1e-6 + size * (8e-9 + 45e-9 * min(1.0, (size / 7000) ** 1.5))
+        self.moves = max(int(0.8 * budget / self.move_seconds), 50)
+        self.began, self.budget = time.perf_counter(), max(budget, 1e-3)
+        self.weight = 0.0
+        self.origin: dict[bytes, str] = {}
+        self.start = ""
+
+    def run(self) -> Found:
+        """Searches. Raises InfeasibleError where nothing that fits was found."""
+        if not self.n:
+            empty = np.zeros(0, np.int64)
+            return Found(empty, empty, 0.0, self.bounds, "", 0, "done")
+        ranked = self._ranked_starts()
+        self._anneal_rounds(ranked)
+        if not np.isfinite(self.engine.state.cost[1]):
+            self._insist()
+        s, w = self.engine.state, self.engine.work
+        if not np.isfinite(s.cost[1]):
+            self._give_up()
+        s.assign[:], s.offset[:] = s.best_assign, s.best_offset
+        cost = self.engine.settle(0.0)
+        out_of_time = time.perf_counter() >= self.deadline
+        return Found(
+            s.assign.astype(np.int64), w.sequence.astype(np.int64), cost, self.bounds, self.start,
+            int(s.counts[1]), "clock" if out_of_time else "moves",
+        )  # fmt: skip
+
+    def _ranked_starts(self) -> list[tuple[float, Ints, Floats]]:
+        """Starts (cost, devices by op, offsets), cheapest first and each only once."""
+        p, engine, s = self.p, self.engine, self.engine.state
+        place = starts.depth_first(p)
+        assigns: list[tuple[str, Ints, Ints | None]] = []
+        for name, listed in starts.simple_starts(self.problem):
+            assigns.append((name, listed.assign, listed.sequence))
+        large = self.n + len(p.pair_dst) > 40_000
+        orders = self.orders[:3] if large else self.orders
+        for device in starts.run_starts(p, orders, (1, 2) if large else (1, 2, 4, 8)):
+            assigns.append(("runs", device[p.unit], None))
+        level = [engine.bottom_levels(a.astype(np.int32)) for _, a, _ in assigns[:1]]
+        scale = float(level[0].max()) if level else 1.0
+        self.weight = 4 * max(self.bounds["best"], scale / 8)
+        kept: dict[bytes, tuple[float, Ints, Floats]] = {}
+
+        def consider(name: str, assign: Ints, offset: Floats) -> float:
+            s.assign[:], s.offset[:] = assign, offset
+            before = s.cost[1]
+            cost = engine.settle(self.weight)
+            if s.cost[1] < before:
+                self.start = name
+            key = s.assign.tobytes()
+            if np.isfinite(cost) and (key not in kept or cost < kept[key][0]):
+                kept[key] = (cost, s.assign.copy(), s.offset.copy())
+            return cost
+
+        zero = np.zeros(self.n)
+        costs = []
+        for name, assign, sequence in assigns:
+            costs.append(consider(name, assign, zero))
+            if sequence is not None:  # its own order too, which a placement of it would have
+                rank = np.empty(self.n)
+                rank[sequence] = -np.arange(self.n, dtype=float)
+                consider(name, assign, rank * scale - engine.bottom_levels(s.assign))
+            if time.perf_counter() > self.began + 0.2 * self.budget:
+                break
+        few = np.argsort(costs, kind="stable")[: 12 if large else 60]
+        for share in _LAMBDAS[1:]:
+            for k in few:
+                name, assign, _ = assigns[k]
+                longest = float(engine.bottom_levels(assign.astype(np.int32)).max())
+                consider(name, assign, -share * longest * place)
+            if time.perf_counter() > self.began + 0.3 * self.budget:
+                break
+        return sorted(kept.values(), key=lambda item: item[0])
+
+    def _anneal_rounds(self, ranked: list[tuple[float, Ints, Floats]]) -> None:
+        """Short rounds from several starts, then rounds from the best at temperatures that pay."""
+        s, engine = self.engine.state, self.engine
+        s.random[0] = self.seed * 1_000_003 + 12345
+        share = self.moves // _ROUNDS
+        trials = [(k, hot) for k in range(min(3, len(ranked))) for hot in (3e-4, 3e-3)]
+        results = []
+        for k, hot in trials:
+            self._load(ranked[k][1], ranked[k][2])
+            self._anneal(share // 2, hot, hot / 10)
+            results.append((s.cost[0], k, hot, s.assign.copy(), s.offset.copy()))
+        results.sort(key=lambda item: item[:3])
+        hots = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+        gain = {hot: 1.0 for hot in hots}
+        left = self.moves - len(trials) * (share // 2)
+        current = results[0][3:] if results else None
+        if current is None:
+            return
+        self._load(*current)
+        rng = np.random.default_rng(self.seed)
+        rounds = _ROUNDS - len(trials) // 2
+        for k in range(rounds):
+            if np.isfinite(s.cost[1]) and s.cost[1] <= self.bounds["best"] * (1 + 1e-9):
+                break
+            # Temperatures by what they gained lately; the last rounds are cold.
+            weights = np.array([gain[hot] for hot in hots])
+            hot = hots[int(rng.choice(len(hots), p=weights / weights.sum()))]
+            if k >= rounds - 3:
+                hot = hots[0]
+            cost = s.cost[0]
+            assign, offset = s.assign.copy(), s.offset.copy()
+            self._anneal(left // rounds, hot, min(hot / 10, 3e-5))
+            gained = max(cost - s.cost[0], 0.0) / max(cost, 1e-300)
+            gain[hot] = max(0.5 * gain[hot] + 0.5 * gained / 0.01, 0.05)
+            if s.cost[0] > cost:
+                self._load(assign, offset)
+            if not np.isfinite(s.cost[1]):
+                self.weight *= 2  # nothing fits yet: memory matters more
+                self._load(s.assign.copy(), s.offset.copy())
+            if time.perf_counter() >= self.deadline:
+                break
+
+    def _load(self, assign: Ints, offset: Floats) -> None:
+        s = self.engine.state
+        s.assign[:], s.offset[:] = assign, offset
+        self.engine.settle(self.weight)
+
+    def _anneal(self, moves: int, hot: float, cold: float) -> None:
+        """Anneals in small steps, so that the clock and the progress bar are seen to."""
+        s = self.engine.state
+        step = max(int(_CHUNK / self.move_seconds), 1)
+        scale = s.cost[0]
+        for first in range(0, moves, step):
+            if time.perf_counter() >= self.deadline:
+                return
+            a, b = first / moves, min(first + step, moves) / moves
+            fall = cold / hot
+            self.engine.anneal(
+                min(step, moves - first), scale * hot * fall**a, scale * hot * fall**b,
+                self.weight, 0.15,
+            )  # fmt: skip
+            if self.progress is not None:
+                used = (time.perf_counter() - self.began) / self.budget
+                self.progress(min(used, 1.0), float(s.cost[1]), self.bounds["best"])
+
+    def _insist(self) -> None:
+        """Nothing fits yet: pack exactly what must stay, and repair from there, past the budget."""
+        s = self.engine.state
+        self.deadline = max(self.deadline, time.perf_counter() + self.budget)
+        for attempt, slack in enumerate((0.0, 0.02, 0.05, 0.1, 0.2)):
+            packed = feasible.pack(self.problem, self.budget, slack)
+            if packed is None:
+                continue
+            assign = packed[self.p.unit]
+            for share in (0.0, 1.0):
+                place = starts.depth_first(self.p)
+                s.assign[:] = assign
+                longest = float(self.engine.bottom_levels(s.assign).max())
+                self.weight = 100 * longest
+                self._load(assign, -share * longest * place)
+                self._anneal(self.moves // 8, 1e-3, 1e-5)
+                if np.isfinite(s.cost[1]):
+                    self.start = f"packing {attempt}"
+                    return
+
+    def _give_up(self) -> None:
+        p, s, w = self.p, self.engine.state, self.engine.work
+        self.engine.settle(self.weight)
+        short = {
+            device.name: float(top - cap)
+            for device, top, cap in zip(self.problem.devices, w.top, p.cap, strict=True)
+            if top > cap
+        }
+        text = ", ".join(f"{name!r} is {x:.0f} bytes short" for name, x in short.items())
+        raise InfeasibleError(
+            f"found no placement that fits, and no proof that there is none; in the nearest of "
+            f"{s.counts[1]} tried, {text}; give a larger budget, or more memory",
+            short,
+            False,
+        )
+
+
+def best(
+    problem: Problem,
+    objective: str = "latency",
+    budget: float = 10.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+    began: float | None = None,
+) -> Found:
+    """The best placement found in about ``budget`` seconds since ``began`` (perf_counter).
+
+    Raises InfeasibleError with a certificate, or with the nearest miss, where nothing fits.
+    """
+    began = time.perf_counter() if began is None else began
+    feasible.refuse_hopeless(problem)
+    now = time.perf_counter()
+    deadline = began + 0.92 * budget - 0.15
+    left = max(deadline - now, 0.05 * budget)
+    search = Search(problem, objective, seed, now + left, left, progress)
+    return search.run()

@@ -1,0 +1,508 @@
+/* The event simulator and the annealer of the placement planner.
+ *
+ * engine.py generates the structs Problem, Work and State from its named tuples and puts them in
+ * front of this file, so that both sides agree on every field; their meaning is written there.
+ * Nothing is allocated here. Arithmetic must stay plain IEEE (no contraction, no reassociation):
+ * whether two events fall on one instant decides what runs.
+ */
+#include <math.h>
+#include <stdint.h>
+
+enum { DONE = 0, STUCK = 1, CUT = 2 };
+
+static double transfer_seconds(const Problem *p, int m, int from, int to, double bytes) {
+    return p->lat[from * m + to] + bytes / p->bw[from * m + to];
+}
+
+/* Longest path of compute and transfers from each op to the end; returns the longest of all. */
+double plait_bottom_levels(const Problem *p, const int32_t *assign, double *level) {
+    const int m = p->m;
+    double longest = 0.0;
+    for (int k = p->n - 1; k >= 0; k--) {
+        const int u = p->topo[k], here = assign[u];
+        double best = 0.0;
+        for (int t = p->out_ptr[u]; t < p->out_ptr[u + 1]; t++) {
+            for (int q = p->tensor_ptr[t]; q < p->tensor_ptr[t + 1]; q++) {
+                const int v = p->pair_dst[q], there = assign[v];
+                double x = level[v];
+                if (there != here) x += transfer_seconds(p, m, here, there, p->tensor_bytes[t]);
+                if (x > best) best = x;
+            }
+        }
+        level[u] = best + p->time[(int64_t)u * m + here];
+        if (level[u] > longest) longest = level[u];
+    }
+    return longest;
+}
+
+/* Ready ops: a heap for each device, largest priority first, the lower number among equals. */
+static int before(const double *priority, int a, int b) {
+    return priority[a] > priority[b] || (priority[a] == priority[b] && a < b);
+}
+
+static void push_ready(int32_t *heap, int32_t *size, int op, const double *priority) {
+    int k = (*size)++;
+    while (k > 0) {
+        const int parent = (k - 1) >> 1;
+        if (before(priority, heap[parent], op)) break;
+        heap[k] = heap[parent];
+        k = parent;
+    }
+    heap[k] = op;
+}
+
+static int pop_ready(int32_t *heap, int32_t *size, const double *priority) {
+    const int first = heap[0], count = --(*size), op = heap[count];
+    int k = 0;
+    for (;;) {
+        int child = 2 * k + 1;
+        if (child >= count) break;
+        if (child + 1 < count && before(priority, heap[child + 1], heap[child])) child++;
+        if (!before(priority, heap[child], op)) break;
+        heap[k] = heap[child];
+        k = child;
+    }
+    heap[k] = op;
+    return first;
+}
+
+static void push_event(double *time, int32_t *id, int size, double when, int what) {
+    int k = size;
+    while (k > 0) {
+        const int parent = (k - 1) >> 1;
+        if (time[parent] <= when) break;
+        time[k] = time[parent];
+        id[k] = id[parent];
+        k = parent;
+    }
+    time[k] = when;
+    id[k] = what;
+}
+
+static void pop_event(double *time, int32_t *id, int size) {
+    const double when = time[--size];
+    const int what = id[size];
+    int k = 0;
+    for (;;) {
+        int child = 2 * k + 1;
+        if (child >= size) break;
+        if (child + 1 < size && time[child + 1] < time[child]) child++;
+        if (time[child] >= when) break;
+        time[k] = time[child];
+        id[k] = id[child];
+        k = child;
+    }
+    time[k] = when;
+    id[k] = what;
+}
+
+static double excess(const Problem *p, int d, double from, double to) {
+    const double low = from > p->cap[d] ? from : p->cap[d];
+    return to > low ? (to - low) / (p->cap[d] > 1.0 ? p->cap[d] : 1.0) : 0.0;
+}
+
+/* Peak bytes above capacity after a simulation, as shares of it, added over the devices. */
+static double overrun(const Problem *p, const Work *w) {
+    double over = 0.0;
+    for (int d = 0; d < p->m; d++) over += excess(p, d, 0.0, w->top[d]);
+    return over;
+}
+
+/* Plays one step. The cost is the makespan plus `weight` times the overrun of memory; CUT as soon
+ * as it must come out above `limit` (w->level then holds bottom levels). A device starts its ready
+ * op of largest priority; when strict, only the op whose position is the number it has started. */
+int plait_simulate(const Problem *p, Work *w, const int32_t *assign, const double *priority,
+                   const int32_t *position, int strict, double weight, double limit,
+                   double *cost) {
+    const int n = p->n, m = p->m, dynamic = !p->is_static;
+    int events = 0, started = 0, sent = 0;
+    double now = 0.0, makespan = 0.0, over = 0.0;
+    *cost = INFINITY;
+    for (int d = 0; d < m; d++) {
+        w->current[d] = 0.0;
+        w->running[d] = -1;
+        w->ran[d] = w->ready_len[d] = w->ready_ptr[d + 1] = 0;
+    }
+    w->ready_ptr[0] = 0;
+    for (int i = 0; i < n; i++) {
+        const int d = assign[i];
+        w->ready_ptr[d + 1]++;
+        w->missing[i] = p->in_ptr[i + 1] - p->in_ptr[i];
+        w->current[d] += dynamic ? p->param[i] : p->param[i] + (p->temp[i] + p->out[i]);
+    }
+    for (int d = 0; d < m; d++) {
+        w->ready_ptr[d + 1] += w->ready_ptr[d];
+        w->top[d] = w->current[d];
+        over += excess(p, d, 0.0, w->top[d]);
+    }
+    for (int link = 0; link < m * m; link++) {
+        w->head[link] = -1;
+        w->free[link] = 0.0;
+    }
+    w->counts[0] = w->counts[1] = 0;
+    if (weight * over > limit) return CUT;
+    for (int i = 0; i < n; i++)
+        if (!w->missing[i])
+            push_ready(w->ready + w->ready_ptr[assign[i]], w->ready_len + assign[i], i, priority);
+    for (;;) {
+        for (int d = 0; d < m; d++) { /* start what can start at this instant */
+            if (w->running[d] >= 0 || !w->ready_len[d]) continue;
+            int32_t *heap = w->ready + w->ready_ptr[d];
+            if (strict && position[heap[0]] != w->ran[d]) continue;
+            const int i = pop_ready(heap, w->ready_len + d, priority);
+            if (now + w->level[i] + weight * over > limit) return CUT;
+            const double done = now + p->time[(int64_t)i * m + d];
+            w->ran[d]++;
+            w->running[d] = i;
+            w->start[i] = now;
+            w->end[i] = done;
+            w->sequence[started++] = i;
+            push_event(w->event_time, w->event_id, events++, done, d);
+            if (dynamic) w->current[d] += p->out[i] + p->temp[i];
+        }
+        if (!events) break;
+        if (dynamic && w->event_time[0] > now) { /* time moves on: this instant's frees are in */
+            for (int d = 0; d < m; d++) {
+                if (w->current[d] <= w->top[d]) continue;
+                over += excess(p, d, w->top[d], w->current[d]);
+                w->top[d] = w->current[d];
+            }
+        }
+        now = w->event_time[0];
+        while (events && w->event_time[0] == now) {
+            const int what = w->event_id[0];
+            pop_event(w->event_time, w->event_id, events--);
+            if (what >= m) { /* a transfer ends */
+                const int link = what - m, here = link / m, there = link % m;
+                const int x = w->head[link], t = w->transfer_tensor[x], u = p->tensor_src[t];
+                if (!--w->holds[u] && !p->keep[u] && dynamic) w->current[here] -= p->out[u];
+                const int y = w->waits[x];
+                w->head[link] = y;
+                if (y >= 0) {
+                    push_event(w->event_time, w->event_id, events++, w->transfer_end[y], what);
+                    if (dynamic) w->current[there] += p->tensor_bytes[w->transfer_tensor[y]];
+                }
+                for (int q = p->tensor_ptr[t]; q < p->tensor_ptr[t + 1]; q++) {
+                    const int v = p->pair_dst[q];
+                    if (assign[v] == there && !--w->missing[v])
+                        push_ready(w->ready + w->ready_ptr[there], w->ready_len + there, v,
+                                   priority);
+                }
+                continue;
+            }
+            const int d = what, i = w->running[d]; /* an op ends */
+            w->running[d] = -1;
+            makespan = now;
+            if (dynamic) {
+                w->current[d] -= p->temp[i];
+                for (int k = p->in_ptr[i]; k < p->in_ptr[i + 1]; k++) {
+                    const int q = p->in_pair[k], x = w->pair_transfer[q], t = p->pair_tensor[q];
+                    const int u = p->tensor_src[t];
+                    if (x >= 0) {
+                        if (!--w->copy_holds[x]) w->current[d] -= p->tensor_bytes[t];
+                    } else if (!--w->holds[u] && !p->keep[u]) {
+                        w->current[d] -= p->out[u];
+                    }
+                }
+            }
+            int holds = 0;
+            for (int t = p->out_ptr[i]; t < p->out_ptr[i + 1]; t++) {
+                const int first = sent;
+                for (int q = p->tensor_ptr[t]; q < p->tensor_ptr[t + 1]; q++) {
+                    const int v = p->pair_dst[q], there = assign[v];
+                    if (there == d) {
+                        w->pair_transfer[q] = -1;
+                        holds++;
+                        if (!--w->missing[v])
+                            push_ready(w->ready + w->ready_ptr[d], w->ready_len + d, v, priority);
+                        continue;
+                    }
+                    const int link = d * m + there;
+                    int x = first;
+                    while (x < sent && w->transfer_link[x] != link) x++;
+                    if (x == sent) {
+                        const double begin = now > w->free[link] ? now : w->free[link];
+                        const double seconds =
+                            transfer_seconds(p, m, d, there, p->tensor_bytes[t]);
+                        sent++;
+                        holds++;
+                        w->free[link] = begin + seconds;
+                        w->transfer_tensor[x] = t;
+                        w->transfer_link[x] = link;
+                        w->transfer_start[x] = begin;
+                        w->transfer_end[x] = begin + seconds;
+                        w->copy_holds[x] = 0;
+                        w->waits[x] = -1;
+                        if (w->head[link] < 0) {
+                            w->head[link] = x;
+                            push_event(w->event_time, w->event_id, events++, begin + seconds,
+                                       m + link);
+                            if (dynamic) w->current[there] += p->tensor_bytes[t];
+                        } else {
+                            w->waits[w->tail[link]] = x;
+                        }
+                        w->tail[link] = x;
+                    }
+                    w->pair_transfer[q] = x;
+                    w->copy_holds[x]++;
+                }
+            }
+            w->holds[i] = holds;
+            if (!holds && !p->keep[i] && dynamic) w->current[d] -= p->out[i];
+        }
+    }
+    w->counts[0] = started;
+    w->counts[1] = sent;
+    if (started < n) return STUCK;
+    *cost = makespan + weight * over;
+    return DONE;
+}
+
+/* Largest load of a device or a link for one input, seconds. */
+double plait_pipeline_load(const Problem *p, const int32_t *assign, double *load) {
+    const int m = p->m;
+    double most = 0.0;
+    for (int k = 0; k < m + m * m; k++) load[k] = 0.0;
+    for (int i = 0; i < p->n; i++) load[assign[i]] += p->time[(int64_t)i * m + assign[i]];
+    for (int t = 0; t < p->tensors; t++) {
+        const int here = assign[p->tensor_src[t]], low = p->tensor_ptr[t];
+        for (int q = low; q < p->tensor_ptr[t + 1]; q++) {
+            const int there = assign[p->pair_dst[q]];
+            int r = low;
+            while (r < q && assign[p->pair_dst[r]] != there) r++;
+            if (there != here && r == q)
+                load[m + here * m + there] +=
+                    transfer_seconds(p, m, here, there, p->tensor_bytes[t]);
+        }
+    }
+    for (int k = 0; k < m + m * m; k++)
+        if (load[k] > most) most = load[k];
+    return most;
+}
+
+/* Cost of the state's current placement; infinite where it exceeds `limit`. */
+static double evaluate(const Problem *p, Work *w, State *s, double weight, double limit) {
+    const double longest = plait_bottom_levels(p, s->assign, w->level);
+    double load = 0.0, cost;
+    if (s->throughput) {
+        load = plait_pipeline_load(p, s->assign, w->load);
+        if (load > limit) return INFINITY;
+    } else if (longest > limit) {
+        return INFINITY;
+    }
+    for (int i = 0; i < p->n; i++) s->priority[i] = w->level[i] + s->offset[i];
+    if (!s->throughput) {
+        plait_simulate(p, w, s->assign, s->priority, s->position, 0, weight, limit, &cost);
+        return cost <= limit ? cost : INFINITY;
+    }
+    /* Only peaks of memory matter, and those of the static model need no schedule. */
+    plait_simulate(p, w, s->assign, s->priority, s->position, 0, weight, INFINITY, &cost);
+    cost = load + weight * overrun(p, w);
+    return cost <= limit ? cost : INFINITY;
+}
+
+/* Takes over the schedule just simulated: sequences, critical path, and the best so far. */
+static void accept(const Problem *p, Work *w, State *s) {
+    const int n = p->n, m = p->m;
+    int last = 0, count = 0;
+    for (int d = 0; d <= m; d++) s->sequence_ptr[d] = w->ready_ptr[d];
+    for (int d = 0; d < m; d++) w->ran[d] = s->sequence_ptr[d];
+    for (int k = 0; k < n; k++) {
+        const int i = w->sequence[k], d = s->assign[i];
+        s->sequence[w->ran[d]] = i;
+        s->position[i] = w->ran[d]++;
+        if (w->end[i] > w->end[last]) last = i;
+    }
+    for (int i = last; i >= 0;) {
+        const double begin = w->start[i];
+        int from = -1;
+        s->critical[count++] = i;
+        if (begin > 0.0 && count < n) {
+            for (int k = p->in_ptr[i]; k < p->in_ptr[i + 1] && from < 0; k++) {
+                const int q = p->in_pair[k], x = w->pair_transfer[q];
+                const int u = p->tensor_src[p->pair_tensor[q]];
+                if ((x >= 0 ? w->transfer_end[x] : w->end[u]) == begin) from = u;
+            }
+            if (from < 0 && s->position[i] > s->sequence_ptr[s->assign[i]])
+                from = s->sequence[s->position[i] - 1];
+        }
+        i = from;
+    }
+    s->counts[0] = count;
+    if (s->cost[0] < s->cost[1] && overrun(p, w) == 0.0) {
+        s->cost[1] = s->cost[0];
+        for (int i = 0; i < n; i++) {
+            s->best_assign[i] = s->assign[i];
+            s->best_offset[i] = s->offset[i];
+        }
+        s->counts[3]++;
+    }
+}
+
+/* Makes the current placement the state; its cost, or infinity (and no change) above `limit`. */
+double plait_settle(const Problem *p, Work *w, State *s, double weight, double limit) {
+    const double cost = evaluate(p, w, s, weight, limit);
+    if (cost < INFINITY) {
+        s->cost[0] = cost;
+        accept(p, w, s);
+    }
+    return cost;
+}
+
+/* splitmix64 (Steele et al., 2014): the same moves on every machine. */
+static uint64_t next(State *s) {
+    uint64_t z = (*s->random += 0x9E3779B97F4A7C15ull);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+static double uniform(State *s) { return (next(s) >> 11) * 0x1.0p-53; }
+
+static int below(State *s, int count) { return (int)(next(s) % (uint64_t)count); }
+
+static int random_op(const Problem *p, State *s, int unit) {
+    return p->unit_op[p->unit_ptr[unit] + below(s, p->unit_ptr[unit + 1] - p->unit_ptr[unit])];
+}
+
+static int device_of(const Problem *p, const State *s, int unit) {
+    return s->assign[p->unit_op[p->unit_ptr[unit]]];
+}
+
+/* The device of a random neighbour of op i; now and then, or without neighbours, any device. */
+static int near_device(const Problem *p, State *s, int i) {
+    const int ins = p->in_ptr[i + 1] - p->in_ptr[i];
+    const int low = p->tensor_ptr[p->out_ptr[i]];
+    const int outs = p->tensor_ptr[p->out_ptr[i + 1]] - low;
+    const int k = below(s, ins + outs + 1);
+    if (k < ins) return s->assign[p->tensor_src[p->pair_tensor[p->in_pair[p->in_ptr[i] + k]]]];
+    if (k < ins + outs) return s->assign[p->pair_dst[low + k - ins]];
+    return below(s, p->m);
+}
+
+/* Puts a unit on a device if it may run there and does not yet; returns the count of moved. */
+static int shift(const Problem *p, State *s, int unit, int device, int count) {
+    const int old = device_of(p, s, unit);
+    if (old == device || !p->allowed[(int64_t)unit * p->m + device]) return count;
+    s->moved[count] = unit;
+    s->old_device[count] = old;
+    for (int k = p->unit_ptr[unit]; k < p->unit_ptr[unit + 1]; k++)
+        s->assign[p->unit_op[k]] = device;
+    return count + 1;
+}
+
+/* One change of assignment; returns how many units moved. */
+static int change_devices(const Problem *p, State *s) {
+    const int m = p->m;
+    const double kind = uniform(s);
+    int moved = 0;
+    if (kind < 0.15) { /* any unit */
+        const int u = below(s, p->units);
+        int d = near_device(p, s, random_op(p, s, u));
+        if (uniform(s) < 0.3) d = below(s, m);
+        return shift(p, s, u, d, 0);
+    }
+    if (kind < 0.35) { /* a unit on the critical path */
+        const int i = s->critical[below(s, s->counts[0])];
+        int d = near_device(p, s, i);
+        if (d == s->assign[i] || uniform(s) < 0.3) d = below(s, m);
+        return shift(p, s, p->unit[i], d, 0);
+    }
+    if (kind < 0.5 && p->pairs) { /* one end of a transfer to the other */
+        int i = 0, j = 0;
+        for (int tries = 0; tries < 8; tries++) {
+            const int q = below(s, p->pairs);
+            i = p->tensor_src[p->pair_tensor[q]];
+            j = p->pair_dst[q];
+            if (s->assign[i] != s->assign[j]) break;
+        }
+        if (uniform(s) < 0.5) return shift(p, s, p->unit[i], s->assign[j], 0);
+        return shift(p, s, p->unit[j], s->assign[i], 0);
+    }
+    if (kind < 0.75 && p->regions) { /* a cluster, whole or what of it is on one device */
+        const int r = below(s, p->regions), low = p->region_ptr[r], high = p->region_ptr[r + 1];
+        const int i = random_op(p, s, p->region_unit[low + below(s, high - low)]);
+        const int source = s->assign[i], whole = uniform(s) < 0.5;
+        int d = near_device(p, s, i);
+        if (d == source || uniform(s) < 0.3) d = below(s, m);
+        for (int k = low; k < high; k++) {
+            const int u = p->region_unit[k];
+            if (whole || device_of(p, s, u) == source) moved = shift(p, s, u, d, moved);
+        }
+        return moved;
+    }
+    if (kind < 0.95) { /* a window of a linear order, often to what lies next to it */
+        const int64_t row = (int64_t)below(s, p->orders) * p->units;
+        int middle = below(s, p->units);
+        if (uniform(s) < 0.5)
+            middle = p->place[row + p->unit[s->critical[below(s, s->counts[0])]]];
+        const double widest = p->units > 2 * m ? (double)p->units / m : 2.0;
+        const int size = (int)pow(widest, uniform(s));
+        const int first = middle - below(s, size + 1), low = first > 0 ? first : 0;
+        const int high = low + size + 1 < p->units ? low + size + 1 : p->units;
+        const int source = device_of(p, s, p->order[row + middle]), whole = uniform(s) < 0.5;
+        const int edge = uniform(s) < 0.5 ? low - 1 : high;
+        int d = below(s, m);
+        if (edge >= 0 && edge < p->units && uniform(s) < 0.6)
+            d = device_of(p, s, p->order[row + edge]);
+        for (int k = low; k < high; k++) {
+            const int u = p->order[row + k];
+            if (whole || device_of(p, s, u) == source) moved = shift(p, s, u, d, moved);
+        }
+        return moved;
+    }
+    const int u = below(s, p->units), v = below(s, p->units); /* two units change places */
+    const int d = device_of(p, s, u), e = device_of(p, s, v);
+    if (d == e || !p->allowed[(int64_t)u * m + e] || !p->allowed[(int64_t)v * m + d]) return 0;
+    return shift(p, s, v, d, shift(p, s, u, e, 0));
+}
+
+/* Puts an op, or a few in a row, right before or behind another of its device; how many. */
+static int change_order(const Problem *p, Work *w, State *s) {
+    const int i = uniform(s) < 0.6 ? s->critical[below(s, s->counts[0])] : below(s, p->n);
+    const int low = s->sequence_ptr[s->assign[i]], high = s->sequence_ptr[s->assign[i] + 1];
+    const int later = uniform(s) < 0.4, one = uniform(s) < 0.7;
+    const int far = 1 + (int)(-log(1.0 - uniform(s)) * (1.0 + (high - low) * 0.02));
+    int k = s->position[i] + (later ? far : -far), count = 0;
+    k = k < low ? low : k >= high ? high - 1 : k;
+    const int j = s->sequence[k];
+    if (i == j) return 0;
+    plait_bottom_levels(p, s->assign, w->level);
+    const double nudge = (later ? -1e-9 : 1e-9) * s->cost[0];
+    const double change = w->level[j] + s->offset[j] - w->level[i] - s->offset[i] + nudge;
+    const int reach = one ? 1 : 1 + below(s, 8);
+    for (k = s->position[i]; k < s->position[i] + reach && k < high; k++) {
+        const int op = s->sequence[k];
+        s->moved[count] = op;
+        s->old_offset[count++] = s->offset[op];
+        s->offset[op] += change;
+    }
+    return count;
+}
+
+/* Tries `steps` moves while the temperature falls geometrically from `hot` to `cold` seconds. */
+void plait_anneal(const Problem *p, Work *w, State *s, int steps, double hot, double cold,
+                  double weight, double order_share) {
+    for (int step = 0; step < steps; step++) {
+        const double temperature = hot * pow(cold / hot, (double)step / steps);
+        const double limit = s->cost[0] - temperature * log(1.0 - uniform(s));
+        const int reorder = uniform(s) < order_share || p->m == 1;
+        const int count = reorder ? change_order(p, w, s) : change_devices(p, s);
+        if (!count) continue;
+        s->counts[1]++;
+        const double cost = evaluate(p, w, s, weight, limit);
+        if (cost < INFINITY) {
+            s->counts[2]++;
+            s->cost[0] = cost;
+            accept(p, w, s);
+        } else if (reorder) {
+            for (int k = count - 1; k >= 0; k--) s->offset[s->moved[k]] = s->old_offset[k];
+        } else {
+            for (int k = count - 1; k >= 0; k--) {
+                const int u = s->moved[k];
+                for (int q = p->unit_ptr[u]; q < p->unit_ptr[u + 1]; q++)
+                    s->assign[p->unit_op[q]] = s->old_device[k];
+            }
+        }
+    }
+}

@@ -1,0 +1,18 @@
+"""Errors of the placement planner: one cause and one mend each."""
+
+from __future__ import annotations
+
+
+class PlacementError(ValueError):
+    """A problem, placement or option that has no meaning; the message names op, device or field."""
+
+
+class InfeasibleError(PlacementError):
+    """No placement fits. ``shortfall`` maps devices to the bytes that they are short of.
+
+    ``proven`` tells a proof (the message is its certificate) from a search that found nothing.
+    """
+
+    def __init__(self, message: str, shortfall: dict[str, float], proven: bool) -> None:
+        super().__init__(message)
+        self.shortfall, self.proven = shortfall, proven

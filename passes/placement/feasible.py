@@ -1,0 +1,96 @@
+"""Whether a problem can fit at all: certificates that it cannot, and packings of what must stay."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from .errors import InfeasibleError
+from .problem import Floats, Ints, Problem
+
+
+def standing(problem: Problem) -> Floats:
+    """Bytes that each unit takes from its device for the whole step, in either memory model."""
+    p = problem.arrays
+    need = p.param + (p.out + p.temp if p.static else 0.0)
+    return np.bincount(p.unit, weights=need, minlength=len(p.unit_ptr) - 1)
+
+
+def refuse_hopeless(problem: Problem) -> None:
+    """Raises InfeasibleError where an op, a group or the sum of all cannot fit, whatever is done.
+
+    The message is the certificate: what is too large, on which devices, by how many bytes.
+    """
+    p = problem.arrays
+    always = standing(problem)
+    peak = always.copy()
+    if not p.static:  # while an op runs, its output and temporaries are there beside parameters
+        np.maximum.at(peak, p.unit, always[p.unit] + p.out + p.temp)
+    for u in np.flatnonzero(~(p.allowed & (peak[:, None] <= p.cap)).any(1)):
+        ops = p.unit_op[p.unit_ptr[u] : p.unit_ptr[u + 1]]
+        first = problem.ops[ops[0]]
+        what = f"op {first.name!r}" if first.group is None else f"group {first.group!r}"
+        short = {
+            problem.devices[d].name: float(peak[u] - p.cap[d]) for d in np.flatnonzero(p.allowed[u])
+        }
+        text = ", ".join(f"{name!r} is {x:.0f} bytes short" for name, x in list(short.items())[:8])
+        raise InfeasibleError(
+            f"{what} needs {peak[u]:.0f} bytes and fits nowhere: {text}", short, True
+        )
+    total, room = float(always.sum()), float(p.cap.sum())
+    if total > room:
+        what = "parameters, outputs and temporaries" if p.static else "parameters"
+        names = ", ".join(device.name for device in problem.devices[:16])
+        raise InfeasibleError(
+            f"{what} need {total:.0f} bytes, all devices together ({names}) have {room:.0f}: "
+            f"{total - room:.0f} bytes short",
+            {"all devices": total - room},
+            True,
+        )
+
+
+def pack(problem: Problem, seconds: float, slack: float = 0.0) -> Ints | None:
+    """Devices by unit such that what stays fits, by integer programming (HiGHS).
+
+    ``slack`` keeps that share of each device free. None where the time ran out. Raises
+    InfeasibleError where, with no slack, there is provably no packing.
+    """
+    p = problem.arrays
+    always = standing(problem)
+    m = len(p.cap)
+    big = np.flatnonzero(always > 0)
+    device = np.argmax(p.allowed, axis=1).astype(np.int64)
+    if not len(big):
+        return device
+    scale = 1.0 / max(float(p.cap.max()), 1.0)
+    count = len(big)
+    unit = np.repeat(np.arange(count), m)
+    where = np.tile(np.arange(m), count)
+    variables = np.arange(count * m)
+    once = sparse.csr_matrix((np.ones(count * m), (unit, variables)), (count, count * m))
+    weights = np.repeat(always[big], m) * scale
+    loads = sparse.csr_matrix((weights, (where, variables)), (m, count * m))
+    solved = milp(
+        np.zeros(count * m),
+        integrality=np.ones(count * m),
+        bounds=Bounds(0, p.allowed[big].astype(float).ravel()),
+        constraints=[
+            LinearConstraint(once, 1, 1),
+            LinearConstraint(loads, -np.inf, p.cap * scale * (1 - slack)),
+        ],
+        options={"time_limit": max(seconds, 0.1)},
+    )
+    if solved.status == 2 and slack == 0.0:
+        total = float(always.sum())
+        raise InfeasibleError(
+            f"no packing exists: {count} units of {total:.0f} bytes that must stay, of up to "
+            f"{always.max():.0f} each, cannot be divided over devices of "
+            f"{', '.join(f'{device.name}: {x:.0f}' for device, x in zip(problem.devices, p.cap, strict=True))} bytes",
+            {},
+            True,
+        )
+    if solved.x is None:
+        return None
+    device[big] = np.argmax(solved.x.reshape(count, m), axis=1)
+    return device

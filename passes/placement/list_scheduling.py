@@ -1,0 +1,168 @@
+"""List scheduling under memory limits, as m-TOPO, m-ETF, m-SCT and HEFT share it.
+
+Memory is counted as the published algorithms do, and the first op of a colocation group books the
+parameters of the whole group. In the static model (training as in Baechi) outputs and temporaries
+stay; in the dynamic one an output, and each received copy, lasts until all its consumers have been
+placed. That is a guess, for ops are not placed in the order of time: `simulator` judges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import InfeasibleError
+from .problem import Floats, Ints, Problem
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a list scheduler decides: a device per op and the order in which it placed the ops."""
+
+    assign: Ints  # [n]
+    sequence: Ints  # [n]
+
+
+class Ledger:
+    """Books memory on devices by colocation unit, and remembers what data arrives where, when."""
+
+    def __init__(self, problem: Problem, contention: bool = False, limited: bool = True) -> None:
+        self.problem, self.p = problem, problem.arrays
+        p = self.p
+        self.n, self.m = p.time.shape
+        self.contention = contention
+        self.time: list[list[float]] = p.time.tolist()
+        need = p.param + p.out + p.temp if p.static else p.param
+        self.need = np.bincount(p.unit, weights=need, minlength=len(p.unit_ptr) - 1).tolist()
+        self.room = p.cap.tolist() if limited else [float("inf")] * self.m
+        self.out, self.temp, self.keep = p.out.tolist(), p.temp.tolist(), p.keep.tolist()
+        self.live: list[dict[int, float]] = [
+            {} for _ in range(self.n)
+        ]  # bytes of outputs by device
+        self.allowed = p.allowed.tolist()
+        self.unit = p.unit.tolist()
+        self.unit_device = [-1] * len(self.need)
+        self.assign = [-1] * self.n
+        self.end = [0.0] * self.n
+        self.free = [0.0] * self.m
+        self.link_free = [[0.0] * self.m for _ in range(self.m)]
+        self.copies: dict[tuple[int, int], float] = {}
+        self.lat, self.bw = p.lat.tolist(), p.bw.tolist()
+        self.tensor_src, self.tensor_bytes = p.tensor_src.tolist(), p.tensor_bytes.tolist()
+        tensors = p.pair_tensor[p.in_pair].tolist()
+        self.inputs = [tensors[a:b] for a, b in zip(p.in_ptr[:-1], p.in_ptr[1:], strict=True)]
+        first = p.tensor_ptr[p.out_ptr].tolist()
+        dst = p.pair_dst.tolist()
+        self.consumers = [dst[a:b] for a, b in zip(first[:-1], first[1:], strict=True)]
+        self.missing = np.diff(p.in_ptr).tolist()
+        self.unplaced = [len(set(row)) for row in self.consumers]
+
+    def devices(self, op: int) -> list[int]:
+        """Devices where an op may go now: its group's, or those with room for the whole group."""
+        unit, extra = self.unit[op], self._extra(op)
+        if self.unit_device[unit] >= 0:
+            d = self.unit_device[unit]
+            return [d] if extra <= self.room[d] else []
+        allowed, need = self.allowed[unit], self.need[unit] + extra
+        return [d for d in range(self.m) if allowed[d] and need <= self.room[d]]
+
+    def _extra(self, op: int) -> float:
+        """Bytes that an op needs beside what its group has booked."""
+        return 0.0 if self.p.static else self.out[op] + self.temp[op]
+
+    def sent(self, tensor: int, device: int) -> float:
+        """When a tensor can be on a device, seconds."""
+        source = self.tensor_src[tensor]
+        here, done = self.assign[source], self.end[source]
+        if here == device:
+            return done
+        if self.contention:
+            if (tensor, device) in self.copies:
+                return self.copies[tensor, device]
+            done = max(done, self.link_free[here][device])
+        return done + self.lat[here][device] + self.tensor_bytes[tensor] / self.bw[here][device]
+
+    def arrival(self, op: int, device: int) -> float:
+        """When all inputs of an op can be on a device, seconds."""
+        return max([self.sent(t, device) for t in self.inputs[op]], default=0.0)
+
+    def place(self, op: int, device: int, start: float) -> list[int]:
+        """Books an op; returns the ops that this made ready."""
+        unit = self.unit[op]
+        if self.unit_device[unit] < 0:
+            self.unit_device[unit] = device
+            self.room[device] -= self.need[unit]
+        if self.contention:
+            for t in self.inputs[op]:
+                source = self.assign[self.tensor_src[t]]
+                if source != device and (t, device) not in self.copies:
+                    self.copies[t, device] = self.link_free[source][device] = self.sent(t, device)
+        if not self.p.static:
+            self._hold(op, device)
+        self.assign[op] = device
+        self.end[op] = start + self.time[op][device]
+        self.free[device] = max(self.free[device], self.end[op])
+        ready = []
+        for v in self.consumers[op]:
+            self.missing[v] -= 1
+            if not self.missing[v]:
+                ready.append(v)
+        return ready
+
+    def _hold(self, op: int, device: int) -> None:
+        """Counts the output and the received copies of an op that is being placed."""
+        self.live[op][device] = self.out[op]
+        self.room[device] -= self.out[op]
+        for t in self.inputs[op]:
+            u = self.tensor_src[t]
+            if self.assign[u] != device and (copy := self.tensor_bytes[t]):
+                if device not in self.live[u]:
+                    self.live[u][device] = copy
+                    self.room[device] -= copy
+        for u in {self.tensor_src[t] for t in self.inputs[op]}:
+            self.unplaced[u] -= 1
+            if not self.unplaced[u] and not self.keep[u]:
+                for d, size in self.live[u].items():
+                    self.room[d] += size
+        if not self.unplaced[op] and not self.keep[op]:
+            self.room[device] += self.out[op]
+
+    def stuck(self, op: int, algorithm: str) -> InfeasibleError:
+        """What to raise when an op has no device left."""
+        unit = self.unit[op]
+        need = self._extra(op) + (self.need[unit] if self.unit_device[unit] < 0 else 0.0)
+        short = {
+            device.name: need - room
+            for device, room, ok in zip(
+                self.problem.devices, self.room, self.allowed[self.unit[op]], strict=True
+            )
+            if ok
+        }
+        name, least = min(short.items(), key=lambda item: item[1])
+        return InfeasibleError(
+            f"{algorithm} found no room for op {self.problem.ops[op].name!r}: it needs "
+            f"{need:.0f} bytes more, {name!r} is {least:.0f} short; algorithm 'best' searches further",
+            short,
+            False,
+        )
+
+
+def upward_ranks(problem: Problem, mean_transfers: bool = True) -> Floats:
+    """HEFT's upward ranks: longest path to the end with mean times and mean transfers, seconds."""
+    p = problem.arrays
+    m = len(problem.devices)
+    allowed = np.isfinite(p.time)
+    mean = (np.where(allowed, p.time, 0).sum(1) / np.maximum(allowed.sum(1), 1)).tolist()
+    other = ~np.eye(m, dtype=bool)
+    lat = float(p.lat[other].mean()) if m > 1 and mean_transfers else 0.0
+    per_byte = float((1 / p.bw[other]).mean()) if m > 1 and mean_transfers else 0.0
+    cost = (lat + p.tensor_bytes * per_byte)[p.pair_tensor].tolist()
+    first, dst = p.tensor_ptr[p.out_ptr].tolist(), p.pair_dst.tolist()
+    rank = [0.0] * len(mean)
+    for u in reversed(p.topo.tolist()):
+        best = 0.0
+        for q in range(first[u], first[u + 1]):
+            best = max(best, cost[q] + rank[dst[q]])
+        rank[u] = mean[u] + best
+    return np.array(rank)

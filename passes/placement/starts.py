@@ -1,0 +1,99 @@
+"""Places from which the search sets out: simple algorithms, and cyclic runs of linear orders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from .errors import InfeasibleError
+from .heft import heft
+from .list_scheduling import Listed
+from .m_etf import m_etf
+from .m_sct import m_sct
+from .m_topo import m_topo
+from .min_cut import min_cut, single_device
+from .problem import Arrays, Floats, Ints, Problem
+
+ALGORITHMS: dict[str, Callable[[Problem], Listed]] = {
+    "single": single_device,
+    "min-cut": min_cut,
+    "m-topo": m_topo,
+    "m-etf": m_etf,
+    "m-sct": m_sct,
+    "heft": heft,
+}
+_SCT_LIMIT = 12_000  # ops and edges up to which the LP of m-SCT takes well under a second
+
+
+def simple_starts(problem: Problem) -> Iterator[tuple[str, Listed]]:
+    """What the simple algorithms answer, with and without memory limits; failures are left out."""
+    p = problem.arrays
+    attempts: dict[str, Callable[[Problem], Listed]] = dict(ALGORITHMS)
+    if len(p.topo) + len(p.pair_dst) > _SCT_LIMIT:
+        del attempts["m-sct"]
+    attempts["heft"] = lambda x: heft(x, contention=True)
+    attempts["heft without limits"] = lambda x: heft(x, contention=True, limited=False)
+    attempts["m-etf without limits"] = lambda x: m_etf(x, limited=False)
+    for name, algorithm in attempts.items():
+        try:
+            yield name, algorithm(problem)
+        except InfeasibleError:
+            continue
+
+
+def run_starts(p: Arrays, orders: Ints, repeats: tuple[int, ...]) -> Iterator[Ints]:
+    """Devices by unit: each order cut into equal runs, dealt to the first devices in turn.
+
+    Equal in work, in memory or in their mean. Several runs a device leave it work to do while the
+    critical path is elsewhere; fewer devices than there are transfer less.
+    """
+    units, m = len(p.unit_ptr) - 1, len(p.cap)
+    weigh = lambda x: np.bincount(p.unit, x, units) / max(float(x.sum()), 1e-300)  # noqa: E731
+    work, memory = weigh(p.time.min(1)), weigh(p.param + p.out + p.temp)
+    speed = 1.0 / np.maximum(np.where(np.isfinite(p.time), p.time, 0.0).sum(0), 1e-300)
+    counts = sorted({m, max(m // 2, 1), *(range(1, m + 1) if m <= 8 else ())}, reverse=True)
+    for order in orders:
+        for mix in (0.0, 0.5, 1.0):
+            along = np.cumsum(((1 - mix) * work + mix * memory)[order])
+            along = along / max(float(along[-1]), 1e-300) if units else along
+            for used in counts:
+                for repeat in repeats:
+                    if repeat > 1 and used < m:
+                        continue
+                    rate = (1 - mix) * speed / speed.sum() + mix * p.cap / max(p.cap.sum(), 1e-300)
+                    edges = np.cumsum(np.tile(rate[:used], repeat))
+                    run = np.searchsorted(edges / edges[-1], along - 1e-9) % used
+                    device = np.zeros(units, np.int64)
+                    device[order] = run
+                    yield _allowed(p, device)
+
+
+def depth_first(p: Arrays) -> Floats:
+    """Place of each op, in [0, 1), when what is begun is finished first.
+
+    Bottom levels tie where a graph repeats itself, as microbatches do, and list scheduling then
+    advances all copies together, which fills memory and starves later stages of a pipeline.
+    """
+    n = len(p.topo)
+    missing = np.diff(p.in_ptr).tolist()
+    first, dst = p.tensor_ptr[p.out_ptr].tolist(), p.pair_dst.tolist()
+    stack = [i for i in range(n - 1, -1, -1) if not missing[i]]
+    order: list[int] = []
+    while stack:
+        u = stack.pop()
+        order.append(u)
+        for q in range(first[u + 1] - 1, first[u] - 1, -1):
+            missing[dst[q]] -= 1
+            if not missing[dst[q]]:
+                stack.append(dst[q])
+    place = np.empty(n)
+    place[order] = np.arange(n) / max(n, 1)
+    return place
+
+
+def _allowed(p: Arrays, device: Ints) -> Ints:
+    """The same with units that may not be where they are on the first device that takes them."""
+    wrong = ~p.allowed[np.arange(len(device)), device]
+    device[wrong] = np.argmax(p.allowed[wrong], axis=1)
+    return device
