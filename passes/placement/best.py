@@ -68,7 +68,7 @@ class Search:
         size = self.n + len(p.pair_dst)
         # Seconds of one move on one core of the machine that this was written on; graphs that
         # outgrow the caches take longer. A part of the budget stays in reserve.
-        self.move_seconds = 1e-6 + size * (8e-9 + 45e-9 * min(1.0, (size / 7000) ** 1.5))
+        self.move_seconds = 1e-6 + size * (8e-9 + 22e-9 * min(1.0, (size / 7000) ** 1.5))
         self.moves = max(int(0.8 * budget / self.move_seconds), 50)
         self.began, self.budget = time.perf_counter(), max(budget, 1e-3)
         self.weight = 0.0
@@ -143,65 +143,69 @@ class Search:
         return sorted(kept.values(), key=lambda item: item[0])
 
     def _anneal_rounds(self, ranked: list[tuple[float, Ints, Floats]]) -> None:
-        """Short rounds from several starts, then rounds from the best at temperatures that pay."""
-        s, engine = self.engine.state, self.engine
+        """One cold anneal from the best start; if moves abound, trials before and rounds after."""
+        s = self.engine.state
         s.random[0] = self.seed * 1_000_003 + 12345
-        share = self.moves // _ROUNDS
-        trials = [(k, hot) for k in range(min(3, len(ranked))) for hot in (3e-4, 3e-3)]
-        results = []
-        for k, hot in trials:
-            self._load(ranked[k][1], ranked[k][2])
-            self._anneal(share // 2, hot, hot / 10)
-            results.append((s.cost[0], k, hot, s.assign.copy(), s.offset.copy()))
-        results.sort(key=lambda item: item[:3])
-        hots = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
-        gain = {hot: 1.0 for hot in hots}
-        left = self.moves - len(trials) * (share // 2)
-        current = results[0][3:] if results else None
-        if current is None:
+        if not ranked:
             return
-        self._load(*current)
+        # Units say how many moves one anneal needs; what is left over pays for more of them.
+        rounds = min(self.moves // (30 * (len(self.p.unit_ptr) - 1)), _ROUNDS)
+        left = self.moves
+        self._load(*ranked[0][1:])
+        if rounds >= 4:
+            share = self.moves // 30
+            results = []
+            for k in range(min(3, len(ranked))):
+                for hot in (3e-4, 3e-3):
+                    self._load(*ranked[k][1:])
+                    self._anneal(share, hot, hot / 10)
+                    results.append((s.cost[0], k, hot, s.assign.copy(), s.offset.copy()))
+                    left -= share
+            self._load(*min(results, key=lambda item: item[:3])[3:])
+        self._anneal(left if rounds < 2 else left // 3, 3e-4, 2e-5, 0.05 if rounds < 2 else 0.15)
+        left -= left // 3
+        gain = dict.fromkeys((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 1.0)
+        hots = list(gain)
         rng = np.random.default_rng(self.seed)
-        rounds = _ROUNDS - len(trials) // 2
-        for k in range(rounds):
-            if np.isfinite(s.cost[1]) and s.cost[1] <= self.bounds["best"] * (1 + 1e-9):
+        for k in range(rounds if rounds >= 2 else 0):
+            if time.perf_counter() >= self.deadline or self._optimal():
                 break
             # Temperatures by what they gained lately; the last rounds are cold.
-            weights = np.array([gain[hot] for hot in hots])
+            weights = np.array(list(gain.values()))
             hot = hots[int(rng.choice(len(hots), p=weights / weights.sum()))]
-            if k >= rounds - 3:
+            if k >= rounds - 2:
                 hot = hots[0]
-            cost = s.cost[0]
-            assign, offset = s.assign.copy(), s.offset.copy()
+            before = s.cost[0], s.assign.copy(), s.offset.copy()
             self._anneal(left // rounds, hot, min(hot / 10, 3e-5))
-            gained = max(cost - s.cost[0], 0.0) / max(cost, 1e-300)
-            gain[hot] = max(0.5 * gain[hot] + 0.5 * gained / 0.01, 0.05)
-            if s.cost[0] > cost:
-                self._load(assign, offset)
+            gained = max(before[0] - s.cost[0], 0.0) / max(before[0], 1e-300)
+            gain[hot] = max(0.5 * gain[hot] + 50 * gained, 0.05)
+            if s.cost[0] > before[0]:
+                self._load(*before[1:])
             if not np.isfinite(s.cost[1]):
                 self.weight *= 2  # nothing fits yet: memory matters more
                 self._load(s.assign.copy(), s.offset.copy())
-            if time.perf_counter() >= self.deadline:
-                break
+
+    def _optimal(self) -> bool:
+        return bool(self.engine.state.cost[1] <= self.bounds["best"] * (1 + 1e-9))
 
     def _load(self, assign: Ints, offset: Floats) -> None:
         s = self.engine.state
         s.assign[:], s.offset[:] = assign, offset
         self.engine.settle(self.weight)
 
-    def _anneal(self, moves: int, hot: float, cold: float) -> None:
+    def _anneal(self, moves: int, hot: float, cold: float, reorder: float = 0.15) -> None:
         """Anneals in small steps, so that the clock and the progress bar are seen to."""
         s = self.engine.state
         step = max(int(_CHUNK / self.move_seconds), 1)
         scale = s.cost[0]
         for first in range(0, moves, step):
-            if time.perf_counter() >= self.deadline:
+            if time.perf_counter() >= self.deadline or self._optimal():
                 return
             a, b = first / moves, min(first + step, moves) / moves
             fall = cold / hot
             self.engine.anneal(
                 min(step, moves - first), scale * hot * fall**a, scale * hot * fall**b,
-                self.weight, 0.15,
+                self.weight, reorder,
             )  # fmt: skip
             if self.progress is not None:
                 used = (time.perf_counter() - self.began) / self.budget

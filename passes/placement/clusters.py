@@ -30,6 +30,11 @@ def depths(p: Arrays) -> tuple[Floats, Floats]:
     return np.array(head), np.array(tail)
 
 
+def _size(graph: sparse.csr_matrix) -> int:
+    assert graph.shape is not None
+    return graph.shape[0]
+
+
 def unit_graph(p: Arrays) -> sparse.csr_matrix:
     """Bytes between units, symmetric, without a diagonal; a tiny amount where they are zero."""
     units = len(p.unit_ptr) - 1
@@ -67,17 +72,15 @@ def _smoothest(graph: sparse.csr_matrix, count: int) -> list[Floats]:
     Components without edges between them are tied to one another by the shift alone, which orders
     them after one another.
     """
-    n = graph.shape[0]
+    n = _size(graph)
     degree = np.asarray(graph.sum(1)).ravel()
     shift = 1e-6 * degree.mean()
     laplacian = (sparse.diags(degree + shift) - graph).tocsc()
     solve = splu(laplacian).solve
     start = np.random.default_rng(0).random(n)
+    inverse = LinearOperator((n, n), matvec=solve, dtype=float)  # pyright: ignore
     try:
-        values, vectors = eigsh(
-            LinearOperator((n, n), matvec=solve, dtype=float),
-            k=min(count + 1, n - 1), v0=start, tol=1e-4, maxiter=300,
-        )  # fmt: skip
+        values, vectors = eigsh(inverse, k=min(count + 1, n - 1), v0=start, tol=1e-4, maxiter=300)
     except ArpackNoConvergence as error:
         values, vectors = error.eigenvalues, error.eigenvectors
     return [vectors[:, k] for k in np.argsort(-values)[1:]]
@@ -97,13 +100,13 @@ def cluster_levels(p: Arrays, seed: int = 0) -> list[Ints]:
     levels: list[Ints] = []
     total = np.arange(units, dtype=np.int64)
     rng = np.random.default_rng(seed)
-    while graph.shape[0] > 2 and graph.nnz:
+    while _size(graph) > 2 and graph.nnz:
         label = _match(graph, weight, rng)
         count = int(label.max()) + 1
-        if count > 0.95 * graph.shape[0]:
+        if count > 0.95 * _size(graph):
             break
         weight = np.bincount(label, weights=weight, minlength=count)
-        shape = (graph.shape[0], count)
+        shape = (_size(graph), count)
         fold = sparse.csr_matrix((np.ones(shape[0]), (np.arange(shape[0]), label)), shape=shape)
         graph = (fold.T @ graph @ fold).tocsr()
         graph.setdiag(0)
@@ -115,7 +118,7 @@ def cluster_levels(p: Arrays, seed: int = 0) -> list[Ints]:
 
 def _match(graph: sparse.csr_matrix, weight: Floats, rng: np.random.Generator) -> Ints:
     """Joins each node with the neighbour it prefers, where the neighbour agrees or is left over."""
-    count = graph.shape[0]
+    count = _size(graph)
     source = np.repeat(np.arange(count), np.diff(graph.indptr))
     score = graph.data / (weight[source] * weight[graph.indices])
     order = np.lexsort((rng.random(len(score)), -score))

@@ -124,7 +124,7 @@ class Engine:
         self.arrays = p
         self.n, self.m = n, m = p.time.shape
         units, pairs = len(p.unit_ptr) - 1, len(p.pair_dst)
-        order = np.ascontiguousarray(orders, np.int32).reshape(-1, units)
+        order = np.ascontiguousarray(orders, np.int32)
         place = np.argsort(order, axis=1)
         raw = {**p._asdict(), "order": order, "place": place}
         raw["region_ptr"], raw["region_unit"] = regions

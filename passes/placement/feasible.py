@@ -83,10 +83,11 @@ def pack(problem: Problem, seconds: float, slack: float = 0.0) -> Ints | None:
     )
     if solved.status == 2 and slack == 0.0:
         total = float(always.sum())
+        rooms = ", ".join(f"{x.name}: {x.memory_bytes:.0f}" for x in problem.devices[:16])
         raise InfeasibleError(
             f"no packing exists: {count} units of {total:.0f} bytes that must stay, of up to "
             f"{always.max():.0f} each, cannot be divided over devices of "
-            f"{', '.join(f'{device.name}: {x:.0f}' for device, x in zip(problem.devices, p.cap, strict=True))} bytes",
+            f"{rooms} bytes",
             {},
             True,
         )

@@ -142,7 +142,8 @@ class Ledger:
         name, least = min(short.items(), key=lambda item: item[1])
         return InfeasibleError(
             f"{algorithm} found no room for op {self.problem.ops[op].name!r}: it needs "
-            f"{need:.0f} bytes more, {name!r} is {least:.0f} short; algorithm 'best' searches further",
+            f"{need:.0f} bytes more, {name!r} is {least:.0f} bytes short; algorithm 'best' "
+            "searches further",
             short,
             False,
         )

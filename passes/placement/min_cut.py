@@ -51,8 +51,9 @@ def split(p: Arrays, order: Ints, slack: float) -> Ints | None:
     need = p.param + p.out + p.temp if p.static else p.param
     memory = np.concatenate([[0.0], np.cumsum(np.bincount(p.unit, need, units)[order])])
     finite = np.where(np.isfinite(p.time), p.time, 0.0)
-    work = np.stack([np.concatenate([[0.0], np.cumsum(np.bincount(p.unit, finite[:, d], units)[order])])
-                     for d in range(m)])  # fmt: skip
+    work = np.zeros((m, units + 1))
+    for d in range(m):
+        np.cumsum(np.bincount(p.unit, finite[:, d], units)[order], out=work[d, 1:])
     banned = np.concatenate([np.zeros((m, 1)), np.cumsum(~p.allowed[order].T, axis=1)], axis=1)
     rate = 1.0 / np.maximum(work[:, -1], 1e-300)
     share = slack / rate.sum()

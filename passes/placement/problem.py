@@ -167,12 +167,13 @@ class Problem:
             for j, b in enumerate(self.devices):
                 link = self.links.get((a.name, b.name), self.default_link)
                 lat[i, j], bw[i, j] = link.latency_s, link.bandwidth_Bps
-        return Arrays(
+        fields = (
             time, column("param_bytes"), column("temp_bytes"), column("output_bytes"),
             np.array([op.keep for op in self.ops], np.bool_), self.memory_model == "static",
             np.array([device.memory_bytes for device in self.devices], float), lat, bw,
             *tensors, topo, unit, unit_ptr, unit_op, allowed,
         )  # fmt: skip
+        return Arrays._make(fields)
 
     def _units(self) -> tuple[Ints, Ints, Ints]:
         """Colocation units: a group each, and every op without one by itself."""

@@ -81,6 +81,8 @@ def _problem(data: Any) -> Problem:
     if data.get("format") != FORMAT:
         raise PlacementError(f"field 'format' must be {FORMAT!r}, is {data.get('format')!r}")
     devices = tuple(_device(x, i) for i, x in enumerate(_list(data, "devices")))
+    if not devices:
+        raise PlacementError("devices: the problem has none; name at least one")
     links = {}
     for i, item in enumerate(_list(data, "links", [])):
         what = f"links[{i}]"

@@ -1,0 +1,94 @@
+"""`plait place` writes a placement, or one error and no file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from plait.compiler import cli
+
+PROBLEM: dict[str, Any] = {
+    "format": "placement-problem v1",
+    "memory_model": "static",
+    "devices": [{"name": "a", "memory_bytes": 10}, {"name": "b", "memory_bytes": 10}],
+    "default_link": {"latency_s": 0.5, "bandwidth_Bps": 1},
+    "ops": [{"name": x, "time_s": 1, "param_bytes": 6} for x in ("p", "q")],
+    "edges": [{"src": "p", "dst": "q", "bytes": 1}],
+}
+
+
+def place(folder: Path, problem: Any, *options: str) -> Result:
+    path = folder / "problem.json"
+    path.write_text(json.dumps(problem) if isinstance(problem, dict) else problem)
+    out = str(folder / "out.json")
+    return CliRunner().invoke(cli.app, ["place", str(path), "-o", out, "--budget", "0.3", *options])
+
+
+@pytest.mark.parametrize("algorithm", ["best", "min-cut", "m-topo", "m-etf", "m-sct", "heft"])
+def test_a_placement_is_written_and_told_of(tmp_path: Path, algorithm: str) -> None:
+    result = place(tmp_path, PROBLEM, "--algorithm", algorithm)
+    assert result.exit_code == 0, result.output
+    placement = json.loads((tmp_path / "out.json").read_text())
+    assert sorted(placement["assign"].values()) == ["a", "b"]
+    assert placement["report"]["makespan_s"] == 3.5
+    assert placement["report"]["algorithm"] == algorithm
+    assert "step: 3.5 s, lower bound" in result.output
+
+
+def test_throughput_reports_the_largest_load(tmp_path: Path) -> None:
+    result = place(tmp_path, PROBLEM, "--objective", "throughput")
+    assert "seconds per input: 1.5 s" in result.output
+
+
+def test_quiet_prints_nothing(tmp_path: Path) -> None:
+    result = place(tmp_path, PROBLEM, "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    assert (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"ops": [{"name": "p", "time_s": 1, "param_bytes": 11}], "edges": []}, [],
+         "op 'p' needs 11 bytes and fits nowhere: 'a' is 1 bytes short"),
+        ({"devices": [{"name": "a", "memory_bytes": 10}]}, [], "2 bytes short"),
+        ({"devices": []}, [], "devices: the problem has none"),
+        ({"edges": [{"src": "p", "dst": "z", "bytes": 1}]}, [], "there is no op 'z'"),
+        ({}, ["--algorithm", "single"], "no device holds the whole problem"),
+        ({}, ["--algorithm", "magic"], "algorithm 'magic' is unknown"),
+        ({}, ["--objective", "joy"], "objective 'joy' is unknown"),
+        ({}, ["--budget", "-1"], "budget must be a positive number"),
+    ],
+)  # fmt: skip
+def test_faults_exit_with_2_and_write_nothing(
+    tmp_path: Path, change: dict[str, Any], options: list[str], message: str
+) -> None:
+    result = place(tmp_path, {**PROBLEM, **change}, *options)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": "placement-problem v1", "ops": ['])
+def test_files_cut_short_exit_with_2(tmp_path: Path, text: str) -> None:
+    result = place(tmp_path, text)
+    assert result.exit_code == 2
+    assert "cut short" in result.output
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_failure_leaves_an_older_placement_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.json").write_text("old")
+    assert place(tmp_path, "{").exit_code == 2
+    assert (tmp_path / "out.json").read_text() == "old"
+
+
+def test_a_folder_that_is_not_there_is_told_before_planning(tmp_path: Path) -> None:
+    result = place(tmp_path, PROBLEM, "-o", str(tmp_path / "no" / "out.json"))
+    assert result.exit_code == 2
+    assert "does not exist" in result.output
