@@ -232,8 +232,19 @@ def profile(
 @app.command()
 def place(
     problem: Annotated[
-        str, typer.Argument(metavar="PROBLEM", help="A problem file, plain or .gz.")
+        str,
+        typer.Argument(metavar="PROBLEM", help="A problem file, plain or .gz, or module:function."),
     ],
+    devices: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="For a model: such as 4xh100:80GB,cpu:512GB.")
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option(metavar="RATE,DELAY", help="For a model: such as 450GB/s,5us.")
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="OPTIMIZER", help="For a model: plan a step; none, sgd or adam."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the placement to this file.")
     ] = None,
@@ -245,6 +256,14 @@ def place(
     ] = 10.0,
     objective: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
     seed: Annotated[int, typer.Option(help="The same seed gives the same placement.")] = 0,
+    problem_output: Annotated[
+        Path | None, typer.Option("--problem", help="Write a model's problem to this file.")
+    ] = None,
+    device_map: Annotated[
+        Path | None, typer.Option(help="Write a model's device_map, as accelerate takes it.")
+    ] = None,
+    gantt: Annotated[Path | None, typer.Option(help="Draw the step to this .png or .svg.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace of the step.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
     """Place the ops of a problem on devices with limited memory, with a proven gap.
@@ -255,7 +274,9 @@ def place(
     with reported():
         from . import cli_place
 
-        cli_place.run(problem, output, algorithm, budget, objective, seed, quiet, {})
+        files = cli_place.Files(output, problem_output, device_map, gantt, trace)
+        options = {"algorithm": algorithm, "objective": objective, "budget": budget, "seed": seed}
+        cli_place.run(problem, files, options, quiet, cli_place.Model(devices, link, train))
 
 
 @cache_app.command("path")

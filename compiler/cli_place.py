@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich import box
@@ -13,52 +15,97 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..passes.placement.devices import parse_devices, parse_link
+from ..passes.placement.placement import write_text
 from ..passes.placement.plan import place
 from ..passes.placement.problem import Problem
-from ..passes.placement.problem_file import read_problem
+from ..passes.placement.problem_file import problem_to_dict, read_problem
+from ..passes.placement.schedule_trace import write_gantt, write_trace
+from ..passes.placement.simulator import simulate
 from .cli_error import CliError, check_output
 
 if TYPE_CHECKING:
     from ..passes.placement.placement import Placement
+    from .place_graph import Graph
 
 
-def run(
-    target: str,
-    output: Path | None,
-    algorithm: str,
-    budget: float,
-    objective: str,
-    seed: int,
-    quiet: bool,
-    extras: dict[str, Path | None],
-) -> None:
+@dataclass(frozen=True)
+class Files:
+    """What to write, where."""
+
+    placement: Path | None
+    problem: Path | None
+    device_map: Path | None
+    gantt: Path | None
+    trace: Path | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a model becomes a problem; all None for a problem file."""
+
+    devices: str | None
+    link: str | None
+    train: str | None
+
+
+def run(target: str, files: Files, options: dict[str, Any], quiet: bool, model: Model) -> None:
     """Plans, prints what came out, and writes the files asked for, all after planning."""
     began = _process_start()
-    for path in (output, *extras.values()):
+    for path in vars(files).values():
         check_output(path)
-    problem = _problem(target)
-    placement = plan(problem, algorithm, budget, objective, seed, quiet, began)
+    graph = None
+    if Path(target).is_file() and not target.endswith(".py"):
+        if any(vars(model).values()):
+            raise CliError("--devices, --link and --train are for models", "leave them out")
+        if files.device_map:
+            raise CliError(
+                "--device-map needs a model, for a file names no modules", "leave it out"
+            )
+        problem = read_problem(target)
+    else:
+        graph, problem = _from_model(target, model)
+        began = time.perf_counter()  # the budget is for planning, tracing comes on top
+    placement = plan(problem, options, quiet, began)
     if not quiet:
         show(problem, placement)
-    if output is not None:
-        placement.write(output)
+    schedule = simulate(problem, placement)
+    if files.gantt is not None:
+        write_gantt(problem, schedule, files.gantt)
+    if files.trace is not None:
+        write_trace(problem, schedule, files.trace)
+    if files.problem is not None:
+        write_text(files.problem, json.dumps(problem_to_dict(problem)) + "\n")
+    if files.device_map is not None and graph is not None:
+        write_text(files.device_map, json.dumps(graph.device_map(placement), indent=1) + "\n")
+    if files.placement is not None:
+        placement.write(files.placement)
 
 
-def _problem(target: str) -> Problem:
-    if not Path(target).is_file():
-        raise CliError(f"there is no file {target}", "name a problem file")
-    return read_problem(target)
+def _from_model(target: str, model: Model) -> tuple[Graph, Problem]:
+    if ":" not in target:
+        raise CliError(f"there is no file {target}", "name a problem file, or module:function")
+    if model.devices is None:
+        raise CliError("a model needs --devices", "such as --devices 4xh100:80GB")
+    devices = parse_devices(model.devices)
+    link = parse_link(model.link or "50GB/s,10us")
+    from . import cli_model
+    from .place_graph import trace
+
+    with torch_on_meta():
+        loaded = cli_model.load(target, [])
+    graph = trace(loaded.model, loaded.args, loaded.kwargs, model.train)
+    return graph, graph.problem(devices, link)
 
 
-def plan(
-    problem: Problem,
-    algorithm: str,
-    budget: float,
-    objective: str,
-    seed: int,
-    quiet: bool,
-    began: float | None,
-) -> Placement:
+def torch_on_meta() -> Any:
+    """While it is open, new tensors have no memory: models are built without their weights."""
+    import torch
+
+    return torch.device("meta")
+
+
+def plan(problem: Problem, options: dict[str, Any], quiet: bool, began: float | None) -> Placement:
     """`place` behind a progress bar with the current cost and gap, where there is a terminal."""
     console = Console(stderr=True)
     hidden = quiet or not console.is_terminal
@@ -74,15 +121,7 @@ def plan(
                 state = f"{_seconds(cost)}{gap}"
             bar.update(task, completed=used, state=state)
 
-        return place(
-            problem,
-            algorithm=algorithm,
-            objective=objective,
-            budget=budget,
-            seed=seed,
-            progress=None if hidden else progress,
-            began=began,
-        )
+        return place(problem, progress=None if hidden else progress, began=began, **options)
 
 
 def show(problem: Problem, placement: Placement) -> None:

@@ -27,7 +27,7 @@ from .problem import Floats, Ints, Problem
 Progress = Callable[[float, float, float], None]
 """Called with the share of the budget that is used, the best cost and the lower bound, seconds."""
 
-_LAMBDAS = (0.0, 0.05, 0.3, 1.0)  # weights of the depth-first place against bottom levels
+_LAMBDAS = (0.3, 0.05, 1.0)  # weights of the depth-first place against bottom levels
 _ROUNDS = 24
 _CHUNK = 0.04  # seconds between looks at the clock, about
 
@@ -72,8 +72,8 @@ class Search:
         self.moves = max(int(0.8 * budget / self.move_seconds), 50)
         self.began, self.budget = time.perf_counter(), max(budget, 1e-3)
         self.weight = 0.0
-        self.origin: dict[bytes, str] = {}
         self.start = ""
+        self.hurried = False  # whether the clock kept a start from being looked at
 
     def run(self) -> Found:
         """Searches. Raises InfeasibleError where nothing that fits was found."""
@@ -89,7 +89,7 @@ class Search:
             self._give_up()
         s.assign[:], s.offset[:] = s.best_assign, s.best_offset
         cost = self.engine.settle(0.0)
-        out_of_time = time.perf_counter() >= self.deadline
+        out_of_time = self.hurried or time.perf_counter() >= self.deadline
         return Found(
             s.assign.astype(np.int64), w.sequence.astype(np.int64), cost, self.bounds, self.start,
             int(s.counts[1]), "clock" if out_of_time else "moves",
@@ -98,23 +98,15 @@ class Search:
     def _ranked_starts(self) -> list[tuple[float, Ints, Floats]]:
         """Starts (cost, devices by op, offsets), cheapest first and each only once."""
         p, engine, s = self.p, self.engine, self.engine.state
-        place = starts.depth_first(p)
-        assigns: list[tuple[str, Ints, Ints | None]] = []
-        for name, listed in starts.simple_starts(self.problem):
-            assigns.append((name, listed.assign, listed.sequence))
-        large = self.n + len(p.pair_dst) > 40_000
-        orders = self.orders[:3] if large else self.orders
-        for device in starts.run_starts(p, orders, (1, 2) if large else (1, 2, 4, 8)):
-            assigns.append(("runs", device[p.unit], None))
-        level = [engine.bottom_levels(a.astype(np.int32)) for _, a, _ in assigns[:1]]
-        scale = float(level[0].max()) if level else 1.0
-        self.weight = 4 * max(self.bounds["best"], scale / 8)
         kept: dict[bytes, tuple[float, Ints, Floats]] = {}
 
         def consider(name: str, assign: Ints, offset: Floats) -> float:
             s.assign[:], s.offset[:] = assign, offset
             before = s.cost[1]
-            cost = engine.settle(self.weight)
+            # Three times the best is no start: such schedules need not be played to the end.
+            cost = engine.settle(
+                self.weight, 3 * min((x[0] for x in kept.values()), default=np.inf)
+            )
             if s.cost[1] < before:
                 self.start = name
             key = s.assign.tobytes()
@@ -122,24 +114,34 @@ class Search:
                 kept[key] = (cost, s.assign.copy(), s.offset.copy())
             return cost
 
+        first = np.argmax(p.allowed, axis=1)[p.unit]
+        scale = float(engine.bottom_levels(first.astype(np.int32)).max())
+        self.weight = 4 * max(self.bounds["best"], scale / 8)
         zero = np.zeros(self.n)
-        costs = []
-        for name, assign, sequence in assigns:
-            costs.append(consider(name, assign, zero))
-            if sequence is not None:  # its own order too, which a placement of it would have
-                rank = np.empty(self.n)
-                rank[sequence] = -np.arange(self.n, dtype=float)
-                consider(name, assign, rank * scale - engine.bottom_levels(s.assign))
-            if time.perf_counter() > self.began + 0.2 * self.budget:
+        large = self.n + len(p.pair_dst) > 40_000
+        runs = []
+        for device in starts.run_starts(p, self.orders, (1, 2) if large else (1, 2, 4, 8)):
+            assign = device[p.unit]
+            runs.append((consider("runs", assign, zero), assign))
+            if time.perf_counter() > self.began + 0.1 * self.budget:
+                self.hurried = True
                 break
-        few = np.argsort(costs, kind="stable")[: 12 if large else 60]
-        for share in _LAMBDAS[1:]:
-            for k in few:
-                name, assign, _ = assigns[k]
+        runs.sort(key=lambda item: item[0])
+        place = starts.depth_first(p)
+        for share in _LAMBDAS:
+            for _, assign in runs[: 12 if large else 60]:
                 longest = float(engine.bottom_levels(assign.astype(np.int32)).max())
-                consider(name, assign, -share * longest * place)
-            if time.perf_counter() > self.began + 0.3 * self.budget:
+                consider("runs", assign, -share * longest * place)
+            if time.perf_counter() > self.began + 0.2 * self.budget:
+                self.hurried = True
                 break
+        for name, listed in starts.simple_starts(self.problem, self.orders):
+            consider(name, listed.assign, zero)
+            # Its own order too, which a placement of it would have.
+            rank = np.empty(self.n)
+            rank[listed.sequence] = -np.arange(self.n, dtype=float)
+            level = engine.bottom_levels(listed.assign.astype(np.int32))
+            consider(name, listed.assign, rank * scale - level)
         return sorted(kept.values(), key=lambda item: item[0])
 
     def _anneal_rounds(self, ranked: list[tuple[float, Ints, Floats]]) -> None:

@@ -22,10 +22,13 @@ def m_etf(problem: Problem, contention: bool = False, limited: bool = True) -> L
     arrivals: dict[tuple[int, int], float] = {}
     heap: list[tuple[float, float, int, int]] = []
 
+    offered = [0] * ledger.n  # entries of each op in the heap
+
     def offer(op: int) -> None:
         able = ledger.devices(op)
         if not able:
             raise ledger.stuck(op, "m-ETF")
+        offered[op] += len(able)
         for d in able:
             arrivals[op, d] = ledger.arrival(op, d)
             heapq.heappush(heap, (max(arrivals[op, d], ledger.free[d]), rank[op], op, d))
@@ -34,14 +37,13 @@ def m_etf(problem: Problem, contention: bool = False, limited: bool = True) -> L
         if not ledger.missing[op]:
             offer(op)
     sequence = []
-    left = {}
     while heap:
         start, _, op, d = heapq.heappop(heap)
+        offered[op] -= 1
         if ledger.assign[op] >= 0:
             continue
         if d not in ledger.devices(op):
-            left[op] = left.get(op, 0) + 1
-            if not any(item[2] == op for item in heap):
+            if not offered[op]:
                 offer(op)  # its group went elsewhere meanwhile, or nothing is left: then it raises
             continue
         if ledger.contention:
@@ -49,6 +51,7 @@ def m_etf(problem: Problem, contention: bool = False, limited: bool = True) -> L
         now = max(arrivals[op, d], ledger.free[d])
         if now > start:  # the device or a link has been taken since
             heapq.heappush(heap, (now, rank[op], op, d))
+            offered[op] += 1
             continue
         sequence.append(op)
         for v in ledger.place(op, d, now):

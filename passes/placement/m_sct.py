@@ -107,10 +107,13 @@ def m_sct(problem: Problem, seconds: float | None = None) -> Listed:
             start = max(start, far)
         return start
 
+    offered = [0] * ledger.n  # entries of each op in the heap
+
     def offer(op: int) -> None:
         able = ledger.devices(op)
         if not able:
             raise ledger.stuck(op, "m-SCT")
+        offered[op] += len(able)
         for d in able:
             heapq.heappush(heap, (start_of(op, d), rank[op], op, d))
 
@@ -120,15 +123,17 @@ def m_sct(problem: Problem, seconds: float | None = None) -> Listed:
     sequence = []
     while heap:
         start, _, op, d = heapq.heappop(heap)
+        offered[op] -= 1
         if ledger.assign[op] >= 0:
             continue
         if d not in ledger.devices(op):
-            if not any(item[2] == op for item in heap):
+            if not offered[op]:
                 offer(op)
             continue
         now = start_of(op, d)
         if now > start:
             heapq.heappush(heap, (now, rank[op], op, d))
+            offered[op] += 1
             continue
         sequence.append(op)
         ready = ledger.place(op, d, now)

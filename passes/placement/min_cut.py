@@ -29,7 +29,7 @@ def single_device(problem: Problem) -> Listed:
     return Listed(np.full(len(p.topo), best, np.int64), p.topo)
 
 
-def min_cut(problem: Problem) -> Listed:
+def min_cut(problem: Problem, orders: Ints | None = None) -> Listed:
     """Cuts the order of units by depth into one run for each device, transferring the least.
 
     Each run must fit its device (params alone where memory is dynamic) and take at most a few
@@ -37,7 +37,7 @@ def min_cut(problem: Problem) -> Listed:
     least time on links. Raises InfeasibleError where no split fits.
     """
     p = problem.arrays
-    for order in linear_orders(p)[:2]:
+    for order in (linear_orders(p) if orders is None else orders)[:2]:
         for slack in (1.05, 1.2, 1.5, 2.0, np.inf):
             unit_device = split(p, order, slack)
             if unit_device is not None:

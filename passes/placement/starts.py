@@ -26,7 +26,7 @@ ALGORITHMS: dict[str, Callable[[Problem], Listed]] = {
 _SCT_LIMIT = 12_000  # ops and edges up to which the LP of m-SCT takes well under a second
 
 
-def simple_starts(problem: Problem) -> Iterator[tuple[str, Listed]]:
+def simple_starts(problem: Problem, orders: Ints) -> Iterator[tuple[str, Listed]]:
     """What the simple algorithms answer, with and without memory limits; failures are left out."""
     p = problem.arrays
     attempts: dict[str, Callable[[Problem], Listed]] = dict(ALGORITHMS)
@@ -34,7 +34,7 @@ def simple_starts(problem: Problem) -> Iterator[tuple[str, Listed]]:
         del attempts["m-sct"]
     attempts["heft"] = lambda x: heft(x, contention=True)
     attempts["heft without limits"] = lambda x: heft(x, contention=True, limited=False)
-    attempts["m-etf without limits"] = lambda x: m_etf(x, limited=False)
+    attempts["min-cut"] = lambda x: min_cut(x, orders)
     for name, algorithm in attempts.items():
         try:
             yield name, algorithm(problem)
