@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compiler.api import compile, load
     from .compiler.compiled import Compiled
+    from .compiler.device import Device
     from .compiler.early_exit import EarlyExit
     from .compiler.errors import CaptureError, FileError, InputError, OptionError, PlaitError
     from .compiler.options import Options
+    from .compiler.place_api import place
     from .compiler.route_profile import Profile, profile
     from .compiler.router import Router
+    from .passes.placement.errors import InfeasibleError, PlacementError
+    from .passes.placement.placement import Placement
+    from .passes.placement.problem import Problem
     from .passes.remarks import Remark
 
 __version__ = "0.1.0"
@@ -25,34 +30,46 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "CaptureError": "compiler.errors",
     "Compiled": "compiler.compiled",
+    "Device": "compiler.device",
     "EarlyExit": "compiler.early_exit",
     "FileError": "compiler.errors",
+    "InfeasibleError": "passes.placement.errors",
     "InputError": "compiler.errors",
     "OptionError": "compiler.errors",
     "Options": "compiler.options",
+    "Placement": "passes.placement.placement",
+    "PlacementError": "passes.placement.errors",
     "PlaitError": "compiler.errors",
+    "Problem": "passes.placement.problem",
     "Profile": "compiler.route_profile",
     "Remark": "passes.remarks",
     "Router": "compiler.router",
     "compile": "compiler.api",
     "load": "compiler.api",
+    "place": "compiler.place_api",
     "profile": "compiler.route_profile",
 }
 
 __all__ = [
     "CaptureError",
     "Compiled",
+    "Device",
     "EarlyExit",
     "FileError",
+    "InfeasibleError",
     "InputError",
     "OptionError",
     "Options",
+    "Placement",
+    "PlacementError",
     "PlaitError",
+    "Problem",
     "Profile",
     "Remark",
     "Router",
     "compile",
     "load",
+    "place",
     "profile",
 ]
 

@@ -156,7 +156,7 @@ def _forward(program: Any) -> Traced:
 
 
 def _joint(program: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
-    """The exported graph and its gradients as one graph, traced through autograd on fake tensors."""
+    """The exported graph and its gradients as one, traced through autograd on fake tensors."""
     module = program.module()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}

@@ -1,0 +1,207 @@
+"""Models become placement problems: costs, memory, colocation, gradients; nothing is allocated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import plait
+from plait.compiler import cli, place_graph
+from plait.passes.placement.devices import KINDS, parse_bytes, parse_devices, parse_link
+from plait.passes.placement.errors import PlacementError
+from plait.passes.placement.problem import Link, Problem
+from plait.passes.placement.schedule_trace import memory_over_time
+from plait.passes.placement.simulator import simulate
+
+MODEL = """
+import torch
+from torch import nn
+
+def mlp():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    return model, (torch.zeros(8, 64),)
+"""
+
+
+class Block(nn.Module):
+    """Two products that share a weight, a view between them, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = nn.Linear(16, 16, bias=False)
+        self.other = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.tied(x)).view(2, 4, 16)
+        return self.other(self.tied(y.reshape(8, 16))).sum()
+
+
+def problem_of(model: nn.Module, *inputs: torch.Tensor, optimizer: str | None = None) -> Problem:
+    graph = place_graph.trace(model, inputs, optimizer=optimizer)
+    return graph.problem(parse_devices("2xh100:80GB"), Link(1e-6, 1e9))
+
+
+def test_products_cost_what_the_roofline_says() -> None:
+    with torch.device("meta"):
+        model, x = nn.Linear(4096, 8192, bias=False), torch.zeros(2048, 4096)
+    problem = problem_of(model, x)
+    (op,) = [op for op in problem.ops if op.time_s]
+    flops, nbytes = 2 * 2048 * 4096 * 8192, 4 * (2048 * 4096 + 4096 * 8192 + 2048 * 8192)
+    assert op.time_s == pytest.approx(KINDS["h100"].seconds(flops, nbytes, 4))
+    assert op.param_bytes == 4 * 4096 * 8192
+    assert op.output_bytes == 4 * 2048 * 8192
+    assert op.keep
+
+
+def test_readers_of_one_weight_stay_together_and_views_are_no_ops() -> None:
+    problem = problem_of(Block(), torch.zeros(8, 16))
+    names = [op.name for op in problem.ops]
+    assert not any("view" in name or "reshape" in name for name in names)
+    tied = [op for op in problem.ops if op.name.startswith("linear")][:2]
+    assert tied[0].group is not None and tied[0].group == tied[1].group
+    assert sum(op.param_bytes for op in problem.ops) == 4 * (16 * 16 + 16 * 4 + 4)
+
+
+@pytest.mark.parametrize(("optimizer", "each"), [("none", 8), ("sgd", 8), ("adam", 16)])
+def test_a_training_step_has_gradients_beside_their_weights(optimizer: str, each: int) -> None:
+    forward = problem_of(Block(), torch.zeros(8, 16))
+    step = problem_of(Block(), torch.zeros(8, 16), optimizer=optimizer)
+    assert len(step.ops) > 1.5 * len(forward.ops)
+    count = sum(p.numel() for p in Block().parameters())
+    assert sum(op.param_bytes for op in step.ops) == each * count
+    groups = {op.group for op in step.ops if op.group}
+    assert len(groups) == 3  # two weights and a bias
+
+
+def test_weights_on_the_meta_device_are_never_made() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*[nn.Linear(30_000, 30_000, bias=False) for _ in range(12)])
+        x = torch.zeros(4, 30_000)
+    placement = plait.place(model, example_inputs=(x,), devices="2xh100:80GB", budget=0.5)
+    peaks = placement.report["peak_bytes"]
+    assert max(peaks.values()) <= 80e9
+    assert sum(peaks.values()) >= 12 * 4 * 30_000**2
+
+
+def test_what_cannot_be_exported_says_why() -> None:
+    class Branchy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if x.sum() > 0 else x - 1
+
+    with pytest.raises(plait.CaptureError, match="PLT-PLC-002: Branchy cannot be exported"):
+        place_graph.trace(Branchy(), (torch.zeros(3),))
+    with pytest.raises(plait.CaptureError, match="unknown optimizer 'magic'"):
+        place_graph.trace(Block(), (torch.zeros(8, 16),), optimizer="magic")
+
+
+def test_device_maps_name_modules_that_stay_whole() -> None:
+    graph = place_graph.Graph("g")
+    graph.weights = {"a": ["b.0.w", "b.0.v"], "c": ["b.1.w"], "d": ["b.1.v"], "e": ["head.w"]}
+    assign = {"a": "h100:0", "c": "h100:10", "d": "h100:2", "e": "cpu:0"}
+    placed = graph.device_map(plait.Placement(assign))
+    assert placed == {"b.0": 0, "b.1.w": 2, "b.1.v": 1, "head": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "memory"),
+    [
+        ("2xh100:40GB", ["h100:0", "h100:1"], 40e9),
+        ("A100", ["a100:0"], 80e9),
+        ("cpu:16GiB", ["cpu:0"], 16 * 2**30),
+    ],
+)
+def test_device_specs(text: str, names: list[str], memory: float) -> None:
+    found = parse_devices(text)
+    assert [x.device.name for x in found] == names
+    assert {x.device.memory_bytes for x in found} == {memory}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0xh100", "h100:", "h100:lots", "z80", "2 x h100", "h100:1iB"]
+)
+def test_device_specs_without_meaning_are_refused(text: str) -> None:
+    with pytest.raises(PlacementError):
+        parse_devices(text)
+
+
+def test_links() -> None:
+    assert parse_link("450GB/s,5us") == Link(5e-6, 450e9)
+    assert parse_link("1e9B/s") == Link(0.0, 1e9)
+    assert parse_bytes("1.5kB", "x") == 1500
+    for text in ("450GB", "0GB/s", "1GB/s,5", "fast"):
+        with pytest.raises(PlacementError, match="link"):
+            parse_link(text)
+
+
+def test_devices_by_name() -> None:
+    placed = plait.Device("h100:80GB", memory=7.0, speed=0.5).placed(3)
+    assert (placed.device.name, placed.device.memory_bytes, placed.device.speed) == (
+        "h100:3",
+        7,
+        0.5,
+    )
+    with pytest.raises(plait.OptionError, match="more than one device"):
+        plait.Device("2xh100")
+    with pytest.raises(plait.OptionError, match="has no meaning"):
+        plait.Device("h100", speed=0.0)
+
+
+def test_the_api_takes_problems_and_refuses_models_without_devices(tmp_path: Path) -> None:
+    problem = problem_of(Block(), torch.zeros(8, 16))
+    assert plait.place(problem, budget=0.2).report["gap"] >= 0
+    with pytest.raises(plait.OptionError, match="a model needs devices"):
+        plait.place(Block(), example_inputs=(torch.zeros(8, 16),))
+
+
+def test_memory_over_time_peaks_where_the_simulator_says() -> None:
+    problem = problem_of(Block(), torch.zeros(8, 16), optimizer="sgd")
+    schedule = simulate(problem, plait.place(problem, budget=0.2))
+    for curve, peak in zip(memory_over_time(problem, schedule), schedule.peak, strict=True):
+        assert max(size for _, size in curve) == pytest.approx(peak)
+
+
+def place(folder: Path, *options: str) -> Any:
+    (folder / "models.py").write_text(MODEL)
+    target = f"{folder / 'models.py'}:mlp"
+    return CliRunner().invoke(cli.app, ["place", target, "--budget", "0.3", *options])
+
+
+def test_the_command_places_a_model_and_writes_all_files(tmp_path: Path) -> None:
+    names = {"-o": "o.json", "--problem": "p.json", "--device-map": "m.json", "--gantt": "g.png",
+             "--trace": "t.json"}  # fmt: skip
+    files = [x for k, v in names.items() for x in (k, str(tmp_path / v))]
+    result = place(tmp_path, "--devices", "2xa100:20kB", "--link", "10GB/s,1us", *files)
+    assert result.exit_code == 0, result.output
+    assign = json.loads((tmp_path / "o.json").read_text())["assign"]
+    assert set(assign.values()) == {"a100:0", "a100:1"}
+    assert sorted(json.loads((tmp_path / "m.json").read_text())) == ["0", "2"]
+    assert (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG"
+    kinds = {e["ph"] for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"]}
+    assert kinds == {"M", "X", "C"}
+    again = CliRunner().invoke(cli.app, ["place", str(tmp_path / "p.json"), "--budget", "0.3"])
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "a model needs --devices"),
+        (["--devices", "2xz80"], "device kind 'z80' is unknown"),
+        (["--devices", "h100", "--link", "fast"], "link 'fast' is not understood"),
+        (["--devices", "h100:1kB"], "fits nowhere"),
+        (["--devices", "h100", "--train", "magic"], "unknown optimizer 'magic'"),
+        (["--devices", "h100", "--gantt", "x.txt"], "pictures are written as"),
+    ],
+)
+def test_faults_exit_with_2(tmp_path: Path, options: list[str], message: str) -> None:
+    out = tmp_path / "o.json"
+    result = place(tmp_path, "-o", str(out), *options)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not out.exists()
