@@ -358,6 +358,16 @@ def _is_view(node: fx.Node) -> bool:
 def _flops(node: fx.Node) -> float:
     """FLOPs by torch's own formulas for products; others do about one per element they make."""
     target: Any = node.target
+    values = [x.meta["val"] for x in node.all_input_nodes if _has_tensor(x)]
+    (made, *_) = _values(node)
+    name = str(target).split(".")[1] if str(target).startswith("aten.") else ""
+    if name in ("linear", "matmul"):  # operators that export keeps whole
+        return 2.0 * made.numel() * values[0].shape[-1]
+    if name in ("conv1d", "conv2d", "conv3d"):
+        return 2.0 * made.numel() * values[1][0].numel()
+    if name == "scaled_dot_product_attention":
+        query, key = values[0], values[1]
+        return 2.0 * query.numel() * key.shape[-2] + 2.0 * made.numel() * key.shape[-2]
     packet = getattr(target, "overloadpacket", None)
     formula: Callable[..., Any] | None = flop_registry.get(packet)  # type: ignore[arg-type]
     if formula is None:

@@ -14,6 +14,7 @@ from scipy.optimize import linprog
 from scipy.sparse.csgraph import connected_components
 
 from .clusters import depths
+from .engine import heads
 from .problem import Arrays, Floats, Ints
 
 
@@ -23,6 +24,8 @@ def lower_bounds(p: Arrays, throughput: bool = False) -> dict[str, float]:
     - ``work``: all work shared out perfectly, each op at its own speed on each device (an LP);
     - ``group``: a colocation group runs on one device;
     - ``path``: the longest path at least times;
+    - ``communication``: the same where ops wait for data from other devices or share one device
+      with what they read, whichever is sooner (in the manner of Fernandez and Bussell, 1973);
     - ``window``: ops that have much before and behind them must share the devices meanwhile
       (head-tail bound, as in Carlier's for one machine, 1982);
     - ``cut``: if no device holds the whole problem, some tensor between colocated parts crosses;
@@ -34,7 +37,9 @@ def lower_bounds(p: Arrays, throughput: bool = False) -> dict[str, float]:
     if not throughput and n:
         head, tail = depths(p)
         bounds["path"] = float((head + least + tail).max())
-        bounds["window"] = _window(p, head, tail, least)
+        late, early = _with_transfers(p, least)
+        bounds["communication"] = float((late + least + early).max())
+        bounds["window"] = _window(p, np.maximum(head, late), np.maximum(tail, early), least)
         bounds["cut"] = _forced_cut(p, head, tail, least)
         bounds["memory"] = max(_memory_path(p, least, x) for x in (0.0, 0.03, 0.1, 0.3, 1.0, 10.0))
     bounds["best"] = max(bounds.values(), default=0.0)
@@ -115,6 +120,15 @@ def _cheapest_transfer(p: Arrays) -> Floats:
     other = ~np.eye(m, dtype=bool)
     links = np.unique(np.stack([p.lat[other], p.bw[other]], 1), axis=0)
     return (links[:, 0] + p.tensor_bytes[:, None] / links[:, 1]).min(1)
+
+
+def _with_transfers(p: Arrays, least: Floats) -> tuple[Floats, Floats]:
+    """Heads and tails of ops, with transfers; the tails are heads of the graph turned round."""
+    cost = _cheapest_transfer(p)[p.pair_tensor]
+    src = p.tensor_src[p.pair_tensor]
+    late = heads(p.topo, p.in_ptr, src[p.in_pair], cost[p.in_pair], least, p.unit)
+    first = p.tensor_ptr[p.out_ptr]
+    return late, heads(p.topo[::-1], first, p.pair_dst, cost, least, p.unit)
 
 
 def _forced_cut(p: Arrays, head: Floats, tail: Floats, least: Floats) -> float:

@@ -79,11 +79,11 @@ def parse_link(text: str) -> Link:
     if not rate.strip().endswith("/s"):
         raise PlacementError(f"link {text!r} is not understood; write it as 450GB/s,5us")
     bandwidth = parse_bytes(rate.strip()[:-2], f"link {text!r}")
-    scale = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+    scale = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
     match = re.fullmatch(_NUMBER + "(s|ms|us|ns)", delay.strip()) if delay.strip() else None
     if bandwidth <= 0 or (delay.strip() and match is None):
         raise PlacementError(f"link {text!r} is not understood; write it as 450GB/s,5us")
-    return Link(float(match[1]) * scale[match[2]] if match else 0.0, bandwidth)
+    return Link(float(match[1]) / scale[match[2]] if match else 0.0, bandwidth)
 
 
 def parse_bytes(text: str, what: str) -> float:

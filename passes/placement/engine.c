@@ -506,3 +506,63 @@ void plait_anneal(const Problem *p, Work *w, State *s, int steps, double hot, do
         }
     }
 }
+
+/* Least start of each op, in an order of `order` that has what `near` names before it.
+ *
+ * If op v starts at t, a neighbour u whose data would come later than t from another device is on
+ * v's own; and so on for neighbours of such ops. Together they run on one device before t. The
+ * least t that does not contradict itself is a bound on the start of v. `least` holds least times,
+ * `cost` the cheapest transfers by entry of the rows; `mark` is -1, `list` and `behind` scratch. */
+void plait_heads(int n, const int32_t *order, const int32_t *ptr, const int32_t *near,
+                 const double *cost, const double *least, const int32_t *unit, double *head,
+                 int32_t *mark, int32_t *list, double *behind) {
+    enum { MOST = 48 }; /* ops looked at together; any subset gives a valid bound */
+    for (int k = 0; k < n; k++) {
+        const int v = order[k];
+        double t = 0.0;
+        for (int q = ptr[v]; q < ptr[v + 1]; q++) {
+            const double x = head[near[q]] + least[near[q]];
+            if (x > t) t = x;
+        }
+        for (;;) {
+            int count = 1;
+            double leave = INFINITY, bound = 0.0, sum = 0.0;
+            list[0] = v;
+            behind[v] = 0.0;
+            for (int j = 0; j < count; j++) {
+                const int x = list[j];
+                for (int q = ptr[x]; q < ptr[x + 1] && count <= MOST; q++) {
+                    const int u = near[q], bound_to = unit[u] == unit[x];
+                    const double come =
+                        head[u] + least[u] + (bound_to ? 0.0 : cost[q]) + behind[x];
+                    if (mark[u] == v || !(come > t || (bound_to && x == v))) continue;
+                    mark[u] = v;
+                    behind[u] = behind[x] + least[u];
+                    if (!bound_to && come < leave) leave = come;
+                    list[count++] = u;
+                }
+            }
+            for (int j = 1; j < count; j++) mark[list[j]] = -1;
+            for (int j = 2; j < count; j++) { /* by head, latest first */
+                const int u = list[j];
+                int i = j - 1;
+                while (i >= 1 && head[list[i]] < head[u]) {
+                    list[i + 1] = list[i];
+                    i--;
+                }
+                list[i + 1] = u;
+            }
+            for (int j = 1; j < count; j++) {
+                sum += least[list[j]];
+                if (head[list[j]] + sum > bound) bound = head[list[j]] + sum;
+            }
+            if (bound <= t) break;
+            if (bound < leave) {
+                t = bound;
+                break;
+            }
+            t = leave;
+        }
+        head[v] = t;
+    }
+}

@@ -195,6 +195,27 @@ class Engine:
         self._s._obj.throughput = int(on)
 
 
+def heads(
+    order: npt.NDArray[Any],
+    ptr: npt.NDArray[Any],
+    near: npt.NDArray[Any],
+    cost: Floats,
+    least: Floats,
+    unit: npt.NDArray[Any],
+) -> Floats:
+    """Least start of each op (seconds), given the ops in rows ``near`` that must end before it.
+
+    Transfers of at least ``cost`` (by entry) are paid or avoided by sharing a device, whichever
+    allows the earlier start.
+    """
+    n = len(order)
+    arrays = [_plain(x) for x in (order, ptr, near, cost, least, unit)]
+    head, behind = np.zeros(n), np.zeros(n)
+    mark, room = np.full(n, -1, np.int32), np.zeros(n + 64, np.int32)
+    _library().plait_heads(n, *[_address(x) for x in (*arrays, head, mark, room, behind)])
+    return head
+
+
 def _plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     kinds = {"f": np.float64, "i": np.int32, "u": np.int32, "b": np.uint8}
     return np.ascontiguousarray(array, kinds[np.asarray(array).dtype.kind])
@@ -261,6 +282,8 @@ def _library() -> ctypes.CDLL:
     library.plait_settle.restype = double
     library.plait_anneal.argtypes = [pointer] * 3 + [ctypes.c_int] + [double] * 4
     library.plait_anneal.restype = None
+    library.plait_heads.argtypes = [ctypes.c_int] + [pointer] * 10
+    library.plait_heads.restype = None
     return library
 
 

@@ -90,7 +90,7 @@ def _report(
         "makespan_s": schedule.makespan,
         "load_s": schedule.load,
         "lower_bound_s": bound,
-        "gap": cost / bound - 1 if bound else 0.0,
+        "gap": max(cost / bound - 1, 0.0) if bound else 0.0,
         "bounds_s": bounds,
         "peak_bytes": dict(zip(names, schedule.peak.tolist(), strict=True)),
         "busy_s": dict(zip(names, busy.tolist(), strict=True)),
