@@ -14,9 +14,11 @@ from .list_scheduling import Ledger, Listed, upward_ranks
 from .problem import Problem
 
 
-def heft(problem: Problem, contention: bool = False, limited: bool = True) -> Listed:
+def heft(
+    problem: Problem, contention: bool = False, limited: bool = True, balanced: bool = False
+) -> Listed:
     """Places ops by HEFT; ``contention`` sees busy links. Raises InfeasibleError if stuck."""
-    ledger = Ledger(problem, contention, limited)
+    ledger = Ledger(problem, contention, limited, balanced)
     rank = upward_ranks(problem)
     place = np.empty(ledger.n, np.int64)
     place[problem.arrays.topo] = np.arange(ledger.n)

@@ -3,17 +3,19 @@
 Memory is counted as the published algorithms do, and the first op of a colocation group books the
 parameters of the whole group. In the static model (training as in Baechi) outputs and temporaries
 stay; in the dynamic one an output, and each received copy, lasts until all its consumers have been
-placed. That is a guess, for ops are not placed in the order of time: `simulator` judges.
+placed. That is a guess, for ops are not placed in the order of time: `simulator` judges. Where it
+fails, "balanced" booking shares out all that is ever made, as if nothing were freed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .errors import InfeasibleError
-from .problem import Floats, Ints, Problem
+from .problem import Arrays, Floats, Ints, Problem
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,35 @@ class Listed:
     sequence: Ints  # [n]
 
 
+def balanced_room(p: Arrays, need: Sequence[float]) -> Floats:
+    """Capacities stretched alike until all that is ever made would fit at once, bytes.
+
+    Booked against them, memory is shared out evenly although most of it is free again in time.
+    """
+    stretch = max(sum(need) / max(float(p.cap.sum()), 1.0), 1.0)
+    return p.cap * stretch + max(need, default=0.0)
+
+
 class Ledger:
     """Books memory on devices by colocation unit, and remembers what data arrives where, when."""
 
-    def __init__(self, problem: Problem, contention: bool = False, limited: bool = True) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        contention: bool = False,
+        limited: bool = True,
+        balanced: bool = False,
+    ) -> None:
         self.problem, self.p = problem, problem.arrays
         p = self.p
         self.n, self.m = p.time.shape
         self.contention = contention
         self.time: list[list[float]] = p.time.tolist()
-        need = p.param + p.out + p.temp if p.static else p.param
+        self.whole = p.static or balanced  # whether all of a group's bytes are booked at once
+        need = p.param + p.out + p.temp if self.whole else p.param
         self.need = np.bincount(p.unit, weights=need, minlength=len(p.unit_ptr) - 1).tolist()
-        self.room = p.cap.tolist() if limited else [float("inf")] * self.m
+        room = balanced_room(p, self.need) if balanced else p.cap
+        self.room = room.tolist() if limited else [float("inf")] * self.m
         self.out, self.temp, self.keep = p.out.tolist(), p.temp.tolist(), p.keep.tolist()
         self.live: list[dict[int, float]] = [
             {} for _ in range(self.n)
@@ -69,7 +88,7 @@ class Ledger:
 
     def _extra(self, op: int) -> float:
         """Bytes that an op needs beside what its group has booked."""
-        return 0.0 if self.p.static else self.out[op] + self.temp[op]
+        return 0.0 if self.whole else self.out[op] + self.temp[op]
 
     def sent(self, tensor: int, device: int) -> float:
         """When a tensor can be on a device, seconds."""
@@ -98,7 +117,7 @@ class Ledger:
                 source = self.assign[self.tensor_src[t]]
                 if source != device and (t, device) not in self.copies:
                     self.copies[t, device] = self.link_free[source][device] = self.sent(t, device)
-        if not self.p.static:
+        if not self.whole:
             self._hold(op, device)
         self.assign[op] = device
         self.end[op] = start + self.time[op][device]

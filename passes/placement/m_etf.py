@@ -15,9 +15,11 @@ from .list_scheduling import Ledger, Listed, upward_ranks
 from .problem import Problem
 
 
-def m_etf(problem: Problem, contention: bool = False, limited: bool = True) -> Listed:
+def m_etf(
+    problem: Problem, contention: bool = False, limited: bool = True, balanced: bool = False
+) -> Listed:
     """Places ops by m-ETF; ``contention`` sees busy links. Raises InfeasibleError if stuck."""
-    ledger = Ledger(problem, contention, limited)
+    ledger = Ledger(problem, contention, limited, balanced)
     rank = (-upward_ranks(problem)).tolist()  # decides between pairs that could start together
     arrivals: dict[tuple[int, int], float] = {}
     heap: list[tuple[float, float, int, int]] = []

@@ -88,10 +88,10 @@ def favourites(problem: Problem, seconds: float | None = None) -> Ints:
     return child
 
 
-def m_sct(problem: Problem, seconds: float | None = None) -> Listed:
+def m_sct(problem: Problem, seconds: float | None = None, balanced: bool = False) -> Listed:
     """Places ops by m-SCT. Raises InfeasibleError where an op finds no device with room."""
     child = favourites(problem, seconds).tolist()
-    ledger = Ledger(problem)
+    ledger = Ledger(problem, balanced=balanced)
     rank = (-upward_ranks(problem)).tolist()
     last = [-1] * ledger.m  # the op that a device ran last
     heap: list[tuple[float, float, int, int]] = []

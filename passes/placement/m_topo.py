@@ -13,9 +13,9 @@ from .list_scheduling import Ledger, Listed
 from .problem import Problem
 
 
-def m_topo(problem: Problem) -> Listed:
+def m_topo(problem: Problem, balanced: bool = False) -> Listed:
     """Places ops by m-TOPO. Raises InfeasibleError where a group fits on no device."""
-    ledger = Ledger(problem)
+    ledger = Ledger(problem, balanced=balanced)
     # The balanced cap: an equal share, and room for the largest group, within each device.
     p = problem.arrays
     need = np.bincount(p.unit, weights=p.param + p.out + p.temp).tolist()

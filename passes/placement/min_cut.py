@@ -6,7 +6,7 @@ import numpy as np
 
 from .clusters import linear_orders
 from .errors import InfeasibleError
-from .list_scheduling import Listed
+from .list_scheduling import Listed, balanced_room
 from .problem import Arrays, Floats, Ints, Problem
 
 
@@ -29,7 +29,7 @@ def single_device(problem: Problem) -> Listed:
     return Listed(np.full(len(p.topo), best, np.int64), p.topo)
 
 
-def min_cut(problem: Problem, orders: Ints | None = None) -> Listed:
+def min_cut(problem: Problem, orders: Ints | None = None, balanced: bool = False) -> Listed:
     """Cuts the order of units by depth into one run for each device, transferring the least.
 
     Each run must fit its device (params alone where memory is dynamic) and take at most a few
@@ -39,17 +39,19 @@ def min_cut(problem: Problem, orders: Ints | None = None) -> Listed:
     p = problem.arrays
     for order in (linear_orders(p) if orders is None else orders)[:2]:
         for slack in (1.05, 1.2, 1.5, 2.0, np.inf):
-            unit_device = split(p, order, slack)
+            unit_device = split(p, order, slack, balanced)
             if unit_device is not None:
                 return Listed(unit_device[p.unit], p.topo)
     raise InfeasibleError("min-cut: no contiguous split fits the devices", {}, False)
 
 
-def split(p: Arrays, order: Ints, slack: float) -> Ints | None:
+def split(p: Arrays, order: Ints, slack: float, balanced: bool = False) -> Ints | None:
     """Devices by unit for the cheapest contiguous split of an order; None where none fits."""
     units, m = len(p.unit_ptr) - 1, len(p.cap)
-    need = p.param + p.out + p.temp if p.static else p.param
-    memory = np.concatenate([[0.0], np.cumsum(np.bincount(p.unit, need, units)[order])])
+    need = p.param + p.out + p.temp if p.static or balanced else p.param
+    by_unit = np.bincount(p.unit, need, units)
+    room = balanced_room(p, by_unit.tolist()) if balanced else p.cap
+    memory = np.concatenate([[0.0], np.cumsum(by_unit[order])])
     finite = np.where(np.isfinite(p.time), p.time, 0.0)
     work = np.zeros((m, units + 1))
     for d in range(m):
@@ -64,7 +66,7 @@ def split(p: Arrays, order: Ints, slack: float) -> Ints | None:
     for d in range(m):
         # A run (i, j]: the farthest i back that fits, by bisection, for all three are monotone.
         low = np.maximum.reduce([
-            np.searchsorted(memory, memory - p.cap[d] * (1 + 1e-12), "left"),
+            np.searchsorted(memory, memory - room[d] * (1 + 1e-12), "left"),
             np.searchsorted(work[d], work[d] - share * (1 + 1e-9), "left"),
             np.searchsorted(banned[d], banned[d], "left"),
         ])  # fmt: skip

@@ -14,7 +14,7 @@ from .list_scheduling import Listed
 from .placement import Placement
 from .problem import Problem
 from .simulator import Schedule, placement_of, simulate
-from .starts import ALGORITHMS
+from .starts import ALGORITHMS, BALANCED
 
 OBJECTIVES = ("latency", "throughput")
 NAMES = ("best", *ALGORITHMS)
@@ -56,7 +56,7 @@ def place(
         report.update(start=found.start, moves=found.moves, stopped=found.stopped)
     else:
         refuse_hopeless(problem)
-        placement = simple(problem, ALGORITHMS[algorithm](problem), report)
+        placement = _simple(problem, algorithm, report)
         bounds = lower_bounds(problem.arrays, objective == "throughput")
     schedule = simulate(problem, placement)
     short = schedule.shortfall(problem)
@@ -73,10 +73,21 @@ def place(
     return Placement(placement.assign, placement.order, placement.mode, report)
 
 
-def simple(problem: Problem, listed: Listed, report: dict[str, object]) -> Placement:
-    """The placement that a simple algorithm's answer stands for."""
-    sequence = listed.sequence
-    return placement_of(problem, listed.assign, sequence, report)
+def _simple(problem: Problem, algorithm: str, report: dict[str, object]) -> Placement:
+    """A simple algorithm's placement; with memory shared out evenly where that alone fits."""
+    balanced = BALANCED.get(algorithm) if not problem.arrays.static else None
+    try:
+        placement = _listed(problem, ALGORITHMS[algorithm](problem), report)
+        if balanced is None or not simulate(problem, placement).shortfall(problem):
+            return placement
+    except InfeasibleError:
+        if balanced is None:
+            raise
+    return _listed(problem, balanced(problem), report)
+
+
+def _listed(problem: Problem, listed: Listed, report: dict[str, object]) -> Placement:
+    return placement_of(problem, listed.assign, listed.sequence, report)
 
 
 def _report(

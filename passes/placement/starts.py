@@ -23,6 +23,15 @@ ALGORITHMS: dict[str, Callable[[Problem], Listed]] = {
     "m-sct": m_sct,
     "heft": heft,
 }
+BALANCED: dict[str, Callable[[Problem], Listed]] = {
+    "min-cut": lambda x: min_cut(x, balanced=True),
+    "m-topo": lambda x: m_topo(x, balanced=True),
+    "m-etf": lambda x: m_etf(x, balanced=True),
+    "m-sct": lambda x: m_sct(x, balanced=True),
+    "heft": lambda x: heft(x, balanced=True),
+}
+"""The same, with memory shared out evenly: what to try where the first answer does not fit."""
+
 _SCT_LIMIT = 12_000  # ops and edges up to which the LP of m-SCT takes well under a second
 
 
@@ -33,6 +42,8 @@ def simple_starts(problem: Problem, orders: Ints) -> Iterator[tuple[str, Listed]
     if len(p.topo) + len(p.pair_dst) > _SCT_LIMIT:
         del attempts["m-sct"]
     attempts["heft"] = lambda x: heft(x, contention=True)
+    if not p.static:
+        attempts |= {f"{n} balanced": f for n, f in BALANCED.items() if n in attempts}
     attempts["heft without limits"] = lambda x: heft(x, contention=True, limited=False)
     attempts["min-cut"] = lambda x: min_cut(x, orders)
     for name, algorithm in attempts.items():
