@@ -23,13 +23,14 @@ from ..kernels import target as targets
 from ..passes.base import copy_graph
 from ..passes.ir import branches_of
 from ..passes.manager import PassManager
+from ..passes.merge_parallel import JUDGE, Judge, MergeParallelOps
 from ..passes.remarks import Remark
 from ..passes.route_odds import Routes
 from ..passes.schedule import SCHEDULE, SchedulePass
 from ..passes.speculate_routes import LIKELY, ROUTES, SIZED, Likely, SpeculateRoutes
 from ..runtime.executor import Executor, Part, Recorder
 from ..runtime.plan import BranchStep, Plan
-from . import lower, select
+from . import lower, merging, select
 from .bets import Sample, Speculation, inputs_of, judge_capacities, judge_likely
 from .build import plain_modes
 from .capture import EXCLUSIVE
@@ -200,14 +201,15 @@ def _make(captured: Captured, options: Options, routes: Routes | None) -> _Made:
 
     with torch.no_grad():
         manager = PassManager(DEFAULT_PIPELINE if options.pipeline is None else options.pipeline)
-        graph = captured.graph_module
+        graph = copy_graph(captured.graph_module)
+        graph.meta[JUDGE] = _merge_judge(manager, options.tune)
         if routes is not None:
-            graph = copy_graph(graph)
             graph.meta[ROUTES] = routes
         result = manager.run(graph)
         graph = result.graph_module
+        graph.meta.pop(JUDGE)
         if routes is not None:
-            _finish_sized(graph, _after_bets(manager))
+            _finish_sized(graph, _after(manager, SpeculateRoutes.name))
         lap("passes")
         kernels = select.Kernels(targets.host(), select.database(), options.tune)
         lowered = lower.lower(graph, groups_of(graph), kernels, captured.symbols)
@@ -222,7 +224,7 @@ def _make(captured: Captured, options: Options, routes: Routes | None) -> _Made:
         lap("schedule")
         likely: Likely | None = graph.meta.pop(LIKELY, None)
         if routes is not None and likely is not None:
-            other = _after_bets(manager).run(likely.graph).graph_module
+            other = _after(manager, SpeculateRoutes.name).run(likely.graph).graph_module
             special = lower.lower(other, groups_of(other), kernels, captured.symbols, "likely")
             quick = _scheduled(other, special, kernels)
             sample = Sample(inputs_of(lowered.plan, values), routes)
@@ -234,6 +236,18 @@ def _make(captured: Captured, options: Options, routes: Routes | None) -> _Made:
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
     remarks = (*captured.remarks, *result.remarks, *lowered.remarks, *bets)
     return _Made(graph, lowered, kernels, remarks, seconds, engine)
+
+
+def _merge_judge(manager: PassManager, tune: str) -> Judge:
+    """Measures mergers as the passes after them will leave them."""
+    from ..passes.fuse_vertical import groups_of
+
+    def build(graph: fx.GraphModule) -> Executor:
+        kernels = select.Kernels(targets.host(), select.database(), tune)
+        return _executor(lower.lower(graph, groups_of(graph), kernels, {}, "merger"), kernels)
+
+    rest = _after(manager, MergeParallelOps.name)
+    return merging.judge(rest, build, select.database(), tune != "off")
 
 
 def _scheduled(graph: fx.GraphModule, lowered: lower.Lowered, kernels: select.Kernels) -> Executor:
@@ -252,10 +266,10 @@ def _sizes_of(captured: Captured) -> dict[str, int]:
     }
 
 
-def _after_bets(manager: PassManager) -> PassManager:
-    """The passes of a pipeline that come after the bets, for the graphs that bets made."""
+def _after(manager: PassManager, name: str) -> PassManager:
+    """The passes of a pipeline that come after the one called ``name``: none if it lacks that."""
     names = [item.name for item in manager.passes]
-    first = names.index(SpeculateRoutes.name) + 1 if SpeculateRoutes.name in names else len(names)
+    first = names.index(name) + 1 if name in names else len(names)
     return PassManager(manager.passes[first:])
 
 

@@ -18,6 +18,7 @@ _BUILT_IN: dict[str, str] = {
     "normalize": "normalize:Normalize",
     "outline-branches": "outline_branches:OutlineBranches",
     "speculate-routes": "speculate_routes:SpeculateRoutes",
+    "merge-parallel-ops": "merge_parallel:MergeParallelOps",
     "fuse-vertical": "fuse_vertical:FuseVertical",
     "schedule": "schedule:SchedulePass",
 }
