@@ -182,7 +182,8 @@ class MergeParallelOps(Pass):
         parts = self._parts(rewriter, names)  # what they read may have become a slice since
         if judge is None:
             reason = "nobody measures whether it gains"
-            remarks.append(self._missed("PLT-MRG-004", names, reason))
+            hint = "compile the model with this pass in the pipeline"
+            remarks.append(self._missed("PLT-MRG-004", names, reason, hint))
             return False
         apart = _extract(rewriter, parts)
         verdict = judge(apart, self._joined(apart, names))
@@ -219,8 +220,8 @@ class MergeParallelOps(Pass):
         _erase_unread([a for a in pieces if is_call(a, aten.slice.Tensor)])
         return rewriter.finish()
 
-    def _missed(self, remark: str, names: Sequence[str], reason: str) -> Remark:
-        return Remark(remark, "missed", self.name, tuple(names), reason)
+    def _missed(self, remark: str, names: Sequence[str], reason: str, hint: str = "") -> Remark:
+        return Remark(remark, "missed", self.name, tuple(names), reason, hint)
 
 
 def _product(node: fx.Node) -> _Part | None:
