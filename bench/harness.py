@@ -19,8 +19,9 @@ import psutil
 import torch
 from torch import nn
 
+from .bounds import Machine, measure_machine
 from .measure import PeakMemory, Timing, geometric_mean, interleave
-from .peers import Call, NotApplicable, Peer, tensors_of
+from .peers import Call, NotApplicable, Peer, limits_of, tensors_of
 from .workloads import Size, Workload
 
 LIMIT = 1e-3
@@ -33,7 +34,8 @@ class Result:
 
     Times in seconds, memory in bytes. ``compile_seconds`` includes the first call,
     ``warm_seconds`` is the same again with plait's cache filled. ``error_ratio`` is the error over
-    that of float32 eager, ``ratio`` how many times faster than this engine plait is.
+    that of float32 eager, ``ratio`` how many times faster than this engine plait is,
+    ``limits`` what bounds plait's time (`limits.Limits`).
     """
 
     workload: str
@@ -53,6 +55,7 @@ class Result:
     p90: float | None = None
     rounds: list[float] = field(default_factory=list)
     ratio: float | None = None
+    limits: dict[str, float] | None = None
 
 
 def reference(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -128,6 +131,8 @@ def run_workload(
                 calls[peer.name] = call
         report(f"timing {rounds} rounds of {len(calls)}")
         timings = interleave(calls, rounds, seconds)
+        report("limits")
+        _bound(calls, [p.name for p in peers if p.family == "plait"], results)
     for result in results:
         if result.peer in timings:
             _record(result, timings[result.peer])
@@ -177,6 +182,16 @@ def _prepare(
         result.message = f"relative error {result.error:.2g} is above {LIMIT:g}"
         return None
     return call
+
+
+def _bound(calls: dict[str, Call], names: Sequence[str], results: Sequence[Result]) -> None:
+    """Adds to the results of engines ``names`` what bounds their time."""
+    machine: Machine | None = None
+    for result in results:
+        if result.peer in names and result.peer in calls:
+            machine = machine or measure_machine()
+            found = limits_of(calls[result.peer], machine)
+            result.limits = None if found is None else asdict(found)
 
 
 def _record(result: Result, timing: Timing) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib.util
 import io
 import logging
@@ -16,13 +17,17 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .bounds import Machine
 from .workloads import FORMS
+
+if TYPE_CHECKING:  # it needs the passes, which listing the engines does not
+    from .limits import Limits
 
 Call = Callable[[], Any]
 
@@ -151,9 +156,20 @@ def _plait(
         if compiled.plan is None:  # the original would run, and nothing of ours be measured
             why = next((r.reason for r in reversed(compiled.remarks) if r.kind == "missed"), "")
             raise RuntimeError(f"not compiled: {why}")
-        return lambda: compiled(*inputs)
+        return functools.partial(compiled, *inputs)
 
     return prepare
+
+
+def limits_of(call: Call, machine: Machine) -> Limits | None:
+    """What bounds a call that an engine of plait's family prepared; None where that is unknown."""
+    if not isinstance(call, functools.partial):
+        return None
+    from .limits import limits
+
+    program = call.func.programs[-1]  # type: ignore[attr-defined]
+    tensors = [x for x in tensors_of(call.args) if isinstance(x, torch.Tensor)]
+    return limits(program.executable.executor, [*tensors, *program.captured.states], machine)
 
 
 def _profile_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

@@ -60,6 +60,8 @@ def workload_table(results: Sequence[Result]) -> Group:
             notes.append(Text(f"  {r.peer}: {r.status}: {r.message}", style="dim"))
         if r.repeatable is False:
             notes.append(Text(f"  {r.peer}: not bit-identical across calls", style="dim"))
+        if r.limits is not None:
+            notes.append(Text(f"  {r.peer}: {_limits(r.limits)}", style="dim"))
         if r.error is None:
             continue
         table.add_row(
@@ -75,6 +77,18 @@ def workload_table(results: Sequence[Result]) -> Group:
             style="bold" if r.p50 is not None and r.p50 == best else None,
         )
     return Group(table, *notes)
+
+
+def _limits(limits: dict[str, float]) -> str:
+    """How far a traced run is from what bounds it."""
+    path, work, measured = limits["path"], limits["work"], limits["measured"]
+    by, least = ("critical path", path) if path > work else ("work", work)
+    bound = max(limits["compute"], limits["memory"])
+    kind = "FLOPs" if limits["compute"] >= limits["memory"] else "bytes"
+    return (
+        f"{_times(measured / least)} the schedule's bound ({by}, {_number(least, 1e3)} ms), "
+        f"{_times(measured / bound)} the roofline ({kind}, {_number(bound, 1e3)} ms)"
+    )
 
 
 def summary_table(means: dict[str, float]) -> Table:

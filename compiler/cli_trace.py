@@ -13,18 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench.bounds import Machine, measure_machine
+from ..bench.limits import Planned, planned_schedules
 from ..bench.pictures import kind_of, memory, picture
-from ..passes.tasks import Schedule, Task, bounds, even, simulate
+from ..passes.tasks import bounds
 from ..runtime.executor import Executor
 from ..runtime.plan import KernelStep, Plan
 from ..runtime.sizes import evaluate
-from ..runtime.table import share
 from ..runtime.trace import Event, typical
 from .capture_tree import flatten
 from .cli_error import CliError, check_output, write_text
 from .cli_model import Loaded, compile_loaded, newest
 from .compiled import Compiled
-from .scheduling import segments, tasks_of
 
 PLANNED, MEASURED = 1, 2
 """Process numbers of the trace: viewers group lanes by process."""
@@ -78,32 +77,6 @@ def _ran(
         return executor.plan, values, typical(executor, tensors, rounds, values)
 
 
-def planned_schedules(
-    plan: Plan, values: Mapping[str, int], events: Sequence[Event]
-) -> list[tuple[list[int], list[Task], Schedule]]:
-    """For every launch its step numbers, tasks with measured times, and when each should run."""
-    if values:
-        return []
-    workers = torch.get_num_threads()
-    spent: dict[int, float] = {}
-    for event in events:
-        spent[event.step] = spent.get(event.step, 0.0) + event.end - event.begin
-    found = []
-    for numbers in segments(plan):
-        tasks = [
-            Task(t.name, spent.get(k, 0.0), t.pieces, t.after)
-            for t, k in zip(tasks_of(plan.steps, numbers), numbers, strict=True)
-        ]
-        places = []
-        for task, k in zip(tasks, numbers, strict=True):
-            step = plan.steps[k]
-            assert isinstance(step, KernelStep)
-            placed = step.place if plan.workers == workers else ()
-            places.append(placed or even(task.pieces, share(step, task.pieces, {}, workers)))
-        found.append((numbers, tasks, simulate(tasks, range(len(tasks)), places, workers)))
-    return found
-
-
 def _names(workers: int) -> Iterator[dict[str, Any]]:
     for process, name in ((PLANNED, "planned"), (MEASURED, "measured")):
         yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
@@ -114,9 +87,7 @@ def _names(workers: int) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def _planned(
-    plan: Plan, planned: Sequence[tuple[list[int], list[Task], Schedule]]
-) -> Iterator[dict[str, Any]]:
+def _planned(plan: Plan, planned: Sequence[Planned]) -> Iterator[dict[str, Any]]:
     clock = 0.0
     for numbers, _, schedule in planned:
         for k, number in enumerate(numbers):
@@ -177,7 +148,7 @@ def _figures(
     plan: Plan,
     values: Mapping[str, int],
     events: Sequence[Event],
-    planned: Sequence[tuple[list[int], list[Task], Schedule]],
+    planned: Sequence[Planned],
     machine: Machine,
 ) -> Table:
     """How long the run took, and what bounds it."""
