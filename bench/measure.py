@@ -102,7 +102,7 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        end = (_high_water() if self._linux else None) or psutil.Process().memory_info().rss
+        end = (high_water() if self._linux else None) or psutil.Process().memory_info().rss
         self.peak = max(0, end - self._start)
 
 
@@ -114,7 +114,8 @@ def _reset_high_water() -> bool:
     return True
 
 
-def _high_water() -> int | None:
+def high_water() -> int | None:
+    """The most that was resident of this process, in bytes; None where the system does not say."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -13,7 +13,7 @@ from torch import nn
 from . import serialize
 from .build import build
 from .compiled import Compiled
-from .errors import OptionError
+from .errors import OptionError, PlaitError
 from .options import Options
 from .program import Program
 
@@ -28,6 +28,7 @@ def compile(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     profile: Profile | Literal["online"] | None = None,
+    weight_budget: int | str | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Callable[[Any], Any]: ...
@@ -40,6 +41,7 @@ def compile(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     profile: Profile | Literal["online"] | None = None,
+    weight_budget: int | str | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Compiled: ...
@@ -51,6 +53,7 @@ def compile(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     profile: Profile | Literal["online"] | None = None,
+    weight_budget: int | str | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Any:
@@ -61,12 +64,15 @@ def compile(
     takes; without it a dimension becomes dynamic when a second size of it is seen. ``pipeline`` is
     a pass pipeline as text, ``tune`` "off", "quick" or "full". ``profile`` (`plait.profile`) tells
     how the model routes; results do not depend on it. ``profile="online"`` learns that from the
-    first calls, and compiles again in the background. Without ``model`` it returns a decorator.
+    first calls, and compiles again in the background. ``weight_budget`` is how much of the weights
+    may be in memory at once, in bytes or as a share of all ("40%"): experts beyond that lie in a
+    file, and come when they are routed to. Without ``model`` it returns a decorator.
 
-    Raises OptionError for an option without meaning and InputError for wrong ``example_inputs``,
-    ``dynamic_shapes`` or a profile of another model.
+    Raises OptionError for an option without meaning (for a budget that cannot be kept, once it is
+    compiled), FileError where weights cannot be written and InputError for wrong
+    ``example_inputs``, ``dynamic_shapes`` or a profile of another model.
     """
-    options = Options(pipeline=pipeline, tune=tune, profile=profile)
+    options = Options(pipeline, tune, profile, weight_budget)
     if pipeline is not None:
         _check_pipeline(pipeline)
     if model is None:
@@ -75,6 +81,7 @@ def compile(
             example_inputs=example_inputs,
             dynamic_shapes=dynamic_shapes,
             profile=profile,
+            weight_budget=weight_budget,
             pipeline=pipeline,
             tune=tune,
         )
@@ -139,19 +146,33 @@ def _compile_class(model: type[nn.Module], options: Options, dynamic_shapes: Any
     return _CompiledClass(model.__name__, (model,), body)
 
 
-def load(path: str | Path) -> Compiled:
+def load(path: str | Path, *, weight_budget: int | str | None = None) -> Compiled:
     """The compiled model in ``path``. Its Python code is not needed.
 
+    ``weight_budget`` is as for `compile`; without one the model's own holds, if it was compiled
+    with one. Under a budget the weights are never in memory as a whole: this is the way to run a
+    model that does not fit. What becomes of ``path`` later does not matter.
+
     Results of classes that were not imported come back as `capture_tree.Record` (fields by name).
-    Raises FileError when the file is missing, truncated, altered or of another version.
+    Raises FileError when the file is missing, truncated, altered or of another version, or when
+    there is no room for weights in the cache directory; OptionError for a budget that has no
+    meaning or cannot be kept.
     """
     path = Path(path)
-    saved = serialize.read(path)
+    Options(weight_budget=weight_budget)
+    saved = serialize.read(path, weight_budget)
     try:
         compiled = Compiled(None, saved.options, shell=saved.shell, signature=saved.signature)
-        compiled._dispatcher.remarks += saved.remarks
+        dispatcher = compiled._dispatcher
+        dispatcher.remarks += saved.remarks
+        dispatcher.store = saved.store
         for captured in saved.programs:
-            compiled._dispatcher.adopt(Program(captured, build(captured, saved.options)))
+            executable = build(captured, saved.options, saved.store)
+            dispatcher.adopt(Program(captured, executable))
+        if saved.store is not None:
+            saved.store.settle()
+    except PlaitError:
+        raise
     except Exception as error:
         raise serialize.unusable(path, error) from error
     return compiled

@@ -19,11 +19,10 @@ from ..passes.remarks import Remark
 from ..passes.route_odds import Key, Loads, Routes, fractions
 from ..passes.speculate_routes import Likely
 from ..runtime.executor import Executor
-from ..runtime.plan import BranchStep, Plan, TensorRef
+from ..runtime.plan import BranchStep
 from ..runtime.rehearsal import Rehearsal, Script
-from ..runtime.sizes import evaluate
+from ..runtime.trace import made_up
 from .lower import Lowered
-from .trial import fill
 
 MARGIN = 0.05
 """What a bet must gain at least, as a share of the time without it."""
@@ -124,15 +123,10 @@ def name_of(key: Key) -> str:
     return f"{key[0]}#{key[1]}"
 
 
-def inputs_of(plan: Plan, values: Mapping[str, int]) -> list[torch.Tensor]:
-    """Made-up inputs of a plan at given sizes."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = []
-    for ref in plan.inputs:
-        tensor = torch.zeros(_shape(ref, values), dtype=getattr(torch, ref.dtype))
-        fill(tensor, generator)
-        tensors.append(tensor)
-    return tensors
+def refused(bet: Likely, why: str) -> Remark:
+    """The remark of a bet on likely routes that is not made."""
+    nodes = tuple(map(_label, (*bet.assumed, *bet.dense)))
+    return Remark("PLT-SPC-009", "missed", PASS, nodes, f"{_describe(bet)}: {why}")
 
 
 def judge_likely(
@@ -148,8 +142,8 @@ def judge_likely(
     nodes = tuple(map(_label, (*bet.assumed, *bet.dense)))
     what = _describe(bet)
     if not batches:
-        reason = f"{what}: the bet is lost in each of {len(bet.held)} held-out batches"
-        remarks.append(Remark("PLT-SPC-009", "missed", PASS, nodes, reason))
+        why = f"the bet is lost in each of {len(bet.held)} held-out batches"
+        remarks.append(refused(bet, why))
         return None
     slow, fast = Rehearsal(general, {}), Rehearsal(likely, {})
     odds, expected = bet.odds, math.inf
@@ -221,23 +215,13 @@ def _judge_capacity(
     counts = [load[b] for load in held.loads]
     fits = [n >= rows for n in counts]
     router, what = step.router.rpartition("#")[0], f"{rows} rows of branch {b}"
-    inputs = general.plan.inputs
     bound = {s: d for s, (i, d) in general.plan.symbols.items() if i == 0}
     chosen = _some([n for n in counts if n]) if any(fits) else []
     sizes = sorted({*chosen, *(n - rows for n in chosen if n > rows)})
 
-    def made(count: int) -> list[torch.Tensor]:
-        known = {**values, **dict.fromkeys(bound, count)}
-        first = torch.zeros((count, *_shape(inputs[0], known)[1:]), dtype=_dtype(inputs[0]))
-        rest = [torch.zeros(_shape(r, known), dtype=_dtype(r)) for r in inputs[1:]]
-        generator = torch.Generator().manual_seed(0)
-        for tensor in (first, *rest):
-            fill(tensor, generator)
-        return [first, *rest]
-
     calls: list[Callable[[], object]] = []
     for executor, count in [*((general, n) for n in sizes), (special, rows)]:
-        tensors = made(count)
+        tensors = made_up(general.plan, {**values, **dict.fromkeys(bound, count)})
         calls.append(lambda e=executor, t=tensors: e.run(t))
     if not chosen:
         reason = f"router {router!r}, {what}: never as many in {len(counts)} held-out batches"
@@ -291,14 +275,6 @@ def _some(items: Sequence[int]) -> list[int]:
     if len(items) <= BATCHES:
         return items
     return [items[round(k * (len(items) - 1) / (BATCHES - 1))] for k in range(BATCHES)]
-
-
-def _shape(ref: TensorRef, values: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(evaluate(d, values) for d in ref.shape)
-
-
-def _dtype(ref: TensorRef) -> torch.dtype:
-    return getattr(torch, ref.dtype)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from .captured import Captured
 from .options import Executable, Options
 
+if TYPE_CHECKING:
+    from .weights import WeightStore
 
-def build(captured: Captured, options: Options) -> Executable:
-    """Compiles outside of whatever modes the caller happens to be in."""
+
+def build(captured: Captured, options: Options, store: WeightStore | None = None) -> Executable:
+    """Compiles outside of whatever modes the caller happens to be in.
+
+    ``store`` keeps the weights where there is a budget for them.
+    """
     from .pipeline import compile_graph  # the passes are imported when they are needed
 
     with plain_modes():
-        return compile_graph(captured, options)
+        return compile_graph(captured, options, store)
 
 
 @contextlib.contextmanager
@@ -29,6 +36,15 @@ def plain_modes() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
     ):
         yield
+
+
+def store_for(options: Options) -> WeightStore | None:
+    """What keeps the weights of a model compiled with these options; None without a budget."""
+    if options.weight_budget is None:
+        return None
+    from .weights import WeightStore
+
+    return WeightStore(options.weight_budget)
 
 
 @contextlib.contextmanager

@@ -149,13 +149,18 @@ def run(
     gantt: Annotated[
         Path | None, typer.Option(help="Draw a typical run here, as .svg, .png or .pdf.")
     ] = None,
+    weight_budget: Annotated[
+        str | None, typer.Option(help="Weights in memory at once: bytes, or such as 40%.")
+    ] = None,
 ) -> None:
     """Compile MODEL, compare its answer with eager PyTorch's, and time both."""
     with reported():
         from . import cli_model
 
-        loaded = cli_model.load(model, input)
-        cli_model.run(loaded, pipeline, tune, rounds, threads, save, gantt)
+        text = weight_budget or ""
+        budget = int(text) if text.isdecimal() else weight_budget
+        loaded = cli_model.load(model, input, weight_budget=budget)
+        cli_model.run(loaded, pipeline, tune, rounds, threads, save, gantt, budget)
 
 
 @app.command()
@@ -319,7 +324,9 @@ def cache_clear(
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="Workloads or groups (all).")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Workloads or groups (all), or weights.")
+    ] = None,
     size: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
     peers: Annotated[
         str, typer.Option(help="Engines, comma-separated.")

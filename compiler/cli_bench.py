@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..bench import harness, peers, report, workloads
+from ..bench import harness, peers, report, weight_budget, workloads
 from ..bench.environment import environment
 from .cli_error import CliError, check_output, write_text
 
@@ -29,6 +29,7 @@ def show_registry() -> None:
     console = Console()
     console.print(table)
     console.print(engines)
+    console.print(f"{weight_budget.NAME}: {weight_budget.SUMMARY}", highlight=False)
 
 
 def bench(
@@ -45,6 +46,11 @@ def bench(
 
     Unless ``warm``, plait compiles into an empty cache that is thrown away afterwards.
     """
+    if weight_budget.NAME in names:
+        if len(names) > 1:
+            raise CliError("'weights' is measured alone", "plait bench weights")
+        _bench_weights(rounds, seconds, threads, output)
+        return
     if size not in workloads.SIZES:
         raise CliError(f"unknown size {size!r}", f"use {' or '.join(workloads.SIZES)}")
     check_output(output)
@@ -83,3 +89,35 @@ def bench(
     means = harness.summary(results, families)
     if means:
         console.print(report.summary_table(means))
+
+
+def _bench_weights(rounds: int, seconds: float, threads: int | None, output: Path | None) -> None:
+    check_output(output)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console, header = Console(), environment()
+    console.print(report.header(header), highlight=False)
+    document = weight_budget.run(rounds, seconds)
+    table = Table(title=f"weight budget {document['budget']}", title_justify="left")
+    for column in ("tokens", "mode", "p50 ms", "slower", "hits", "MB a call"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for row in document["rows"]:
+        table.add_row(
+            str(row["tokens"]),
+            row["mode"],
+            "-" if row["p50_seconds"] is None else f"{row['p50_seconds'] * 1e3:.3g}",
+            "-" if row["slowdown"] is None else f"{row['slowdown']:+.1%}",
+            f"{row['hit_rate']:.1%}",
+            f"{row['moved_per_call'] / 1e6:.1f}",
+        )
+    console.print(table)
+    memory = document["memory"]
+    console.print(
+        f"{document['weight_bytes'] / 1e6:.0f} MB of weights; resident at most: "
+        f"{memory['resident'] / 1e6:.0f} MB with all of them, {memory['budget'] / 1e6:.0f} MB "
+        f"under the budget, {memory['constant'] / 1e6:.0f} MB without any: the budget costs "
+        f"{memory['share']:.1%} of the weights",
+        highlight=False,
+    )
+    if output is not None:
+        write_text(output, json.dumps({"environment": header, **document}, indent=1))

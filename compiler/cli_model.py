@@ -31,7 +31,7 @@ from ..kernels.ops import category, library_reason
 from ..passes.ir import branches_of
 from ..passes.manager import PassManager
 from ..passes.remarks import render
-from ..runtime.plan import BranchStep, KernelStep, LibraryStep
+from ..runtime.plan import BranchStep, FetchStep, KernelStep, LibraryStep
 from .api import compile
 from .api import load as load_saved
 from .capture import capture
@@ -59,8 +59,15 @@ class Loaded:
     saved: bool = False
 
 
-def load(name: str, inputs: Sequence[str], need_inputs: bool = True) -> Loaded:
-    """The model that ``name`` stands for. Raises CliError saying what is wrong with it.
+def load(
+    name: str,
+    inputs: Sequence[str],
+    need_inputs: bool = True,
+    weight_budget: int | str | None = None,
+) -> Loaded:
+    """The model that ``name`` stands for; a saved one under ``weight_budget``.
+
+    Raises CliError saying what is wrong with it.
 
     A model without example inputs is wrong, too, unless ``need_inputs`` is False.
     """
@@ -74,7 +81,7 @@ def load(name: str, inputs: Sequence[str], need_inputs: bool = True) -> Loaded:
             )
         if path.suffix == ".py":
             raise CliError(f"{name!r} names no function", f"write {name}:function")
-        compiled = load_saved(path)
+        compiled = load_saved(path, weight_budget=weight_budget)
         args, kwargs = example_arguments(newest(compiled).captured)
         return Loaded(name, compiled, given or args, {} if given else kwargs, saved=True)
     target = resolve(name)
@@ -191,6 +198,7 @@ def run(
     threads: int | None,
     save: Path | None,
     gantt: Path | None = None,
+    weight_budget: int | str | None = None,
 ) -> None:
     """Compiles, checks against eager and prints times. Exits with 1 where the answers differ."""
     check_output(save)
@@ -200,7 +208,7 @@ def run(
     console = Console()
     if threads is not None:
         torch.set_num_threads(threads)
-    compiled = compile_loaded(loaded, pipeline, tune, console)
+    compiled = compile_loaded(loaded, pipeline, tune, console, weight_budget)
     call = lambda: compiled(*loaded.args, **loaded.kwargs)  # noqa: E731 - one of two of a kind
     with torch.no_grad():
         calls = {"plait": call}
@@ -216,6 +224,8 @@ def run(
     for name, timing in timings.items():
         table.add_row(name, *[f"{timing.percentile(q) * 1e3:.4g}" for q in (0.5, 0.1, 0.9)])
     console.print(table)
+    if compiled.weight_tier is not None:
+        console.print(f"weights: {compiled.weight_tier.counters}", highlight=False)
     if save is not None:
         compiled.save(save)
         console.print(f"saved {save}", highlight=False)
@@ -230,10 +240,17 @@ def run(
 
 _STEPS: dict[type, str] = {
     KernelStep: "kernels", LibraryStep: "library calls", BranchStep: "choices of branches",
+    FetchStep: "fetches of weights",
 }  # fmt: skip
 
 
-def compile_loaded(loaded: Loaded, pipeline: str | None, tune: str, console: Console) -> Compiled:
+def compile_loaded(
+    loaded: Loaded,
+    pipeline: str | None,
+    tune: str,
+    console: Console,
+    weight_budget: int | str | None = None,
+) -> Compiled:
     """Compiles (unless it came compiled) and says how long it took."""
     if loaded.saved:
         return loaded.model
@@ -242,7 +259,13 @@ def compile_loaded(loaded: Loaded, pipeline: str | None, tune: str, console: Con
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model that is not compiled is told of below
         model = cast("Callable[..., Any]", loaded.model)
-        compiled = compile(model, example_inputs=inputs, pipeline=pipeline, tune=tune)
+        compiled = compile(
+            model,
+            example_inputs=inputs,
+            weight_budget=weight_budget,
+            pipeline=pipeline,
+            tune=tune,
+        )
     seconds = time.perf_counter() - start
     plan = newest(compiled).executable.plan
     steps = Counter(_STEPS[type(s)] for s in plan.every_step())

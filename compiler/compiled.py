@@ -7,17 +7,20 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.fx as fx
 from torch import nn
 
 from ..passes.remarks import Remark, render
 from .dispatch import Dispatcher
-from .errors import InputError
+from .errors import InputError, PlaitError
 from .options import Bettable, Options
 from .program import Program
 from .twin import rebound, twin_of
+
+if TYPE_CHECKING:
+    from ..runtime.tier import Tier
 
 _SHARED = (
     "_parameters",
@@ -92,12 +95,13 @@ class Compiled(nn.Module):
         """Compiles for ``example_inputs`` now instead of at the first call, and returns self.
 
         A tuple or list holds positional arguments, a dict keyword arguments, anything else is the
-        only argument. Raises InputError if the original cannot run on them.
+        only argument. Raises InputError if the original cannot run on them, and what compiling
+        raises.
         """
         args, kwargs = as_call(example_inputs)
         try:
             self._dispatcher(*args, **kwargs)
-        except InputError:
+        except PlaitError:
             raise
         except Exception as error:
             text = str(error).strip().splitlines() or [""]
@@ -146,6 +150,14 @@ class Compiled(nn.Module):
         programs = self.programs
         return programs[-1].executable.plan if programs else None
 
+    @property
+    def weight_tier(self) -> Tier | None:
+        """What keeps a ``weight_budget``, with its counters; None without one, and before the first
+        call.
+        """
+        store = self._dispatcher.store
+        return None if store is None else store.tier
+
     def explain(self) -> str:
         """A text for people: programs, what they are specialised on, and remarks."""
         lines = []
@@ -164,6 +176,8 @@ class Compiled(nn.Module):
                 lines.append(f"  written back: {names}")
         if not lines:
             lines.append("nothing compiled yet: the first call compiles")
+        if self.weight_tier is not None:
+            lines.append(f"weights of a slower tier: {self.weight_tier.counters}")
         return "\n".join([*lines, render(self.remarks)])
 
     def save(self, path: str | Path) -> None:

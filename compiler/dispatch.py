@@ -31,7 +31,7 @@ from .arguments import (
     tensor_names,
     watched,
 )
-from .build import build, collector_paused
+from .build import build, collector_paused, store_for
 from .capture import SCALARS, argument_names, capture
 from .capture_state import states_of
 from .capture_tree import Tree, flatten, unflatten
@@ -85,6 +85,7 @@ class Dispatcher:
     ) -> None:
         self.target, self.options, self.dynamic_shapes = target, options, dynamic_shapes
         self.remarks: list[Remark] = []
+        self.store = store_for(options)
         self.modules = modules_of(target)
         self._table: dict[Any, tuple[Program, Order | None] | None] = {}
         self._buckets: dict[Any, Bucket] = {}
@@ -394,7 +395,10 @@ class Dispatcher:
     def _build(self, captured: Captured) -> Executable | None:
         """The executable, or None (said) where code generation fails: the original still runs."""
         try:
-            return build(captured, self.options)
+            if self.store is None:
+                return build(captured, self.options)
+            with self.store.moved(captured, self.modules):
+                return build(captured, self.options, self.store)
         except PlaitError:
             raise
         except Exception as error:
@@ -436,6 +440,8 @@ class Dispatcher:
         with self._lock:
             self._table.clear()
             self._buckets.clear()
+            if self.store is not None:
+                self.store.forget()
             self._structure.snapshot()
             self._default = torch.get_default_dtype()
 

@@ -18,9 +18,11 @@ import torch.fx as fx
 from ..kernels.abi import Pack, TensorArg
 from ..kernels.group import Group
 from ..passes.plan_memory import Lifetime, MemoryPlan, describe, plan_memory
+from ..passes.prefetch_weights import TIERED
 from ..passes.remarks import Remark
 from ..passes.speculate_routes import DEFERRED, ROUTER, SIZED
 from ..runtime import library
+from ..runtime.bank import Bank
 from ..runtime.plan import (
     BranchStep,
     Buffer,
@@ -31,9 +33,11 @@ from ..runtime.plan import (
     TensorRef,
     touched,
 )
-from . import sizes
+from . import fetches, sizes
 from .select import Choice, Kernels, Selected, missed
 from .storage import Place, Storage, buffer_bytes, is_tensor, runs_parts, split_concats
+from .subgraphs import bound_symbols, subgraph_call
+from .weights import WeightStore
 
 aten = torch.ops.aten
 NO_STEP = ("view", "concat")
@@ -41,7 +45,11 @@ NO_STEP = ("view", "concat")
 
 @dataclass
 class Lowered:
-    """A plan and what it runs on. ``constants`` are prepared (packed) tensors by buffer name."""
+    """A plan and what it runs on.
+
+    ``constants`` are prepared (packed) tensors by buffer name, ``banks`` those of them on a slower
+    tier; ``stayed`` are bytes of weights that were meant to be there, but have no kernel.
+    """
 
     plan: Plan
     constants: dict[str, torch.Tensor]
@@ -54,6 +62,8 @@ class Lowered:
     storage: Storage | None = None
     parts: dict[str, Lowered] = field(default_factory=dict)
     deferred: dict[str, fx.GraphModule] = field(default_factory=dict)
+    banks: dict[str, Bank] = field(default_factory=dict)
+    stayed: int = 0
 
 
 def lower(
@@ -62,13 +72,15 @@ def lower(
     kernels: Kernels,
     symbols: Mapping[str, tuple[int, int]],
     name: str = "model",
+    store: WeightStore | None = None,
 ) -> Lowered:
     """Lowers ``graph_module`` (changed only by added copies) to a Plan.
 
-    ``symbols`` tells which input dimension binds each symbol. Raises NotImplementedError when a
+    ``symbols`` tells which input dimension binds each symbol. Weights that are marked for a slower
+    tier go to ``store``. Raises FileError where that cannot be, and NotImplementedError when a
     size cannot be written in a plan.
     """
-    return _Lowering(graph_module, groups, kernels, symbols, name).run()
+    return _Lowering(graph_module, groups, kernels, symbols, name, store).run()
 
 
 class _Lowering:
@@ -79,8 +91,10 @@ class _Lowering:
         kernels: Kernels,
         symbols: Mapping[str, tuple[int, int]],
         name: str,
+        store: WeightStore | None,
     ) -> None:
-        self.graph_module, self.kernels = graph_module, kernels
+        self.graph_module, self.kernels, self.store = graph_module, kernels, store
+        self.banks: dict[str, Bank] = {}
         self.symbols, self.name = dict(symbols), name
         self.forced: dict[fx.Node, Remark] = {}
         self.remarks: list[Remark] = []
@@ -113,6 +127,7 @@ class _Lowering:
             deferred=tuple(self.deferred),
         )
         used = sorted({s.kernel for s in steps if isinstance(s, KernelStep)})
+        stayed = self._stayed() + sum(part.stayed for part in self.parts.values())
         remarks = [*self.forced.values(), *self.remarks]
         return Lowered(
             plan,
@@ -126,6 +141,8 @@ class _Lowering:
             self.storage,
             self.parts,
             self.deferred,
+            self.banks,
+            stayed,
         )
 
     # -- which groups are kernels -----------------------------------------------------------
@@ -195,7 +212,14 @@ class _Lowering:
                 k = pending[node]
                 group = self.groups[k]
                 if k in selected:
-                    steps.append(self._kernel_step(self._as_kernel_group(group), selected[k], k))
+                    step = self._kernel_step(self._as_kernel_group(group), selected[k], k)
+                    banks = tuple(
+                        a.buffer for a in step.args[: step.reads] if a.buffer in self.banks
+                    )
+                    if banks:
+                        offsets = fetches.offsets_of(group)
+                        fetches.add(steps, step, banks, offsets, self._operand(offsets))
+                    steps.append(step)
                 elif self.is_library(group):
                     steps.extend(self._other_step(n, k) for n in group.nodes if self._runs(n))
             elif node.op == "call_function" and node not in grouped and self._runs(node):
@@ -240,7 +264,13 @@ class _Lowering:
             source = self._constant(place.root)
             offset = source.storage_offset() + int(place.offset)
             tensor = source.as_strided(place.shape, place.strides, offset)
-            self.constants[name] = self.kernels.pack(tensor, pack)
+            node = self.storage.roots[place.root].node
+            if self.store is not None and node is not None and node.meta.get(TIERED):
+                self.banks[name] = bank = self.store.bank(tensor, pack)
+                self.constants[name] = bank.tensor
+                self._set_constant(place.root, self.store.filed(source))
+            else:
+                self.constants[name] = self.kernels.pack(tensor, pack)
         tensor = self.constants[name]
         return TensorRef(name, str(tensor.dtype)[6:], tuple(tensor.shape), tuple(tensor.stride()))
 
@@ -251,6 +281,29 @@ class _Lowering:
         for part in str(node.target).split("."):
             value = getattr(value, part)
         return value.detach()
+
+    def _set_constant(self, name: str, value: torch.Tensor) -> None:
+        node = self.storage.roots[name].node
+        assert node is not None
+        *path, last = str(node.target).split(".")
+        owner: Any = self.graph_module
+        for part in path:
+            owner = getattr(owner, part)
+        setattr(owner, last, value)
+
+    def _stayed(self) -> int:
+        """Bytes of weights that were meant for a slower tier but have no kernel, each with a
+        remark.
+        """
+        size = 0
+        for name, root in self.storage.roots.items():
+            node = root.node
+            if node is None or name not in self.constants or not node.meta.get(TIERED):
+                continue
+            reason = "the product that reads these weights is no kernel, so they stay resident"
+            self.remarks.append(missed("PLT-PRE-003", (node.name,), reason))
+            size += self.constants[name].nbytes
+        return size
 
     def _other_step(self, node: fx.Node, number: int) -> LibraryStep | BranchStep:
         if runs_parts(node):
@@ -279,7 +332,7 @@ class _Lowering:
             if b in node.meta.get(DEFERRED, ()):
                 self.deferred[name] = module
                 continue
-            part = lower(module, groups_of(module), self.kernels, bound, name)
+            part = lower(module, groups_of(module), self.kernels, bound, name, self.store)
             self.parts[name] = part
             self.remarks += part.remarks
         router = node.meta.get(ROUTER)
@@ -308,7 +361,8 @@ class _Lowering:
             if module is not None and name in self.parts:
                 name = f"{name}_rows{rows}"
                 bound = bound_symbols(module)
-                self.parts[name] = lower(module, groups_of(module), self.kernels, bound, name)
+                groups = groups_of(module)
+                self.parts[name] = lower(module, groups, self.kernels, bound, name, self.store)
                 found.append((rows, name))
             else:
                 found.append((0, ""))
@@ -358,7 +412,7 @@ class _Lowering:
             return f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
         if isinstance(target, torch._ops.HigherOrderOperator):
             name = f"subgraph.{node.name}"
-            self.calls[name] = _subgraph_call(self.graph_module, node, self._is_operand)
+            self.calls[name] = subgraph_call(self.graph_module, node, self._is_operand)
             return name
         return f"python:{target.__module__}.{target.__name__}"  # type: ignore[union-attr]
 
@@ -438,46 +492,3 @@ class _Lowering:
     def _is_returned(self, name: str) -> bool:
         places = (self.storage.places.get(a) for a in self.storage.output.all_input_nodes)
         return any(isinstance(p, Place) and p.root == name for p in places)
-
-
-def bound_symbols(module: fx.GraphModule) -> dict[str, tuple[int, int]]:
-    """Which input and dimension of a graph's bind each symbol of its sizes.
-
-    Raises NotImplementedError for a size that no input has.
-    """
-    bound: dict[str, tuple[int, int]] = {}
-    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
-    for k, node in enumerate(inputs):
-        for d, size in enumerate(map(sizes.dim, node.meta["val"].shape)):
-            if not isinstance(size, int) and size.is_Symbol:
-                bound.setdefault(str(size), (k, d))
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        for tensor in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(tensor, torch.Tensor):
-                for size in tensor.shape:
-                    unknown = sizes.symbols(sizes.dim(size)) - bound.keys()
-                    if unknown and sizes.is_backed(size):
-                        raise NotImplementedError(f"no input of the branch has size {size}")
-    return bound
-
-
-def _subgraph_call(
-    graph_module: fx.GraphModule, node: fx.Node, is_operand: Callable[[fx.Node], bool]
-) -> Callable[..., Any]:
-    """A callable that runs a higher-order operator on the values of its operand nodes, in order."""
-    operands = [a for a in node.all_input_nodes if is_operand(a)]
-
-    def call(*values: Any) -> Any:
-        env = dict(zip(operands, values, strict=True))
-
-        def value(a: fx.Node) -> Any:
-            if a in env:
-                return env[a]
-            if a.op == "get_attr":
-                return getattr(graph_module, str(a.target))
-            return a.meta["val"]
-
-        return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
-
-    return call

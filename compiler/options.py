@@ -35,11 +35,14 @@ class Options:
     ``pipeline`` is a pass pipeline as text (None: the default one). ``tune`` is "off" (first
     candidate), "quick" (a short race of a few candidates) or "full" (search). ``profile`` is a
     `plait.Profile` to bet on, or "online": routes are learned from the first calls.
+    ``weight_budget`` is how much of the weights may be resident at once: bytes, or a share of all
+    as text such as "40%" (None: no limit).
     """
 
     pipeline: str | None = None
     tune: str = "quick"
     profile: Any = None
+    weight_budget: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.tune not in TUNE_LEVELS:
@@ -54,6 +57,10 @@ class Options:
                 f"profile is {kind}",
                 f"give what plait.profile returned, or {ONLINE!r}",
             )
+        if self.weight_budget is not None:
+            from .weights import check_budget
+
+            check_budget(self.weight_budget)
         if self.pipeline is not None and not isinstance(self.pipeline, str):
             kind = type(self.pipeline).__name__
             raise OptionError("PLT-OPT-002", f"pipeline is a {kind}", "give the pipeline as text")

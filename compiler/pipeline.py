@@ -1,15 +1,17 @@
 """The whole compilation on one page: a captured graph goes in, something that runs comes out.
 
-capture -> normalize -> outline-branches -> speculate-routes -> fuse-vertical
+capture -> normalize -> outline-branches -> speculate-routes -> prefetch-weights -> fuse-vertical
         -> storage (layout, halo, concat) -> select kernels -> plan-memory -> Plan -> schedule
         -> Executor
 
-With a profile of routes the graph of the likely ones goes the same way from fuse-vertical on, and
-bets decide by measurement which of the two plans runs first.
+With a profile of routes the graph of the likely ones goes the same way from prefetch-weights on,
+and bets decide by measurement which of the two plans runs first. Under a budget for weights both
+plans fetch the same ones, from one tier.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -24,21 +26,28 @@ from ..passes.base import copy_graph
 from ..passes.ir import branches_of
 from ..passes.manager import PassManager
 from ..passes.merge_parallel import JUDGE, Judge, MergeParallelOps
+from ..passes.prefetch_weights import BUDGET, TIERED, Tiered
 from ..passes.remarks import Remark
 from ..passes.route_odds import Routes
 from ..passes.schedule import SCHEDULE, SchedulePass
 from ..passes.speculate_routes import LIKELY, ROUTES, SIZED, Likely, SpeculateRoutes
+from ..runtime.bank import Bank
 from ..runtime.executor import Executor, Part, Recorder
 from ..runtime.plan import BranchStep, Plan
-from . import lower, merging, select
-from .bets import Sample, Speculation, inputs_of, judge_capacities, judge_likely
+from ..runtime.trace import made_up
+from . import lower, merging, select, subgraphs
+from .bets import Sample, Speculation, judge_capacities, judge_likely, refused
 from .build import plain_modes
 from .capture import EXCLUSIVE
 from .captured import Captured
+from .errors import OptionError
 from .online import Monitor
 from .options import Bettable, Options
+from .weights import WeightStore
 
-DEFAULT_PIPELINE = "normalize,outline-branches,speculate-routes,fuse-vertical,schedule"
+DEFAULT_PIPELINE = (
+    "normalize,outline-branches,speculate-routes,prefetch-weights,fuse-vertical,schedule"
+)
 
 
 @dataclass(frozen=True)
@@ -60,12 +69,12 @@ class CompiledGraph:
     of the same graph into service, by assigning what `run` calls next.
     """
 
-    def __init__(self, captured: Captured, options: Options) -> None:
-        self.captured, self.options = captured, options
+    def __init__(self, captured: Captured, options: Options, store: WeightStore | None) -> None:
+        self.captured, self.options, self.store = captured, options, store
         routes = captured.routes
         if routes is None and isinstance(options.profile, Bettable):
             routes = options.profile.routes()
-        made = _make(captured, options, routes)
+        made = _make(captured, options, routes, store)
         self.monitor: Monitor | None = None
         self._serve(made)
         if options.profile is not None and _has_branches(made.lowered.plan):
@@ -96,7 +105,11 @@ class CompiledGraph:
         """Puts a plan that bets on ``routes`` into service. Called in a thread of the monitor."""
         assert self.monitor is not None
         with EXCLUSIVE, plain_modes():
-            made = _make(self.captured, self.options, routes)
+            try:
+                made = _make(self.captured, self.options, routes, self.store)
+            finally:
+                if self.store is not None:
+                    self.store.settle()
         self.captured.routes = routes
         self.monitor.attach(made.engine, sum(made.seconds.values()))
         self._serve(made)
@@ -124,8 +137,10 @@ def _has_branches(plan: Plan) -> bool:
 class Deferred:
     """A branch that a bet left out: compiled when a cell first goes there."""
 
-    def __init__(self, name: str, module: fx.GraphModule, tune: str) -> None:
-        self.name, self.module, self.tune = name, module, tune
+    def __init__(
+        self, name: str, module: fx.GraphModule, tune: str, store: WeightStore | None
+    ) -> None:
+        self.name, self.module, self.tune, self.store = name, module, tune, store
         self._lock = threading.Lock()
         self._executor: Executor | None = None
         self._recorder: Recorder | None = None
@@ -155,21 +170,33 @@ class Deferred:
 
         module = self.module
         kernels = select.Kernels(targets.host(), select.database(), self.tune)
-        bound = lower.bound_symbols(module)
+        bound = subgraphs.bound_symbols(module)
         with torch.no_grad():
-            lowered = lower.lower(module, groups_of(module), kernels, bound, self.name)
-        executor = _executor(lowered, kernels)
+            groups = groups_of(module)
+            lowered = lower.lower(module, groups, kernels, bound, self.name, self.store)
+        executor = _executor(lowered, kernels, self.store)
         if self._recorder is not None:
             executor.observe(self._recorder)
         return executor
 
 
-def _executor(lowered: lower.Lowered, kernels: select.Kernels) -> Executor:
-    parts: dict[str, Part] = {n: _executor(part, kernels) for n, part in lowered.parts.items()}
+def _executor(
+    lowered: lower.Lowered, kernels: select.Kernels, store: WeightStore | None
+) -> Executor:
+    parts: dict[str, Part] = {
+        name: _executor(part, kernels, store) for name, part in lowered.parts.items()
+    }
     for name, module in lowered.deferred.items():
-        parts[name] = Deferred(name, module, kernels.tune)
+        parts[name] = Deferred(name, module, kernels.tune, store)
     return Executor(
-        lowered.plan, lowered.constants, kernels.functions, lowered.calls, kernels.libraries, parts
+        lowered.plan,
+        lowered.constants,
+        kernels.functions,
+        lowered.calls,
+        kernels.libraries,
+        parts,
+        None if store is None else store.tier,
+        lowered.banks,
     )
 
 
@@ -185,12 +212,20 @@ def _schedule(executor: Executor, lowered: lower.Lowered, how: SchedulePass, tun
     return result.executor
 
 
-def compile_graph(captured: Captured, options: Options) -> CompiledGraph:
-    """Compiles a captured graph. Raises NotImplementedError for sizes that plans cannot hold."""
-    return CompiledGraph(captured, options)
+def compile_graph(
+    captured: Captured, options: Options, store: WeightStore | None = None
+) -> CompiledGraph:
+    """Compiles a captured graph; ``store`` keeps its weights where there is a budget for them.
+
+    Raises NotImplementedError for sizes that plans cannot hold, OptionError for a budget that
+    cannot be kept and FileError where weights cannot be written.
+    """
+    return CompiledGraph(captured, options, store)
 
 
-def _make(captured: Captured, options: Options, routes: Routes | None) -> _Made:
+def _make(
+    captured: Captured, options: Options, routes: Routes | None, store: WeightStore | None
+) -> _Made:
     """The whole compilation, with bets on ``routes`` where they are known."""
     from ..passes.fuse_vertical import groups_of
 
@@ -199,39 +234,52 @@ def _make(captured: Captured, options: Options, routes: Routes | None) -> _Made:
     def lap(name: str) -> None:
         clock.append((name, time.perf_counter()))
 
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.ExitStack() as trial:
         manager = PassManager(DEFAULT_PIPELINE if options.pipeline is None else options.pipeline)
         graph = copy_graph(captured.graph_module)
         graph.meta[JUDGE] = _merge_judge(manager, options.tune)
         if routes is not None:
             graph.meta[ROUTES] = routes
+        if store is not None:
+            graph.meta[BUDGET] = store.budget
         result = manager.run(graph)
         graph = result.graph_module
         graph.meta.pop(JUDGE)
+        tiered: Tiered | None = graph.meta.get(TIERED)
         if routes is not None:
-            _finish_sized(graph, _after(manager, SpeculateRoutes.name))
+            _finish_sized(graph, _after(manager, SpeculateRoutes.name), tiered)
         lap("passes")
         kernels = select.Kernels(targets.host(), select.database(), options.tune)
-        lowered = lower.lower(graph, groups_of(graph), kernels, captured.symbols)
+        if store is not None and tiered is not None:
+            store.open(tiered)
+            trial.enter_context(store.trying())
+        lowered = lower.lower(graph, groups_of(graph), kernels, captured.symbols, store=store)
+        if store is not None and tiered is not None:
+            store.close(tiered, _banks(lowered), lowered.stayed)
         lap("lower")
         bets: list[Remark] = []
         if routes is not None:
             values = _sizes_of(captured)
-            build = functools.partial(_executor, kernels=kernels)
+            build = functools.partial(_executor, kernels=kernels, store=store)
             bets += judge_capacities(lowered, build, routes, values)
             lap("bets on capacities")
-        engine: Executor | Speculation = _scheduled(graph, lowered, kernels)
+        engine: Executor | Speculation = _scheduled(graph, lowered, kernels, store)
         lap("schedule")
+        if store is not None and isinstance(options.profile, Bettable):
+            store.learn(engine, options.profile)
         likely: Likely | None = graph.meta.pop(LIKELY, None)
         if routes is not None and likely is not None:
+            _decide(likely.graph, tiered)
             other = _after(manager, SpeculateRoutes.name).run(likely.graph).graph_module
-            special = lower.lower(other, groups_of(other), kernels, captured.symbols, "likely")
-            quick = _scheduled(other, special, kernels)
-            sample = Sample(inputs_of(lowered.plan, values), routes)
-            verdict = judge_likely(likely, engine, quick, sample, bets)
-            if verdict is quick:  # right for every route: nothing has to stand behind it
-                graph, lowered = other, special
-            engine = verdict or engine
+            groups = groups_of(other)
+            special = lower.lower(other, groups, kernels, captured.symbols, "likely", store)
+            if _fits(likely, special, tiered, store, bets):
+                quick = _scheduled(other, special, kernels, store)
+                sample = Sample(made_up(lowered.plan, values), routes)
+                verdict = judge_likely(likely, engine, quick, sample, bets)
+                if verdict is quick:  # right for every route: nothing has to stand behind it
+                    graph, lowered = other, special
+                engine = verdict or engine
             lap("bets on likely routes")
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
     remarks = (*captured.remarks, *result.remarks, *lowered.remarks, *bets)
@@ -244,15 +292,21 @@ def _merge_judge(manager: PassManager, tune: str) -> Judge:
 
     def build(graph: fx.GraphModule) -> Executor:
         kernels = select.Kernels(targets.host(), select.database(), tune)
-        return _executor(lower.lower(graph, groups_of(graph), kernels, {}, "merger"), kernels)
+        lowered = lower.lower(graph, groups_of(graph), kernels, {}, "merger")
+        return _executor(lowered, kernels, None)
 
     rest = _after(manager, MergeParallelOps.name)
     return merging.judge(rest, build, select.database(), tune != "off")
 
 
-def _scheduled(graph: fx.GraphModule, lowered: lower.Lowered, kernels: select.Kernels) -> Executor:
+def _scheduled(
+    graph: fx.GraphModule,
+    lowered: lower.Lowered,
+    kernels: select.Kernels,
+    store: WeightStore | None,
+) -> Executor:
     """The executor of ``lowered``, its kernels placed as the pass `schedule` asks for."""
-    executor = _executor(lowered, kernels)
+    executor = _executor(lowered, kernels, store)
     how = graph.meta.get(SCHEDULE)
     return executor if how is None else _schedule(executor, lowered, how, kernels.tune)
 
@@ -273,13 +327,43 @@ def _after(manager: PassManager, name: str) -> PassManager:
     return PassManager(manager.passes[first:])
 
 
-def _finish_sized(module: fx.GraphModule, rest: PassManager) -> None:
+def _finish_sized(module: fx.GraphModule, rest: PassManager, tiered: Tiered | None) -> None:
     """Runs the passes after the bets on the graphs for a number of rows, in place."""
     for node in module.graph.nodes:
         if node.meta.get(SIZED):
+            for _, graph in node.meta[SIZED].values():
+                _decide(graph, tiered)
             node.meta[SIZED] = {
                 b: (rows, rest.run(graph).graph_module)
                 for b, (rows, graph) in node.meta[SIZED].items()
             }
     for _, branch in branches_of(module):
-        _finish_sized(branch, rest)
+        _finish_sized(branch, rest, tiered)
+
+
+def _decide(variant: fx.GraphModule, tiered: Tiered | None) -> None:
+    """What was decided for a graph's weights holds for a variant of it, which shares them."""
+    if tiered is not None:
+        variant.meta[BUDGET] = tiered
+
+
+def _fits(
+    likely: Likely,
+    special: lower.Lowered,
+    tiered: Tiered | None,
+    store: WeightStore | None,
+    remarks: list[Remark],
+) -> bool:
+    """Whether a second plan leaves the budget for weights what it needs."""
+    if store is None or tiered is None:
+        return True
+    try:
+        store.close(tiered, _banks(special), special.stayed)
+    except OptionError as error:
+        remarks.append(refused(likely, str(error)))
+        return False
+    return True
+
+
+def _banks(lowered: lower.Lowered) -> list[Bank]:
+    return [*lowered.banks.values(), *(b for part in lowered.parts.values() for b in _banks(part))]

@@ -247,7 +247,7 @@ class _Scheduler:
 
     def _executor(self, plan: Plan) -> Executor:
         e = self.executor
-        return Executor(plan, e.constants, e.functions, e.calls, e.keep, e.parts)
+        return Executor(plan, e.constants, e.functions, e.calls, e.keep, e.parts, e.tier, e.banks)
 
     def arranged(self, schedules: Sequence[Schedule]) -> tuple[Plan, list[Lifetime], MemoryPlan]:
         """The plan with its kernels in the order and places of ``schedules``, one per segment; two

@@ -15,29 +15,24 @@ The file is written beside its place and renamed, so a reader never sees half of
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import inspect
-import io
 import json
-import os
-import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import nn
 
 from ..passes.remarks import Remark
-from . import capture_tree
+from . import archive, capture_tree
 from .capture_state import Given, Update
 from .captured import Captured, InputSpec, Mutation
 from .dispatch import Dispatcher
-from .errors import FileError
+from .errors import FileError, PlaitError
 from .options import Options
 from .serialize_graph import (
     Symbols,
@@ -49,8 +44,8 @@ from .serialize_graph import (
     value_to_json,
 )
 
-FORMAT = "plait-program"
-VERSION = 1
+if TYPE_CHECKING:
+    from .weights import WeightStore
 
 
 def save(dispatcher: Dispatcher, path: Path) -> None:
@@ -76,10 +71,10 @@ def save(dispatcher: Dispatcher, path: Path) -> None:
                 members[f"program{i}/plan.json"] = program.executable.plan.to_json().encode()
     except Unsavable as error:
         raise FileError("PLT-SAV-002", str(error), "the compiled model itself still runs") from None
-    members["weights.safetensors"] = weights.dump()
+    members[archive.WEIGHTS] = weights.dump()
     manifest = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": archive.FORMAT,
+        "version": archive.VERSION,
         "torch": torch.__version__,
         "options": asdict(replace(dispatcher.options, profile=None)),  # bets are made anew
         "parameters": _signature_to_json(dispatcher.signature),
@@ -88,7 +83,7 @@ def save(dispatcher: Dispatcher, path: Path) -> None:
         "sha256": {n: hashlib.sha256(b).hexdigest() for n, b in members.items()},
     }
     try:
-        _write(path, {"manifest.json": json.dumps(manifest, indent=1).encode(), **members})
+        archive.write(path, {"manifest.json": json.dumps(manifest, indent=1).encode(), **members})
     except OSError as error:
         reason = error.strerror or str(error)
         raise FileError("PLT-SAV-003", f"cannot write {path}: {reason}") from error
@@ -103,26 +98,31 @@ class Saved:
     remarks: list[Remark]
     programs: list[Captured]
     shell: nn.Module
+    store: WeightStore | None
 
 
-def read(path: Path) -> Saved:
-    """The contents of ``path``. Raises FileError when it is missing, truncated, altered or of
-    another version.
+def read(path: Path, weight_budget: int | str | None = None) -> Saved:
+    """The contents of ``path``. Under a budget, the given one or its own, weights lie in a file.
+
+    Raises FileError when it is missing, truncated, altered or of another version.
     """
-    manifest, members = _read(path)
+    manifest, members, tensors, store = archive.read(path, weight_budget)
     try:
-        weights = _Weights.parse(members["weights.safetensors"])
+        weights = _Weights(tensors, copied=store is None)
         programs = [
             _program_from_json(json.loads(members[f"program{i}/program.json"]), weights)
             for i in range(manifest["programs"])
         ]
         return Saved(
-            Options(**manifest["options"]),
+            Options(**{**manifest["options"], "weight_budget": store and store.budget}),
             _signature_from_json(manifest["parameters"]),
             [Remark.from_json(r) for r in manifest["remarks"]],
             programs,
             _shell(programs),
+            store,
         )
+    except PlaitError:
+        raise
     except Exception as error:  # a file of other versions may hold anything
         raise unusable(path, error) from error
 
@@ -155,66 +155,15 @@ def _signature_from_json(data: list[Any] | None) -> inspect.Signature | None:
     )
 
 
-# -- the archive -----------------------------------------------------------------------------------
-
-
-def _write(path: Path, members: Mapping[str, bytes]) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not path.is_file():  # renaming would replace a device by a file
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, content in members.items():
-                    archive.writestr(name, content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    mend = "save the model again"
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FileError("PLT-SAV-004", f"cannot read {path}: {reason}") from error
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            members = {n: archive.read(n) for n in archive.namelist()}
-        manifest = json.loads(members.pop("manifest.json"))
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise FileError("PLT-SAV-004", f"{path} is not a saved plait program", mend)
-        if manifest.get("version") != VERSION:
-            reason = f"{path} has format version {manifest.get('version')}, this is {VERSION}"
-            raise FileError("PLT-SAV-005", reason, mend)
-        digests = dict(manifest["sha256"])
-        for name in digests.keys() | members.keys():
-            if hashlib.sha256(members[name]).hexdigest() != digests[name]:
-                raise FileError("PLT-SAV-004", f"{path} is damaged: {name} was altered", mend)
-    except FileError:
-        raise
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise FileError(
-            "PLT-SAV-004", f"{path} is truncated or not a saved plait program ({error})", mend
-        ) from error
-    return manifest, members
-
-
 # -- weights ---------------------------------------------------------------------------------------
 
 
 class _Weights:
-    """Tensors by key, those that share memory once."""
+    """Tensors by key, those that share memory once; ``copied`` tells that they are in memory."""
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
+    def __init__(self, tensors: dict[str, torch.Tensor] | None = None, copied: bool = True) -> None:
+        self.tensors = dict(tensors or {})
+        self.copied = copied
         self._keys: dict[Any, str] = {}
         self._loaded: dict[Any, torch.Tensor] = {}
 
@@ -248,24 +197,16 @@ class _Weights:
             self._loaded[place] = tensor.to(data["device"])
         return self._loaded[place]
 
+    def own(self, data: Mapping[str, Any]) -> torch.Tensor:
+        """`get` for a tensor that programs write to."""
+        tensor = self.get(data)
+        return tensor if self.copied else tensor.clone()
+
     def dump(self) -> bytes:
         """All tensors in safetensors' format."""
         from safetensors.torch import save
 
         return save({k: t.clone() for k, t in self.tensors.items()})
-
-    @staticmethod
-    def parse(content: bytes) -> _Weights:
-        """The inverse of `dump`. Raises ValueError."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        weights = _Weights()
-        try:
-            weights.tensors = load(content)
-        except SafetensorError as error:
-            raise ValueError(f"weights: {error}") from None
-        return weights
 
 
 def _dense(shape: list[int], stride: list[int]) -> bool:
@@ -344,7 +285,7 @@ def _program_from_json(data: Mapping[str, Any], weights: _Weights) -> Captured:
     return Captured(
         graph_module=graph_from_json(data["graph"], tensors, symbols),
         inputs=[_spec_from_json(s, symbols) for s in data["inputs"]],
-        states=[weights.get(t) for t in data["states"]],
+        states=[weights.own(t) for t in data["states"]],
         mutations=[Mutation(*m) for m in data["mutations"]],
         symbols={k: (int(i), int(d)) for k, (i, d) in data["symbols"].items()},
         ranges=ranges,

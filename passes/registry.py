@@ -19,6 +19,7 @@ _BUILT_IN: dict[str, str] = {
     "outline-branches": "outline_branches:OutlineBranches",
     "speculate-routes": "speculate_routes:SpeculateRoutes",
     "merge-parallel-ops": "merge_parallel:MergeParallelOps",
+    "prefetch-weights": "prefetch_weights:PrefetchWeights",
     "fuse-vertical": "fuse_vertical:FuseVertical",
     "schedule": "schedule:SchedulePass",
 }

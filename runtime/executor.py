@@ -7,7 +7,6 @@ call in flight, so any number of Python threads may call at once.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +15,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from . import driver, library
+from .bank import Bank
+from .fetching import Fetching
 from .plan import (
     BranchStep,
     Buffer,
+    FetchStep,
     KernelStep,
     LibraryStep,
     Plan,
@@ -28,11 +30,10 @@ from .plan import (
 )
 from .sizes import evaluate
 from .spans import ITEMSIZE, Span, span_of
-from .table import Address, Table, build_table
+from .tier import Tier
+from .workspace import Workspace
 
 MAX_INSTANCES = 64
-ALIGNMENT = 64
-
 
 _threads = torch.get_num_threads
 
@@ -47,13 +48,6 @@ def _slow_empty(
 _empty: Callable[..., torch.Tensor] = getattr(
     torch._C._dynamo.guards, "_empty_strided_cpu", _slow_empty
 )
-
-
-def aligned_empty(nbytes: int) -> torch.Tensor:
-    """``nbytes`` of uninitialised memory that start at a cache line (uint8)."""
-    raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
-    shift = -raw.data_ptr() % ALIGNMENT
-    return raw[shift : shift + nbytes]
 
 
 Recorder = Callable[[BranchStep, Any, int], None]
@@ -84,6 +78,7 @@ class Executor:
     ``constants`` maps names to prepared tensors, ``functions`` kernel hashes to addresses,
     ``calls`` names of library targets that are not operators (subgraphs) to callables, ``parts``
     the plan's parts to executors. ``keep`` holds what must stay alive, such as loaded libraries.
+    ``banks`` are those constants that lie on the slower tier ``tier``.
     """
 
     instance_type: ClassVar[type[Instance]]
@@ -96,8 +91,11 @@ class Executor:
         calls: Mapping[str, Callable[..., Any]] | None = None,
         keep: Any = None,
         parts: Mapping[str, Part] | None = None,
+        tier: Tier | None = None,
+        banks: Mapping[str, Bank] | None = None,
     ) -> None:
         self.plan = plan
+        self.tier, self.banks = tier, dict(banks or {})
         self.parts = dict(parts or {})
         self.constants = dict(constants)
         self.functions = dict(functions)
@@ -124,6 +122,11 @@ class Executor:
             for s in plan.steps
             if isinstance(s, LibraryStep)
         }
+        self.fetching = None
+        if any(isinstance(s, FetchStep) for s in plan.steps):
+            if tier is None:
+                raise PlanError("weights of the plan are on a slower tier, but there is none")
+            self.fetching = Fetching(plan, tier, self.banks)
         self._symbols = list(plan.symbols.items())
         self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
         self._launch = driver.launch_function()
@@ -177,58 +180,6 @@ class Executor:
         return instance
 
 
-class _Workspace:
-    """Memory and tables for one call in flight."""
-
-    def __init__(self, instance: Instance) -> None:
-        plan, values = instance.plan, instance.values
-        self.arena = aligned_empty(evaluate(plan.arena_bytes, values))
-        self.static = {
-            b.name: torch.zeros(evaluate(b.nbytes, values) + ALIGNMENT, dtype=torch.uint8)
-            for b in plan.buffers.values()
-            if b.kind == "static"
-        }
-        self.ext = (ctypes.c_int64 * max(1, len(instance.ext)))()
-        self.ext_address = ctypes.addressof(self.ext)
-        addresses: dict[str, Address] = {}
-        for buffer in plan.buffers.values():
-            if buffer.name in instance.ext:
-                addresses[buffer.name] = Address(0, instance.ext[buffer.name])
-            else:
-                addresses[buffer.name] = Address(self.storage(instance, buffer).data_ptr())
-        self.tables: list[Table | None] = [
-            build_table(
-                steps,
-                [[instance.span(a) for a in s.args] for s in steps],
-                addresses,
-                instance.executor.functions,
-                values,
-                instance.workers,
-                placed=instance.workers == plan.workers,
-                stamped=instance.stamped,
-            )
-            if isinstance(steps, list)
-            else None
-            for steps in instance.segments
-        ]
-        self.launches = [table.address for table in self.tables if table is not None]
-        self.views: dict[tuple[int, int], torch.Tensor] = {}
-        own = (self.arena, *self.static.values())
-        self._memory = frozenset(t.untyped_storage().data_ptr() for t in own)
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` lies in this memory, which later steps and calls write again."""
-        return tensor.untyped_storage().data_ptr() in self._memory
-
-    def storage(self, instance: Instance, buffer: Buffer) -> torch.Tensor:
-        if buffer.kind == "arena":
-            return self.arena[evaluate(buffer.offset, instance.values) :]
-        if buffer.kind == "static":
-            raw = self.static[buffer.name]
-            return raw[-raw.data_ptr() % ALIGNMENT :]
-        return instance.executor.constants[buffer.name]
-
-
 class Instance:
     """A plan with its symbols bound. A ``stamped`` one notes when each part of a kernel ran."""
 
@@ -242,7 +193,7 @@ class Instance:
         self.stamped = stamped
         self.executor, self.plan, self.values = executor, executor.plan, values
         self.workers = workers
-        self.segments: list[list[KernelStep] | LibraryStep | BranchStep] = []
+        self.segments: list[list[KernelStep] | LibraryStep | BranchStep | FetchStep] = []
         for step in self.plan.steps:
             if not isinstance(step, KernelStep):
                 self.segments.append(step)
@@ -264,7 +215,7 @@ class Instance:
         self._slots = [slot for slot, _ in self._inputs]
         self._made = [(slot, tuple(geometry)) for slot, _, *geometry in self._fresh]
         self._launch = executor._launch
-        self._free: list[_Workspace] = []
+        self._free: list[Workspace] = []
         # The common case: every output is its own fresh tensor, no library step.
         self._simple = (
             not self.windows
@@ -321,7 +272,7 @@ class Instance:
         try:
             workspace = self._free.pop()
         except IndexError:
-            workspace = _Workspace(self)
+            workspace = Workspace(self)
         ext = workspace.ext
         if self._lean and tensors[0].is_contiguous():
             slot, (shape, strides, dtype) = self._made[0]
@@ -348,7 +299,10 @@ class Instance:
                 self._launch(address, workspace.ext_address)
             self._free.append(workspace)
             return fresh
-        return self._run_mixed(workspace, tensors, held, fresh)
+        if self.executor.fetching is None:
+            return self._run_mixed(workspace, tensors, held, fresh)
+        with self.executor.fetching.tier.using():
+            return self._run_mixed(workspace, tensors, held, fresh)
 
     def run_into(self, tensors: Sequence[torch.Tensor], into: torch.Tensor) -> list[torch.Tensor]:
         """`run` with its only result written to ``into``, of the result's shape and contiguous."""
@@ -358,7 +312,7 @@ class Instance:
         try:
             workspace = self._free.pop()
         except IndexError:
-            workspace = _Workspace(self)
+            workspace = Workspace(self)
         workspace.ext[self._slots[0]] = tensors[0].data_ptr()
         workspace.ext[self._made[0][0]] = into.data_ptr()
         self._launch(workspace.launches[0], workspace.ext_address)
@@ -367,7 +321,7 @@ class Instance:
 
     def _run_mixed(
         self,
-        workspace: _Workspace,
+        workspace: Workspace,
         tensors: Sequence[torch.Tensor],
         held: list[torch.Tensor],
         fresh: list[torch.Tensor],
@@ -377,10 +331,17 @@ class Instance:
             live[name] = tensor if tensor.is_contiguous() else tensor.contiguous()
         for (_, name, *_), tensor in zip(self._fresh, fresh, strict=True):
             live[name] = tensor
+        waves: Callable[[int], None] | None = None  # what was fetched last does not fit at once
         for number, (segment, table) in enumerate(
             zip(self.segments, workspace.tables, strict=True)
         ):
-            if table is not None:
+            if isinstance(segment, FetchStep):
+                assert self.executor.fetching is not None
+                offsets = self._view(workspace, segment.selector, live).numpy()
+                waves = self.executor.fetching.fetch(self, workspace, segment, offsets)
+            elif table is not None and waves is not None:
+                waves(number)
+            elif table is not None:
                 self._launch(table.address, workspace.ext_address)
             elif isinstance(segment, BranchStep):
                 self._run_branches(workspace, segment, number, live)
@@ -394,7 +355,7 @@ class Instance:
         return outputs
 
     def _run_branches(
-        self, workspace: _Workspace, step: BranchStep, number: int, live: dict[str, torch.Tensor]
+        self, workspace: Workspace, step: BranchStep, number: int, live: dict[str, torch.Tensor]
     ) -> None:
         """Runs the plans of a step that have something to do, in their order."""
         selector, *whole = [
@@ -448,7 +409,7 @@ class Instance:
 
     def _call_library(
         self,
-        workspace: _Workspace,
+        workspace: Workspace,
         step: LibraryStep,
         number: int,
         live: dict[str, torch.Tensor],
@@ -489,7 +450,7 @@ class Instance:
 
     def _operand(
         self,
-        workspace: _Workspace,
+        workspace: Workspace,
         ref: TensorRef,
         live: Mapping[str, torch.Tensor],
         key: tuple[int, int],
@@ -502,7 +463,7 @@ class Instance:
         return view
 
     def _view(
-        self, workspace: _Workspace, ref: TensorRef, live: Mapping[str, torch.Tensor]
+        self, workspace: Workspace, ref: TensorRef, live: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         base = live.get(ref.buffer)
         if base is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .sizes import Size, evaluate
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 
 
 class PlanError(ValueError):
@@ -120,7 +120,23 @@ class BranchStep:
         return (*self.plans, *(name for _, name in self.sized if name))
 
 
-Step = KernelStep | LibraryStep | BranchStep
+@dataclass(frozen=True)
+class FetchStep:
+    """Makes weights of routed products resident, for the steps up to the next `FetchStep`.
+
+    ``banks`` are constants that lie on a slower tier, with a unit for each branch; wanted are the
+    units b for which ``selector[b] < selector[b + 1]`` (the offsets of a route). Where they do not
+    fit together, the steps that follow run in parts. ``router`` names what routes, "" if unknown.
+    """
+
+    name: str
+    banks: tuple[str, ...]
+    selector: TensorRef
+    router: str = ""
+    group: int = -1
+
+
+Step = KernelStep | LibraryStep | BranchStep | FetchStep
 
 
 def touched(step: Step) -> tuple[TensorRef | None, ...]:
@@ -129,6 +145,8 @@ def touched(step: Step) -> tuple[TensorRef | None, ...]:
         return step.args
     if isinstance(step, LibraryStep):
         return (*step.refs, *step.results)
+    if isinstance(step, FetchStep):
+        return (step.selector,)
     return (step.selector, *step.refs, *step.results)
 
 
@@ -226,6 +244,8 @@ class Plan:
                 for name in step.every_plan:
                     part = str(self.parts[name]) if name in self.parts else f"plan {name}: deferred"
                     lines += [f"       {line}" for line in part.splitlines()]
+            elif isinstance(step, FetchStep):
+                lines.append(f"  {i:4d} fetch {', '.join(step.banks)} by {step.selector.buffer}")
             else:
                 reads = ", ".join(a.buffer for a in step.refs)
                 writes = ", ".join(r.buffer if r else "_" for r in step.results)
@@ -233,7 +253,9 @@ class Plan:
         return "\n".join(lines)
 
 
-_TYPES: dict[type, str] = {KernelStep: "kernel", LibraryStep: "library", BranchStep: "branch"}
+_TYPES: dict[type, str] = {
+    KernelStep: "kernel", LibraryStep: "library", BranchStep: "branch", FetchStep: "fetch",
+}  # fmt: skip
 
 
 def _step(data: dict[str, Any]) -> Step:
@@ -243,6 +265,9 @@ def _step(data: dict[str, Any]) -> Step:
         data["symbols"] = tuple(data["symbols"])
         data["place"] = tuple((worker, end) for worker, end in data["place"])
         return KernelStep(**data)
+    if kind == "fetch":
+        data["selector"], data["banks"] = _ref(data["selector"]), tuple(data["banks"])
+        return FetchStep(**data)
     data["refs"] = tuple(_ref(a) for a in data["refs"])
     data["results"] = tuple(a and _ref(a) for a in data["results"])
     if kind == "library":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .executor import Executor
-from .plan import BranchStep, KernelStep, LibraryStep
+from .plan import BranchStep, FetchStep, KernelStep, LibraryStep
 from .sizes import evaluate
 
 
@@ -53,7 +53,9 @@ def profile_steps(
     ]
 
 
-_KINDS: dict[type, str] = {KernelStep: "kernel", LibraryStep: "library", BranchStep: "branches"}
+_KINDS: dict[type, str] = {
+    KernelStep: "kernel", LibraryStep: "library", BranchStep: "branches", FetchStep: "fetch",
+}  # fmt: skip
 
 
 class _StepExecutor(Executor):
@@ -66,6 +68,8 @@ class _StepExecutor(Executor):
             executor.functions,
             executor.calls,
             parts=executor.parts,
+            tier=executor.tier,
+            banks=executor.banks,
         )
         self.seconds: list[float] = []
         self.values: dict[str, int] = {}

@@ -41,7 +41,13 @@ class Rehearsal(Executor):
             for name, part in executor.parts.items()
         }
         super().__init__(
-            executor.plan, executor.constants, executor.functions, executor.calls, parts=parts
+            executor.plan,
+            executor.constants,
+            executor.functions,
+            executor.calls,
+            parts=parts,
+            tier=executor.tier,
+            banks=executor.banks,
         )
         self.script = script
 

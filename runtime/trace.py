@@ -64,12 +64,15 @@ class Tracer:
         return [Event(*e[:4], (e[4] - zero) * 1e-9, (e[5] - zero) * 1e-9) for e in found]
 
 
-def made_up(plan: Plan) -> list[torch.Tensor]:
-    """Inputs for a plan of fixed sizes: noise, and zeros for integers, which index any table."""
+def made_up(plan: Plan, values: Mapping[str, int] | None = None) -> list[torch.Tensor]:
+    """Inputs for a plan whose symbols have these ``values``: noise, and zeros for integers, which
+    index any table.
+    """
     generator = torch.Generator().manual_seed(0)
     made = []
     for ref in plan.inputs:
-        shape, dtype = [evaluate(d, {}) for d in ref.shape], getattr(torch, ref.dtype)
+        shape = [evaluate(d, values or {}) for d in ref.shape]
+        dtype = getattr(torch, ref.dtype)
         if dtype.is_floating_point or dtype.is_complex:
             made.append(torch.randn(shape, generator=generator).to(dtype))
         else:

@@ -1,0 +1,269 @@
+"""A trained mixture of experts under a weight budget: time, hit rate, bytes moved, resident memory.
+
+The model is `trained_moe`'s with its experts widened: hidden units are added whose output weights
+are zero. What it computes, and with that every route on held-out text, stays the trained one's,
+while the experts get a size at which memory matters (6 MiB each, 201 MB in all).
+
+Modes, interleaved in one process on the same windows of text, answers compared bit for bit first:
+
+* ``resident``: all weights in memory;
+* ``budget``: what ``weight_budget`` gives; ``demand``: nothing loaded ahead, the least recently
+  used dropped first;
+* ``-disk``: the same with dropped weights leaving the operating system's page cache, too.
+
+``oracle`` is Belady's rule on the recorded fetches: nothing that loads on demand hits more often.
+Resident memory is the high-water mark that the system keeps of a process of its own, in which the
+saved model is loaded and run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import subprocess
+import sys
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .measure import Timing, high_water, interleave
+from .trained_moe import Batches, trained
+
+NAME = "weights"
+SUMMARY = "a trained mixture of experts under a weight budget, beside loading on demand"
+BUDGET = "40%"
+WIDTH = 4096  # hidden units of an expert
+TOKENS = (1, 16, 128)
+MODES: dict[str, str | None] = {
+    "resident": None,
+    "budget": "",
+    "demand": "ahead=false,evict=lru",
+    "budget-disk": "cached=false",
+    "demand-disk": "ahead=false,evict=lru,cached=false",
+}
+PIPELINE = "normalize,outline-branches,speculate-routes,prefetch-weights{%s},fuse-vertical"
+
+
+def widened(model: Any, width: int = WIDTH) -> nn.Module:
+    """A copy of a Mixtral of transformers whose experts have ``width`` hidden units; it computes
+    the same but for rounding.
+    """
+    config = copy.deepcopy(model.config)
+    config.intermediate_size = width
+    result = type(model)(config)
+    old = model.state_dict()
+    new = result.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for name, value in new.items():
+        if name.endswith("gate_up_proj"):
+            value.normal_(std=0.02, generator=generator)
+            half = old[name].shape[1] // 2
+            value[:, :half] = old[name][:, :half]
+            value[:, width : width + half] = old[name][:, half:]
+        elif name.endswith("down_proj"):
+            value.zero_()
+            value[..., : old[name].shape[2]] = old[name]
+        else:
+            value.copy_(old[name])
+    return result.eval()
+
+
+def windows(batches: Batches, tokens: int, count: int) -> list[Tensor]:
+    """``count`` windows ``[1, tokens]`` of consecutive text."""
+    text = batches[0].reshape(-1)
+    starts = range(0, tokens * count, tokens)
+    if tokens * count > len(text):
+        text = torch.cat([batches[i].reshape(-1) for i in range(len(batches))])
+    return [text[s : s + tokens].unsqueeze(0) for s in starts]
+
+
+def oracle(fetches: Sequence[tuple[int, tuple[int, ...]]], capacity: int) -> tuple[int, int]:
+    """Hits and misses of Belady's rule, with room for ``capacity`` units of one size.
+
+    ``fetches`` are (site, units) in order; what one wants is resident together.
+    """
+    uses: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for now, (site, units) in enumerate(fetches):
+        for unit in units:
+            uses[site, unit].append(now)
+
+    def following(key: tuple[int, int], now: int) -> float:
+        later = bisect_right(uses[key], now)
+        return uses[key][later] if later < len(uses[key]) else float("inf")
+
+    resident: set[tuple[int, int]] = set()
+    hits = misses = 0
+    for now, (site, units) in enumerate(fetches):
+        wanted = {(site, unit) for unit in units}
+        hits += len(wanted & resident)
+        misses += len(wanted - resident)
+        resident |= wanted
+        rest = sorted(resident - wanted, key=lambda key: -following(key, now))
+        while len(resident) > capacity and rest:
+            resident.discard(rest.pop(0))
+    return hits, misses
+
+
+def run(rounds: int = 5, seconds: float = 0.25, folder: Path | None = None) -> dict[str, Any]:
+    """All of it, as a JSON document. ``folder`` is for files of tens of MB (a temporary one).
+
+    Raises AssertionError where a mode's answers are not the resident one's.
+    """
+    import tempfile
+
+    import plait
+
+    small, train, text = trained()
+    model = widened(small)
+    profile = plait.profile(model, [train[i][:2] for i in range(4)])
+    document: dict[str, Any] = {"budget": BUDGET, "rows": [], "memory": {}}
+    document["weight_bytes"] = sum(p.nbytes for p in model.parameters())
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for tokens in TOKENS:
+            document["rows"] += _times(model, profile, text, tokens, rounds, seconds)
+        document["memory"] = _memory(model, windows(text, 128, 2)[0], Path(scratch))
+    return document
+
+
+def _times(
+    model: nn.Module, profile: Any, text: Batches, tokens: int, rounds: int, seconds: float
+) -> list[dict[str, Any]]:
+    import plait
+
+    inputs = windows(text, tokens, 64)
+    compiled = {
+        name: plait.compile(
+            copy.deepcopy(model),
+            example_inputs=(inputs[0],),
+            profile=profile,
+            weight_budget=None if options is None else BUDGET,
+            pipeline=PIPELINE % (options or ""),
+        )
+        for name, options in MODES.items()
+    }
+    for x in inputs[:16]:
+        wanted = compiled["resident"](x).logits
+        for name, other in compiled.items():
+            assert torch.equal(other(x).logits, wanted), f"{name} gives other answers"
+
+    calls = {name: _Calls(other, inputs) for name, other in compiled.items()}
+    for call in calls.values():
+        call.start()
+    timings: dict[str, Timing] = interleave(calls, rounds, seconds)
+    rows = []
+    for name, timing in timings.items():
+        row = {"mode": name, "tokens": tokens, "p50_seconds": timing.median}
+        ratios = [
+            a / b - 1.0 for a, b in zip(timing.rounds, timings["resident"].rounds, strict=True)
+        ]
+        row |= {"slowdown": statistics.median(ratios), **calls[name].counted()}
+        rows.append(row)
+        if name == "budget":
+            bound = {"mode": "oracle", "tokens": tokens, "p50_seconds": None, "slowdown": None}
+            rows.append({**bound, **calls[name].oracle()})
+    return rows
+
+
+class _Calls:
+    """Calls of a compiled model on one input after the other."""
+
+    def __init__(self, compiled: Any, inputs: Sequence[Tensor]) -> None:
+        self.compiled, self.inputs, self.number = compiled, inputs, 0
+        self.before: dict[str, Any] = {}
+
+    def __call__(self) -> Any:
+        self.number += 1
+        return self.compiled(self.inputs[self.number % len(self.inputs)])
+
+    def start(self) -> None:
+        """Counts from now on."""
+        self.number = 0
+        if self.compiled.weight_tier is not None:
+            self.before = self.compiled.weight_tier.counters.to_json()
+            self.compiled.weight_tier.record = []
+
+    def counted(self) -> dict[str, Any]:
+        """Hit rate, bytes per call and the like, since `start`."""
+        tier = self.compiled.weight_tier
+        if tier is None:
+            return {"hit_rate": 1.0, "moved_per_call": 0.0}
+        now = tier.counters.to_json()
+        spent = {k: v - self.before[k] for k, v in now.items()}
+        return {
+            "hit_rate": spent["hits"] / max(1, spent["hits"] + spent["misses"]),
+            "moved_per_call": spent["bytes_moved"] / self.number,
+            "waited_per_call": spent["seconds"] / self.number,
+            "ahead": spent["ahead"],
+            "useful": spent["useful"],
+            "waves": spent["waves"],
+            "peak_bytes": now["peak_bytes"],
+        }
+
+    def oracle(self) -> dict[str, Any]:
+        """What Belady's rule would have hit, and moved, of the same fetches."""
+        tier = self.compiled.weight_tier
+        unit = tier.sites[0].bytes[0]
+        hits, misses = oracle(tier.record, tier.capacity // unit)
+        return {
+            "hit_rate": hits / max(1, hits + misses),
+            "moved_per_call": misses * unit / self.number,
+        }
+
+
+# -- resident memory -------------------------------------------------------------------------------
+
+
+def _memory(model: Any, example: Tensor, folder: Path) -> dict[str, Any]:
+    """High-water marks in bytes of processes that load and run: the model with all weights and
+    under the budget, and one without experts to speak of, which tells what a process needs anyway.
+    """
+    import plait
+
+    slim = folder / "slim.plait"
+    plait.compile(_slim(model), example_inputs=(example,)).save(slim)
+    full = folder / "full.plait"
+    plait.compile(model, example_inputs=(example,)).save(full)
+    found = {
+        "constant": _child(slim, None),
+        "resident": _child(full, None),
+        "budget": _child(full, BUDGET),
+    }
+    weights = sum(p.nbytes for p in model.parameters())
+    found["share"] = (found["budget"] - found["constant"]) / weights
+    return found
+
+
+def _slim(model: Any) -> nn.Module:
+    """The same architecture with experts of 16 hidden units, untrained."""
+    config = copy.deepcopy(model.config)
+    config.intermediate_size = 16
+    return type(model)(config).eval()
+
+
+def _child(path: Path, budget: str | None) -> int:
+    code = "from plait.bench.weight_budget import measure; measure()"
+    command = [sys.executable, "-c", code, str(path), budget or ""]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+
+
+def measure() -> None:
+    """In a process of its own: loads the file of the first argument under the budget of the second,
+    runs it on random tokens and prints the high-water mark of its resident memory.
+    """
+    import plait
+
+    path, budget = sys.argv[1:]
+    model = plait.load(path, weight_budget=budget or None)
+    shape = model.programs[0].captured.inputs[0].shape
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randint(0, 256, [int(d) for d in shape], generator=generator))
+    print(json.dumps({"peak": high_water()}))

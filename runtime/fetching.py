@@ -1,0 +1,113 @@
+"""The `FetchStep`s of a plan at work: weights of a slower tier come before they are read.
+
+Where the units that a route wants do not fit into the budget together, the steps that read them
+run in *waves*: the route's offsets are narrowed to as many neighbouring branches as fit, so that
+the kernel sees the others empty. Waves go from the first branch to the last. A kernel writes the
+rows of its branches and zeros to those behind, which the waves after it overwrite; each branch's
+rows are computed by one wave from the same operands as otherwise, so the results are the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .bank import Bank
+from .plan import FetchStep, KernelStep, Plan, PlanError
+from .table import Address, Table, build_table
+from .tier import Site, Tier
+
+_WINDOW = "window of a route"  # a buffer of the narrowed offsets; no name of a plan's has blanks
+
+
+class Fetching:
+    """What the fetches of one executor share. Raises PlanError where banks do not fit the plan."""
+
+    def __init__(self, plan: Plan, tier: Tier, banks: Mapping[str, Bank]) -> None:
+        self.tier, self.banks = tier, banks
+        self.sites: dict[str, Site] = {}
+        for step in plan.steps:
+            if not isinstance(step, FetchStep):
+                continue
+            branches = int(step.selector.shape[0]) - 1
+            if any(n not in banks or banks[n].count != branches for n in step.banks):
+                raise PlanError(f"weights that {step.name} fetches are missing: compile again")
+            own = [banks[n] for n in step.banks]
+            self.sites[step.name] = tier.site([[(b, u) for b in own] for u in range(branches)])
+        weakref.finalize(self, tier.leave, list(self.sites.values()))
+
+    def fetch(
+        self, instance: Any, workspace: Any, step: FetchStep, offsets: NDArray[np.int64]
+    ) -> Callable[[int], None] | None:
+        """Makes what the route wants resident.
+
+        Returns None, or where it does not fit together, what runs a segment (by its number) of the
+        instance instead of its launch.
+        """
+        site = self.sites[step.name]
+        if self.tier.fetch(site, _counts(offsets)):
+            return None
+        kept = offsets.copy()  # the arena's memory may hold something else by then
+
+        def run(number: int) -> None:
+            for k, single in enumerate(instance.segments[number]):
+                self._run_step(instance, workspace, (number, k), single, step, site, kept)
+
+        return run
+
+    def _run_step(
+        self,
+        instance: Any,
+        workspace: Any,
+        key: tuple[int, int],
+        step: KernelStep,
+        fetch: FetchStep,
+        site: Site,
+        offsets: NDArray[np.int64],
+    ) -> None:
+        single = workspace.singles.get(key)
+        if single is None:
+            single = workspace.singles[key] = _Single(instance, workspace, step, fetch)
+        read = [a.buffer for a in step.args[: step.reads] if a.buffer in fetch.banks]
+        launch, ext = instance.executor._launch, workspace.ext_address
+        if not read:
+            single.window.copy_(torch.from_numpy(offsets))
+            launch(single.table.address, ext)
+            return
+        only = [self.banks[name] for name in read]
+        for begin, end in self.tier.waves(site, _counts(offsets), only):
+            np.clip(offsets, offsets[begin], offsets[end], out=single.window.numpy())
+            launch(single.table.address, ext)
+
+
+def _counts(offsets: NDArray[np.int64]) -> list[int]:
+    bounds = offsets.tolist()
+    return [end - begin for begin, end in itertools.pairwise(bounds)]
+
+
+class _Single:
+    """A launch of one step, which reads a route's offsets from ``window``."""
+
+    table: Table
+
+    def __init__(self, instance: Any, workspace: Any, step: KernelStep, fetch: FetchStep) -> None:
+        branches = int(fetch.selector.shape[0])
+        self.window = torch.empty(branches, dtype=torch.int64)
+        moved = replace(fetch.selector, buffer=_WINDOW, offset=0)
+        args = tuple(moved if a == fetch.selector else a for a in step.args)
+        addresses = {**workspace.addresses, _WINDOW: Address(self.window.data_ptr())}
+        self.table = build_table(
+            [replace(step, args=args)],
+            [[]],  # nothing to be told apart in a launch of one step
+            addresses,
+            instance.executor.functions,
+            instance.values,
+            instance.workers,
+        )

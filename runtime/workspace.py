@@ -1,0 +1,78 @@
+"""Memory and launch tables of one call in flight."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .plan import Buffer
+from .sizes import evaluate
+from .table import Address, Table, build_table
+
+if TYPE_CHECKING:
+    from .executor import Instance
+
+ALIGNMENT = 64
+
+
+def aligned_empty(nbytes: int) -> torch.Tensor:
+    """``nbytes`` of uninitialised memory that start at a cache line (uint8)."""
+    raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+    shift = -raw.data_ptr() % ALIGNMENT
+    return raw[shift : shift + nbytes]
+
+
+class Workspace:
+    """Memory and tables for one call in flight of an instance."""
+
+    def __init__(self, instance: Instance) -> None:
+        plan, values = instance.plan, instance.values
+        self.arena = aligned_empty(evaluate(plan.arena_bytes, values))
+        self.static = {
+            b.name: torch.zeros(evaluate(b.nbytes, values) + ALIGNMENT, dtype=torch.uint8)
+            for b in plan.buffers.values()
+            if b.kind == "static"
+        }
+        self.ext = (ctypes.c_int64 * max(1, len(instance.ext)))()
+        self.ext_address = ctypes.addressof(self.ext)
+        addresses: dict[str, Address] = {}
+        for buffer in plan.buffers.values():
+            if buffer.name in instance.ext:
+                addresses[buffer.name] = Address(0, instance.ext[buffer.name])
+            else:
+                addresses[buffer.name] = Address(self.storage(instance, buffer).data_ptr())
+        self.tables: list[Table | None] = [
+            build_table(
+                steps,
+                [[instance.span(a) for a in s.args] for s in steps],
+                addresses,
+                instance.executor.functions,
+                values,
+                instance.workers,
+                placed=instance.workers == plan.workers,
+                stamped=instance.stamped,
+            )
+            if isinstance(steps, list)
+            else None
+            for steps in instance.segments
+        ]
+        self.addresses = addresses
+        self.launches = [table.address for table in self.tables if table is not None]
+        self.views: dict[tuple[int, int], torch.Tensor] = {}
+        self.singles: dict[tuple[int, int], Any] = {}  # launches of single steps (`Fetching`)
+        own = (self.arena, *self.static.values())
+        self._memory = frozenset(t.untyped_storage().data_ptr() for t in own)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in this memory, which later steps and calls write again."""
+        return tensor.untyped_storage().data_ptr() in self._memory
+
+    def storage(self, instance: Instance, buffer: Buffer) -> torch.Tensor:
+        if buffer.kind == "arena":
+            return self.arena[evaluate(buffer.offset, instance.values) :]
+        if buffer.kind == "static":
+            raw = self.static[buffer.name]
+            return raw[-raw.data_ptr() % ALIGNMENT :]
+        return instance.executor.constants[buffer.name]

@@ -1,0 +1,394 @@
+"""Weights under a budget: the same bits as with all of them in memory, whatever the routes."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import plait
+from plait.kernels import routing
+from plait.runtime import bank as banks
+from plait.runtime.plan import FetchStep, Plan
+
+EXPERTS, WIDTH, INNER = 5, 32, 48
+
+
+class Experts(nn.Module):
+    """A block of experts whose routes are an input; ``EXPERTS`` stands for no expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(EXPERTS, INNER, WIDTH) / WIDTH**0.5)
+        self.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, INNER) / INNER**0.5)
+        self.bias = nn.Parameter(torch.randn(EXPERTS, WIDTH))
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        slots = index.shape[1]
+        route = routing.route(index, EXPERTS)
+        inner = routing.routed_linear(x, *route, self.up, None, False, slots, False).relu()
+        out = routing.routed_linear(inner, *route, self.down, self.bias, False, 0, True)
+        return out.view(*index.shape, -1).sum(1)
+
+
+class Net(nn.Module):
+    """Two blocks; the second one gets the routes in reverse order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(WIDTH, WIDTH)
+        self.one, self.two = Experts(), Experts()
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        x = self.dense(x)
+        x = x + self.one(x, index)
+        return x + self.two(x, index.flip(0))
+
+
+UNIT = (INNER + 16) * WIDTH * 4  # the larger matrix, its columns filled up to whole panels
+
+
+def weights(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def example(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, WIDTH, generator=generator)
+    return x, torch.randint(0, EXPERTS + 1, (tokens, 2), generator=generator)
+
+
+def compiled(model: nn.Module, budget: Any, **options: Any) -> Any:
+    dynamic = {"x": {0: torch.export.Dim("t")}, "index": {0: torch.export.Dim("t")}}
+    return plait.compile(
+        model, example_inputs=example(9), dynamic_shapes=dynamic, weight_budget=budget, **options
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def variants(net: Net) -> dict[str, Any]:
+    """Compiled with everything in memory, with room for some experts, and for hardly one."""
+    with torch.no_grad():
+        always = weights(net.dense) + 2 * net.one.bias.nbytes
+        found = {
+            "resident": compiled(copy.deepcopy(net), None),
+            "some": compiled(copy.deepcopy(net), always + 7 * UNIT),
+            "one": compiled(copy.deepcopy(net), always + UNIT),
+            "demand": compiled(
+                copy.deepcopy(net),
+                "60%",
+                pipeline="normalize,prefetch-weights{ahead=false,evict=lru,cached=false},"
+                "fuse-vertical",
+            ),
+        }
+    return found
+
+
+ROUTES = st.one_of(
+    st.integers(0, EXPERTS).map(lambda e: [[e, e]] * 7),
+    st.lists(st.tuples(st.integers(0, EXPERTS), st.integers(0, EXPERTS)), min_size=2, max_size=24),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ROUTES)
+def test_any_routes_give_the_same_bits(variants: dict[str, Any], routes: list[Any]) -> None:
+    index = torch.tensor(routes)
+    x, _ = example(len(index), seed=len(index))
+    wanted = variants["resident"](x, index)
+    for name in ("some", "one", "demand"):
+        assert torch.equal(variants[name](x, index), wanted), name
+        tier = variants[name].weight_tier
+        assert tier.counters.peak_bytes <= tier.capacity and tier.counters.over == 0
+
+
+def test_the_small_budget_works_in_waves_and_the_larger_one_need_not(
+    variants: dict[str, Any],
+) -> None:
+    x, _ = example(6)
+    index = torch.tensor([[0, 1]] * 6)
+    for name, waves in (("one", True), ("some", False)):
+        counters = variants[name].weight_tier.counters
+        before = counters.waves
+        variants[name](x, index)
+        assert (counters.waves > before) == waves
+
+
+def test_routes_that_drift_give_the_same_bits(variants: dict[str, Any]) -> None:
+    for step in range(30):
+        x, _ = example(4, seed=step)
+        index = torch.tensor([[step // 10, step // 10 + 1]] * 4)
+        assert torch.equal(variants["some"](x, index), variants["resident"](x, index))
+
+
+def test_plans_fetch_once_for_each_route(variants: dict[str, Any]) -> None:
+    plan = variants["some"].plan
+    fetches = [s for s in plan.steps if isinstance(s, FetchStep)]
+    assert [len(s.banks) for s in fetches] == [2, 2]
+    assert Plan.from_json(plan.to_json()).to_json() == plan.to_json()
+    assert "fetch " in str(plan)
+
+
+def test_explain_tells_of_hits_and_bytes(variants: dict[str, Any]) -> None:
+    variants["some"](*example(9))
+    text = variants["some"].explain()
+    assert "weights of a slower tier: " in text and "MiB moved" in text
+    assert "PLT-PRE-001" in text
+
+
+def test_the_model_keeps_its_parameters(net: Net) -> None:
+    model = copy.deepcopy(net)
+    before = dict(model.named_parameters())
+    wanted = model(*example(9))
+    budget = compiled(model, "60%")
+    assert all(before[n] is p for n, p in model.named_parameters())
+    assert all(torch.equal(p, dict(net.named_parameters())[n]) for n, p in before.items())
+    assert torch.equal(model(*example(9)), wanted)
+    assert budget.state_dict().keys() == net.state_dict().keys()
+    filed = before["one.up"].untyped_storage()
+    assert filed.nbytes() == before["one.up"].nbytes
+    model.load_state_dict(net.state_dict())
+    assert copy.deepcopy(budget)(*example(9)).shape == wanted.shape
+
+
+def test_weights_that_change_are_fetched_anew(net: Net) -> None:
+    model = copy.deepcopy(net)
+    budget = compiled(model, "60%")
+    budget(*example(9))
+    model.one.up.mul_(2.0)
+    model.two.down = nn.Parameter(model.two.down + 1.0)
+    resident = compiled(copy.deepcopy(model), None)
+    assert torch.equal(budget(*example(9)), resident(*example(9)))
+    model.one.up.data.mul_(0.5)  # not counted by torch
+    budget.recompile()
+    resident = compiled(copy.deepcopy(model), None)
+    assert torch.equal(budget(*example(9)), resident(*example(9)))
+
+
+def test_changes_after_a_refused_budget_are_kept(net: Net) -> None:
+    model = copy.deepcopy(net)
+    refused = plait.compile(model, weight_budget=100)
+    with pytest.raises(plait.OptionError):
+        refused(*example(9))
+    model.one.up.data.mul_(2.0)
+    wanted = model.one.up.clone()
+    with pytest.raises(plait.OptionError):
+        refused(*example(9))
+    assert torch.equal(model.one.up, wanted)
+
+
+def test_parameters_that_share_memory_stay_together(net: Net) -> None:
+    model = copy.deepcopy(net)
+    both = torch.stack([model.one.up, model.two.up])
+    model.one.up, model.two.up = nn.Parameter(both[0]), nn.Parameter(both[1])
+    model.two.down = model.one.down
+    budget = compiled(model, "60%")
+    both.mul_(2.0)
+    assert torch.equal(model.one.up, both[0]) and model.two.down is model.one.down
+    assert model.one.up.data_ptr() == both.data_ptr()
+    budget.recompile()
+    resident = compiled(copy.deepcopy(model), None)
+    assert torch.equal(budget(*example(9)), resident(*example(9)))
+
+
+def test_programs_of_one_model_share_the_budget(net: Net) -> None:
+    model = copy.deepcopy(net)
+    budget = plait.compile(model, weight_budget="60%", dynamic_shapes=None)
+    resident = plait.compile(copy.deepcopy(net))
+    for tokens in (1, 9, 12):
+        assert torch.equal(budget(*example(tokens)), resident(*example(tokens)))
+    assert len(budget.programs) > 1
+    assert len(budget.weight_tier.sites) == 2
+    assert budget.weight_tier.counters.peak_bytes <= budget.weight_tier.capacity
+
+
+def test_calls_from_many_threads(variants: dict[str, Any]) -> None:
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        with torch.no_grad():
+            for k in range(15):
+                inputs = example(3 + seed, seed=seed * 100 + k)
+                if not torch.equal(variants["some"](*inputs), variants["resident"](*inputs)):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_experts_within_branches(net: Net) -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = Experts()
+
+        def forward(self, x: Tensor) -> Tensor:
+            index = (x[:, :2].abs() * 100).long() % EXPERTS
+            return self.experts(x, index)
+
+    torch.manual_seed(1)
+    model = plait.Router([Branch(), Branch()], lambda x: (x[:, 0] > 0).long(), combine="sum")
+    model.eval()
+    resident = plait.compile(copy.deepcopy(model))
+    budget = plait.compile(copy.deepcopy(model), weight_budget="50%")
+    for tokens in (12, 1, 30):
+        x, _ = example(tokens)
+        assert torch.equal(budget(x), resident(x))
+    tier = budget.weight_tier
+    assert tier.counters.fetches and tier.counters.peak_bytes <= tier.capacity
+
+
+# -- saved models ----------------------------------------------------------------------------------
+
+
+def test_a_loaded_model_outlives_its_file(
+    net: Net, variants: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.plait"
+    compiled(copy.deepcopy(net), "60%").save(path)
+    own = plait.load(path)
+    given = plait.load(path, weight_budget="50%")
+    plain = plait.load(path, weight_budget="100%")
+    assert own.options.weight_budget == "60%" and given.options.weight_budget == "50%"
+    path.write_bytes(b"\x00" * path.stat().st_size)  # the same file, of other contents
+    for seed in range(5):
+        wanted = variants["resident"](*example(9, seed))
+        for model in (own, given, plain):
+            assert torch.equal(model(*example(9, seed)), wanted)
+    path.unlink()
+    assert torch.equal(own(*example(7)), variants["resident"](*example(7)))
+    state = own.state_dict()
+    assert all(torch.equal(state[n], p) for n, p in net.state_dict().items())
+    own.save(path)
+    assert torch.equal(plait.load(path)(*example(7)), own(*example(7)))
+
+
+def test_damage_is_noticed_under_a_budget_too(variants: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "model.plait"
+    variants["resident"].save(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"one_up") + 3000] ^= 255
+    path.write_bytes(bytes(content))
+    with pytest.raises(plait.FileError, match="PLT-SAV-004"):
+        plait.load(path, weight_budget="60%")
+
+
+def test_resident_memory_as_the_system_counts_it(tmp_path: Path) -> None:
+    """Of 256 MiB of experts, a process that loads and runs the model holds 35 % at most."""
+    code = """
+import sys, torch, plait
+from plait.bench.measure import high_water
+path, budget = sys.argv[1:]
+before = None
+model = plait.load(path, weight_budget=budget)
+x = torch.randn(4, 1024)
+with torch.no_grad():
+    for k in range(12):
+        model(x, torch.full((4, 1), k % 8))
+print(high_water())
+"""
+
+    class Wide(nn.Module):
+        def __init__(self, inner: int) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(8, inner, 1024) * 0.03)
+            self.down = nn.Parameter(torch.randn(8, 1024, inner) * 0.03)
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            route = routing.route(index, 8)
+            inner = routing.routed_linear(x, *route, self.up, None, False, 1, False).relu()
+            return routing.routed_linear(inner, *route, self.down, None, False, 0, True)
+
+    peaks = []
+    for inner, budget in ((64, "50%"), (4096, "30%")):
+        path = tmp_path / f"{inner}.plait"
+        inputs = (torch.randn(4, 1024), torch.zeros(4, 1, dtype=torch.int64))
+        plait.compile(Wide(inner).eval(), example_inputs=inputs, tune="off").save(path)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path), budget], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 0.35 * 256 * 2**20
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, -5, True, 1.5, "half", "0%", "120%", "x%", "40", b"4"])
+def test_budgets_without_meaning(net: Net, budget: Any, tmp_path: Path) -> None:
+    with pytest.raises(plait.OptionError, match="PLT-OPT-006"):
+        plait.compile(net, weight_budget=budget)
+    with pytest.raises(plait.OptionError, match="PLT-OPT-006"):
+        plait.load(tmp_path / "none", weight_budget=budget)
+
+
+def test_a_budget_below_the_largest_expert_names_the_least_there_is(net: Net) -> None:
+    with pytest.raises(plait.OptionError, match=r"PLT-OPT-006.*give at least \d+ bytes") as caught:
+        compiled(copy.deepcopy(net), weights(net.dense) + 100)
+    least = int(caught.value.hint.split()[3])
+    model = compiled(copy.deepcopy(net), least)
+    resident = compiled(copy.deepcopy(net), None)
+    assert torch.equal(model(*example(9)), resident(*example(9)))
+    with pytest.raises(plait.OptionError):
+        compiled(copy.deepcopy(net), least - 1)
+
+
+def test_a_model_without_routed_weights_cannot_keep_a_budget() -> None:
+    model = nn.Linear(8, 8).eval()
+    with pytest.raises(plait.OptionError, match="PLT-OPT-006"):
+        plait.compile(model, example_inputs=torch.randn(2, 8), weight_budget="50%")
+    whole = plait.compile(model, example_inputs=torch.randn(2, 8), weight_budget="100%")
+    assert "PLT-PRE-004" in {r.id for r in whole.remarks}
+
+
+def test_weights_whose_product_has_no_kernel_stay(net: Net) -> None:
+    half = copy.deepcopy(net).bfloat16()
+    x, index = example(9)
+    with pytest.raises(plait.OptionError, match="no routed products with kernels"):
+        plait.compile(half, example_inputs=(x.bfloat16(), index), weight_budget="60%")
+
+
+def test_a_full_disk_is_one_error(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(banks.os, "write", full)
+    with pytest.raises(plait.FileError, match=r"PLT-PRE-005.*No space left.*PLAIT_CACHE_DIR"):
+        compiled(copy.deepcopy(net), "60%")
+
+
+def test_a_profile_seeds_the_forecast(net: Net) -> None:
+    model = copy.deepcopy(net)
+    batches = [(example(8)[0], torch.full((8, 2), 3))] * 4
+    profile = plait.profile(model, batches)
+    budget = compiled(model, "60%", profile=profile)
+    forecast = budget.weight_tier.forecast
+    assert forecast._total[0].argmax() == 3
+    resident = compiled(copy.deepcopy(net), None)
+    assert torch.equal(budget(*example(9)), resident(*example(9)))
