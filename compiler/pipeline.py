@@ -43,7 +43,7 @@ from .captured import Captured
 from .errors import OptionError
 from .online import Monitor
 from .options import Bettable, Options
-from .weights import WeightStore
+from .weights import WeightStore, reading
 
 DEFAULT_PIPELINE = (
     "normalize,outline-branches,speculate-routes,prefetch-weights,fuse-vertical,schedule"
@@ -89,15 +89,16 @@ class CompiledGraph:
         self.own_remarks = made.remarks
         self.executor = made.engine.general if isinstance(made.engine, Speculation) else made.engine
         self.engine = made.engine
+        self._run = self.engine.run if self.store is None else reading(self.engine.run)
         if self.monitor is None:
-            self.run = self.engine.run
+            self.run = self._run
 
     def _watched(
         self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         assert self.monitor is not None
         begin = time.perf_counter()
-        results = self.engine.run(tensors, into)
+        results = self._run(tensors, into)
         self.monitor.called(time.perf_counter() - begin)
         return results
 

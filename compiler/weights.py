@@ -15,7 +15,7 @@ import gc
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,13 +273,17 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.2f} MiB"
 
 
-@contextlib.contextmanager
-def _reported() -> Iterator[None]:
-    try:
-        yield
-    except BankError as error:
-        hint = "make room, or set PLAIT_CACHE_DIR to a folder of another disk"
-        raise FileError("PLT-PRE-005", str(error), hint) from error
+def reading(run: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
+    """``run`` of an executable, which raises FileError where weights cannot be read back."""
+
+    def told(*args: Any) -> list[torch.Tensor]:
+        try:
+            return run(*args)
+        except BankError as error:
+            hint = "see to the disk, or set PLAIT_CACHE_DIR to another; the next call tries again"
+            raise FileError("PLT-PRE-005", str(error), hint) from error
+
+    return told
 
 
 def _dense(tensor: torch.Tensor) -> bool:

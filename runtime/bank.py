@@ -207,6 +207,14 @@ _PROCESS_MADVISE = 440  # the same number on every architecture
 _refused: set[int] = set()
 
 
+def waits() -> int:
+    """How often the calling thread has waited, as for a disk."""
+    import resource  # which Windows has not, but neither has it banks
+
+    who = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
+    return resource.getrusage(who).ru_nvcsw
+
+
 def raw_bytes(tensor: torch.Tensor) -> Any:
     """The bytes of a contiguous tensor, not copied."""
     return tensor.detach().view(-1).view(torch.uint8).numpy()

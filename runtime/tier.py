@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .bank import Bank, drop
+from .bank import Bank, drop, waits
 from .forecast import Forecast, grown
 
 Evict = Literal["value", "lru"]
@@ -39,8 +39,10 @@ GAIN = 1.25
 
 LASTING = 0.05
 """Weight of the latest load in what loads of its size cost."""
-SAMPLE = 4
-"""Where loads are cheap, forecasts see one round of all sites in so many."""
+SAMPLE = 16
+"""Where loads are cheap, forecasts see one round of all sites in so many: to see one takes some
+tens of microseconds, which is as long as a few loads.
+"""
 
 
 @dataclass
@@ -130,7 +132,7 @@ class Tier:
         self._stale = True
         self._cost: dict[int, float] = {}  # seconds that loading so many bytes takes
         self._sizes = np.zeros((0, 0), dtype=np.int64)  # of units; a row per site
-        self._dearest = np.inf  # seconds of the longest load, lately
+        self._cheap = False  # loads take less than waking the side thread does
         self._bytes = 0
         self._now = 0
         self._seen = 0  # fetches that the forecast was told of
@@ -248,7 +250,7 @@ class Tier:
             for unit in bits(missing | late):
                 self._load(site, unit)
             counters.seconds += time.perf_counter() - start
-        if self.ahead and self._dearest > WAKE and not trial:
+        if self.ahead and not self._cheap and not trial:
             self._look_ahead()
         return True
 
@@ -303,7 +305,7 @@ class Tier:
                 self._drop([(site.number, unit) for unit in units if resident >> unit & 1])
 
     def _load(self, site: Site, unit: int) -> None:
-        start = time.perf_counter()
+        start, spent, waited = time.perf_counter(), time.thread_time(), waits()
         try:
             for bank, number in site.units[unit]:
                 bank.load(number)
@@ -313,18 +315,19 @@ class Tier:
                     self._drop([(site.number, unit)])
             raise
         seconds = time.perf_counter() - start
+        if waits() == waited:  # for no disk: that others ran meanwhile is no cost of a load
+            seconds = time.thread_time() - spent
         size = site.bytes[unit]
         before = self._cost.get(size, seconds)
         self._cost[size] = before + LASTING * (seconds - before)
-        lately = 0.0 if self._dearest == np.inf else 0.95 * self._dearest
-        self._dearest = max(seconds, lately)
+        self._cheap = max(self._cost.values()) < WAKE
 
     # -- the budget; with the state locked --------------------------------------------------------
 
     def _observe(self, site: int, counts: Sequence[int]) -> None:
         """Tells the forecast; where loads are cheap, of one round of all sites in `SAMPLE`."""
         rounds = self._now // max(1, len(self.sites))
-        if self._dearest < WAKE and (rounds * 0x9E3779B1 >> 16) % SAMPLE:  # in no regular order
+        if self._cheap and (rounds * 0x9E3779B1 >> 16) % SAMPLE:  # in no regular order
             return
         self._seen += 1
         self.forecast.saw(site, np.asarray(counts), self._seen)

@@ -383,6 +383,22 @@ def test_a_full_disk_is_one_error(net: Net, monkeypatch: pytest.MonkeyPatch) -> 
         compiled(copy.deepcopy(net), "60%")
 
 
+def test_weights_that_cannot_be_read_back_are_one_error_and_read_again_later(
+    variants: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise banks.BankError("weights cannot be read back: Input/output error")
+
+    inputs = example(9, seed=1)
+    for name in ("some", "one"):  # where all that is wanted fits together, and in waves
+        with monkeypatch.context() as patched:
+            patched.setattr(banks.Bank, "load", broken)
+            with pytest.raises(plait.FileError, match=r"PLT-PRE-005.*Input/output error"):
+                for expert in range(EXPERTS):  # some of them are still in memory
+                    variants[name](inputs[0], torch.full((9, 2), expert))
+        assert torch.equal(variants[name](*inputs), variants["resident"](*inputs))
+
+
 def test_a_profile_seeds_the_forecast(net: Net) -> None:
     model = copy.deepcopy(net)
     batches = [(example(8)[0], torch.full((8, 2), 3))] * 4
