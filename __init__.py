@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from .compiler.device import Device
     from .compiler.early_exit import EarlyExit
     from .compiler.errors import CaptureError, FileError, InputError, OptionError, PlaitError
+    from .compiler.experts_api import place_experts
     from .compiler.options import Options
     from .compiler.place_api import place
     from .compiler.route_profile import Profile, profile
     from .compiler.router import Router
     from .passes.placement.errors import InfeasibleError, PlacementError
+    from .passes.placement.experts import ExpertPlacement, ExpertTraffic
     from .passes.placement.placement import Placement
     from .passes.placement.problem import Problem
     from .passes.remarks import Remark
@@ -32,6 +34,8 @@ _EXPORTS = {
     "Compiled": "compiler.compiled",
     "Device": "compiler.device",
     "EarlyExit": "compiler.early_exit",
+    "ExpertPlacement": "passes.placement.experts",
+    "ExpertTraffic": "passes.placement.experts",
     "FileError": "compiler.errors",
     "InfeasibleError": "passes.placement.errors",
     "InputError": "compiler.errors",
@@ -47,6 +51,7 @@ _EXPORTS = {
     "compile": "compiler.api",
     "load": "compiler.api",
     "place": "compiler.place_api",
+    "place_experts": "compiler.experts_api",
     "profile": "compiler.route_profile",
 }
 
@@ -55,6 +60,8 @@ __all__ = [
     "Compiled",
     "Device",
     "EarlyExit",
+    "ExpertPlacement",
+    "ExpertTraffic",
     "FileError",
     "InfeasibleError",
     "InputError",
@@ -70,6 +77,7 @@ __all__ = [
     "compile",
     "load",
     "place",
+    "place_experts",
     "profile",
 ]
 

@@ -284,6 +284,51 @@ def place(
         cli_place.run(problem, files, options, quiet, cli_place.Model(devices, link, train))
 
 
+@app.command("place-experts")
+def place_experts(
+    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="What `plait profile` wrote.")],
+    devices: Annotated[
+        str, typer.Option(metavar="N|NAMES", help="How many, or their names: gpu0,gpu1.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the placement to this file.")
+    ] = None,
+    capacity: Annotated[
+        int | None, typer.Option(help="Most experts of a layer on a device (as even as can be).")
+    ] = None,
+    balance: Annotated[
+        float | None,
+        typer.Option(help="Most load of a device, times the mean (1.2, or as round robin has it)."),
+    ] = None,
+    previous: Annotated[
+        Path | None, typer.Option(help="The placement there is: move what pays off.")
+    ] = None,
+    move_cost: Annotated[
+        float, typer.Option(help="Tokens that moving one expert must save to pay off.")
+    ] = 0.0,
+    layer: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Routers to place (all).")
+    ] = None,
+    algorithm: Annotated[
+        str, typer.Option(help="best, round-robin or quadratic-assignment.")
+    ] = "best",
+    budget: Annotated[float, typer.Option(help="Seconds that best may take, about.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same placement.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Place the experts of a profiled model so that few tokens change devices between layers.
+
+    Exits with 2, and writes nothing, where no placement keeps the loads within the limits.
+    """
+    with reported():
+        from . import cli_experts
+
+        options = {"capacity": capacity, "balance": balance, "previous": previous,
+                   "move_cost": move_cost, "layers": layer or None, "algorithm": algorithm,
+                   "budget": budget, "seed": seed}  # fmt: skip
+        cli_experts.run(profile, devices, output, quiet, options)
+
+
 @cache_app.command("path")
 def cache_path() -> None:
     """Print where the database is."""

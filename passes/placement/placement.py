@@ -42,7 +42,7 @@ class Placement:
 
     def write(self, path: str | Path) -> None:
         """Writes the file whole or not at all. Raises PlacementError where it cannot."""
-        write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(Path(path), json_text(self.to_dict()))
 
 
 def read_placement(path: str | Path) -> Placement:
@@ -92,6 +92,11 @@ def check(problem: Problem, placement: Placement) -> None:
     if placement.mode == "strict" and len(seen) < len(ops):
         lost = next(name for name in ops if name not in seen)
         raise PlacementError(f"order: op {lost!r} is missing, which a strict order may not")
+
+
+def json_text(value: Any) -> str:
+    """What files of plans hold: indented, to be read by people too."""
+    return json.dumps(value, indent=1) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
