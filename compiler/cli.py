@@ -261,6 +261,9 @@ def place(
     ] = 10.0,
     objective: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
     seed: Annotated[int, typer.Option(help="The same seed gives the same placement.")] = 0,
+    coarsen: Annotated[
+        int | None, typer.Option(metavar="OPS", help="Join ops first, down to about so many.")
+    ] = None,
     problem_output: Annotated[
         Path | None, typer.Option("--problem", help="Write a model's problem to this file.")
     ] = None,
@@ -280,7 +283,8 @@ def place(
         from . import cli_place
 
         files = cli_place.Files(output, problem_output, device_map, gantt, trace)
-        options = {"algorithm": algorithm, "objective": objective, "budget": budget, "seed": seed}
+        options = {"algorithm": algorithm, "objective": objective, "budget": budget, "seed": seed,
+                   "coarsen_to": coarsen}  # fmt: skip
         cli_place.run(problem, files, options, quiet, cli_place.Model(devices, link, train))
 
 

@@ -26,6 +26,7 @@ def place(
     objective: str = "latency",
     budget: float = 10.0,
     seed: int = 0,
+    coarsen_to: int | None = None,
     devices: str | Sequence[Device | str] | None = None,
     link: str = "50GB/s,10us",
     example_inputs: Any = (),
@@ -39,12 +40,14 @@ def place(
     `Device`) joined by equal links; with ``optimizer`` ("none", "sgd", "momentum" or "adam") a
     whole training step is placed. ``algorithm`` is "best", "single", "min-cut", "m-topo", "m-etf",
     "m-sct" or "heft"; ``objective`` "latency" (makespan of a step) or "throughput" (largest load of
-    a device or link per input in a pipeline).
+    a device or link per input in a pipeline). ``coarsen_to`` first joins ops, never into a cycle,
+    until about so many are left; the plan and its report are of the ops themselves.
 
     Raises PlacementError (a ValueError) for a problem or option without meaning, InfeasibleError
     where nothing fits, CaptureError where a module cannot be traced.
     """
-    options = {"algorithm": algorithm, "objective": objective, "budget": budget, "seed": seed}
+    options: dict[str, Any] = {"algorithm": algorithm, "objective": objective, "budget": budget,
+                               "seed": seed, "coarsen_to": coarsen_to}  # fmt: skip
     if isinstance(problem, str | Path):
         began = time.perf_counter()
         return plan.place(read_problem(problem), began=began, **options)

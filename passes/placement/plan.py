@@ -8,6 +8,7 @@ import numpy as np
 
 from .best import Progress, best
 from .bounds import lower_bounds
+from .coarsen import coarsen
 from .errors import InfeasibleError, PlacementError
 from .feasible import refuse_hopeless
 from .list_scheduling import Listed
@@ -27,6 +28,7 @@ def place(
     objective: str = "latency",
     budget: float = 10.0,
     seed: int = 0,
+    coarsen_to: int | None = None,
     progress: Progress | None = None,
     began: float | None = None,
 ) -> Placement:
@@ -34,7 +36,8 @@ def place(
 
     ``objective`` is "latency" (the makespan of one step) or "throughput" (the largest load of a
     device or link per input, in a pipeline). ``budget`` is in seconds of wall clock since ``began``
-    (``time.perf_counter()``; now) and only "best" spends it.
+    (``time.perf_counter()``; now) and only "best" spends it. With ``coarsen_to`` ops are joined
+    until about so many are left (`coarsen`) and those placed; the report is of the ops themselves.
 
     Raises PlacementError for options without meaning, InfeasibleError where nothing fits or the
     algorithm finds nothing that does.
@@ -48,15 +51,15 @@ def place(
         raise PlacementError(f"budget must be a positive number of seconds, is {budget!r}")
     if seed != int(seed) or not 0 <= seed < 2**32:
         raise PlacementError(f"seed must be an integer from 0 to 2**32 - 1, is {seed!r}")
+    if coarsen_to is not None and (coarsen_to != int(coarsen_to) or coarsen_to < 1):
+        raise PlacementError(f"coarsen_to must be a number of ops, is {coarsen_to!r}")
     report: dict[str, object] = {"algorithm": algorithm, "objective": objective, "seed": seed}
-    if algorithm == "best":
-        found = best(problem, objective, budget, seed, progress, started)
-        bounds = found.bounds
-        placement = placement_of(problem, found.assign, found.sequence, report)
-        report.update(start=found.start, moves=found.moves, stopped=found.stopped)
+    bounds: dict[str, float] | None = None
+    if coarsen_to is None:
+        placement, bounds = _planned(problem, report, budget, progress, started)
     else:
-        refuse_hopeless(problem)
-        placement = _simple(problem, algorithm, report)
+        placement = _coarsely(problem, int(coarsen_to), report, budget, progress, started)
+    if bounds is None:
         bounds = lower_bounds(problem.arrays, objective == "throughput")
     schedule = simulate(problem, placement)
     short = schedule.shortfall(problem)
@@ -64,13 +67,50 @@ def place(
         text = ", ".join(f"{name!r} is {x:.0f} bytes short" for name, x in short.items())
         raise InfeasibleError(
             f"{algorithm} answers with a placement that does not fit: {text}; "
-            "algorithm 'best' searches further",
+            + ("leave out coarsen_to" if coarsen_to else "algorithm 'best' searches further"),
             short,
             False,
         )
     report.update(_report(problem, schedule, bounds, objective))
     report["seconds"] = time.perf_counter() - started
     return Placement(placement.assign, placement.order, placement.mode, report)
+
+
+def _planned(
+    problem: Problem,
+    report: dict[str, object],
+    budget: float,
+    progress: Progress | None,
+    began: float,
+) -> tuple[Placement, dict[str, float] | None]:
+    """A placement by the algorithm that the report names; bounds where it computed them."""
+    if report["algorithm"] != "best":
+        refuse_hopeless(problem)
+        return _simple(problem, str(report["algorithm"]), report), None
+    seed = int(str(report["seed"]))
+    found = best(problem, str(report["objective"]), budget, seed, progress, began)
+    report.update(start=found.start, moves=found.moves, stopped=found.stopped)
+    return placement_of(problem, found.assign, found.sequence, report), found.bounds
+
+
+def _coarsely(
+    problem: Problem,
+    target: int,
+    report: dict[str, object],
+    budget: float,
+    progress: Progress | None,
+    began: float,
+) -> Placement:
+    """The same of a coarser graph, taken back to the ops. What it misses proves nothing."""
+    refuse_hopeless(problem)
+    coarse = coarsen(problem, target)
+    report["coarse_ops"] = len(coarse.problem.ops)
+    try:
+        return coarse.expand(_planned(coarse.problem, report, budget, progress, began)[0])
+    except InfeasibleError as error:
+        raise InfeasibleError(
+            f"with ops joined, {error}; leave out coarsen_to", error.shortfall, False
+        ) from None
 
 
 def _simple(problem: Problem, algorithm: str, report: dict[str, object]) -> Placement:
