@@ -31,6 +31,9 @@ SEED = 0
 TEXT = 4 << 20  # bytes of text to train on
 HELD_OUT = 16  # batches
 FORMAT = 1
+AUXILIARY = 0.001
+"""Weight of the loss that balances the router's loads: Mixtral's own, little pressure."""
+
 SETTINGS: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 128,
@@ -41,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 1024,
-    "router_aux_loss_coef": 0.001,  # Mixtral's own: little pressure to balance
+    "router_aux_loss_coef": AUXILIARY,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -80,22 +83,24 @@ def trained(
     steps: int | None = None,
     folder: Path | None = None,
     report: Callable[[int, float], None] | None = None,
+    auxiliary: float = AUXILIARY,
 ) -> tuple[nn.Module, Batches, Batches]:
     """``(model, train_batches, heldout_batches)``; the model in eval mode, the same on every call.
 
     The last tenth of the text is held out. ``steps`` is `STEPS` where it is not given. Weights are
     looked for, and kept, in ``folder`` (plait's cache directory). ``report`` is told the number and
-    the loss (nats a byte) of every step.
+    the loss (nats a byte) of every step. ``auxiliary`` weighs the router's balancing loss.
     """
     steps = STEPS if steps is None else steps
     text = library_text()
-    path = (folder or CACHE / "bench") / f"moe-{_key(text, steps)}.safetensors"
+    config = {**SETTINGS, "router_aux_loss_coef": auxiliary}
+    path = (folder or CACHE / "bench") / f"moe-{_key(text, steps, config)}.safetensors"
     flat = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     cut = len(flat) * 9 // 10
     generator = torch.Generator().manual_seed(SEED)
     train = Batches(flat[:cut], _starts(cut, steps, generator))
     held_out = Batches(flat[cut:], _starts(len(flat) - cut, HELD_OUT, generator))
-    model = _model()
+    model = _model(config)
     if not _restore(model, path):
         _train(model, train, report)
         _keep(model, path)
@@ -108,12 +113,12 @@ def loss(model: nn.Module, batch: Tensor) -> float:
         return float(model(batch, labels=batch).loss)
 
 
-def _model() -> nn.Module:
+def _model(config: dict[str, Any]) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return MixtralForCausalLM(MixtralConfig(**SETTINGS, use_cache=False))
+        return MixtralForCausalLM(MixtralConfig(**config, use_cache=False))
 
 
 def _starts(size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -140,11 +145,11 @@ def _train(model: nn.Module, batches: Batches, report: Callable[[int, float], No
                 report(number, value.item())
 
 
-def _key(text: bytes, steps: int) -> str:
+def _key(text: bytes, steps: int, config: dict[str, Any]) -> str:
     """Whatever decides the weights, hashed, but for the machine, which rounds in its own way."""
     import transformers
 
-    parts = [FORMAT, SETTINGS, steps, WINDOW, ROWS, RATE, SEED, HELD_OUT]
+    parts = [FORMAT, config, steps, WINDOW, ROWS, RATE, SEED, HELD_OUT]
     parts += [torch.__version__, transformers.__version__, hashlib.sha256(text).hexdigest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

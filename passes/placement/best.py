@@ -20,6 +20,7 @@ import numpy as np
 from . import feasible, starts
 from .bounds import lower_bounds
 from .clusters import cluster_levels, linear_orders, regions
+from .coarsen import coarsen
 from .engine import Engine
 from .errors import InfeasibleError
 from .problem import Floats, Ints, Problem
@@ -30,6 +31,11 @@ Progress = Callable[[float, float, float], None]
 _LAMBDAS = (0.3, 0.05, 1.0)  # weights of the depth-first place against bottom levels
 _ROUNDS = 24
 _CHUNK = 0.04  # seconds between looks at the clock, about
+_MANY = range(4_000, 40_000)
+"""Ops for which a search on a coarser graph comes first: more than moves reach one by one, and few
+enough that there is time for both."""
+
+_COARSE_SHARE = 0.6  # of the budget that it takes
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,9 @@ class Search:
         deadline: float,
         budget: float,
         progress: Progress | None,
+        given: tuple[Ints, Ints] | None = None,
     ) -> None:
-        self.problem, self.p = problem, problem.arrays
+        self.problem, self.p, self.given = problem, problem.arrays, given
         self.seed, self.deadline, self.progress = seed, deadline, progress
         p = self.p
         self.n, self.m = p.time.shape
@@ -127,6 +134,17 @@ class Search:
                 self.hurried = True
                 break
         runs.sort(key=lambda item: item[0])
+
+        def listed_start(name: str, assign: Ints, sequence: Ints) -> None:
+            """One that comes with an order: bottom levels decide, or the order does."""
+            consider(name, assign, zero)
+            rank = np.empty(self.n)
+            rank[sequence] = -np.arange(self.n, dtype=float)
+            level = engine.bottom_levels(assign.astype(np.int32))
+            consider(name, assign, rank * scale - level)
+
+        if self.given is not None:
+            listed_start("coarse", *self.given)
         place = starts.depth_first(p)
         for share in _LAMBDAS:
             for _, assign in runs[: 12 if large else 60]:
@@ -136,12 +154,7 @@ class Search:
                 self.hurried = True
                 break
         for name, listed in starts.simple_starts(self.problem, self.orders):
-            consider(name, listed.assign, zero)
-            # Its own order too, which a placement of it would have.
-            rank = np.empty(self.n)
-            rank[listed.sequence] = -np.arange(self.n, dtype=float)
-            level = engine.bottom_levels(listed.assign.astype(np.int32))
-            consider(name, listed.assign, rank * scale - level)
+            listed_start(name, listed.assign, listed.sequence)
         return sorted(kept.values(), key=lambda item: item[0])
 
     def _anneal_rounds(self, ranked: list[tuple[float, Ints, Floats]]) -> None:
@@ -267,5 +280,24 @@ def best(
     now = time.perf_counter()
     deadline = began + 0.92 * budget - 0.15
     left = max(deadline - now, 0.05 * budget)
-    search = Search(problem, objective, seed, now + left, left, progress)
-    return search.run()
+    given = None
+    if len(problem.ops) in _MANY:
+        given = _coarse_start(problem, objective, seed, _COARSE_SHARE * left, progress)
+        left *= 1 - _COARSE_SHARE  # whatever the clock says: the work is what the seed decides
+    end = time.perf_counter() + left
+    return Search(problem, objective, seed, end, left, progress, given).run()
+
+
+def _coarse_start(
+    problem: Problem, objective: str, seed: int, budget: float, progress: Progress | None
+) -> tuple[Ints, Ints] | None:
+    """Devices and starting order of the ops by a search on a coarser graph; None without one."""
+    coarse = coarsen(problem)
+    if len(coarse.problem.ops) > 0.8 * len(problem.ops):
+        return None
+    end = time.perf_counter() + budget
+    try:
+        found = Search(coarse.problem, objective, seed, end, budget, progress).run()
+    except InfeasibleError:  # of joined ops; the ops themselves may yet fit
+        return None
+    return found.assign[coarse.member], coarse.members(found.sequence)

@@ -10,6 +10,7 @@ search, here as multilevel coarsening: the edges that carry most are contracted 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,15 +41,20 @@ class Coarse:
         assign = {ops[i].name: placement.assign[names[c]] for i, c in enumerate(self.member)}
         order = placement.order
         if order is not None:
-            inside: list[list[str]] = [[] for _ in names]
-            for i in self.fine.arrays.topo.tolist():
-                inside[self.member[i]].append(ops[i].name)
             index = self.problem.op_index
             order = {
-                device: [x for name in listed for x in inside[index[name]]]
+                device: [ops[i].name for i in self.members([index[name] for name in listed])]
                 for device, listed in order.items()
             }
         return Placement(assign, order, placement.mode, placement.report)
+
+    def members(self, sequence: Sequence[int] | Ints) -> Ints:
+        """The original's ops in the order of what holds them, sources first within one."""
+        topo = self.fine.arrays.topo
+        place = np.full(len(self.problem.ops), -1, np.int64)
+        place[sequence] = np.arange(len(sequence))
+        where = place[self.member[topo]]
+        return topo[where >= 0][np.argsort(where[where >= 0], kind="stable")]
 
 
 def coarsen(problem: Problem, target: int = 1) -> Coarse:
