@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_quiet_prints_nothing(tmp_path: Path) -> None:
         ({"devices": [{"name": "a", "memory_bytes": 10}]}, [], "2 bytes short"),
         ({"devices": []}, [], "devices: the problem has none"),
         ({"edges": [{"src": "p", "dst": "z", "bytes": 1}]}, [], "there is no op 'z'"),
+        ({"edges": [{"src": a, "dst": b, "bytes": 1} for a, b in ("pq", "qp")]}, [],
+         "edges: cycle"),
+        ({"ops": [{"name": "p", "time_s": 1}] * 2, "edges": []}, [], "op 'p' is there twice"),
+        ({"devices": [{"name": "a", "memory_bytes": 10}] * 2}, [], "device 'a' is there twice"),
+        ({"ops": [{"name": "p", "time_s": -1}], "edges": []}, [], "op 'p': time_s must be finite"),
+        ({"ops": [{"name": "p", "time_s": math.nan}], "edges": []}, [],
+         "op 'p': time_s must be finite"),
+        ({"devices": [{"name": "a", "memory_bytes": -1}]}, [], "device 'a': memory_bytes must be"),
+        ({"devices": [{"name": "a"}]}, [], "device 'a': memory_bytes is missing"),
+        ({"ops": [{"time_s": 1}], "edges": []}, [], "ops[0]: name"),
+        ({}, ["--coarsen", "0"], "coarsen_to must be a number of ops"),
         ({}, ["--algorithm", "single"], "no device holds the whole problem"),
         ({}, ["--algorithm", "magic"], "algorithm 'magic' is unknown"),
         ({}, ["--objective", "joy"], "objective 'joy' is unknown"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.bench.placement_scale import training_graph
+from plait.passes.placement import best
 from plait.passes.placement import coarsen as module
 from plait.passes.placement.coarsen import Coarse, coarsen
 from plait.passes.placement.errors import InfeasibleError, PlacementError
 from plait.passes.placement.plan import place
+from plait.passes.placement.problem import Problem
 from plait.passes.placement.problem_file import problem_from_dict
 from plait.passes.placement.simulator import simulate
 
@@ -136,3 +139,34 @@ def test_what_a_coarse_plan_misses_is_no_proof() -> None:
     assert place(problem, budget=0.2).report["peak_bytes"] == {"a": 10.0, "b": 10.0}
     with pytest.raises(PlacementError, match="coarsen_to must be a number of ops, is 0"):
         place(problem, coarsen_to=0)
+
+
+def test_a_search_on_the_coarser_graph_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = training_graph(400, 3)
+    searched: list[int] = []
+    made = best.Search.__init__
+
+    def spy(self: best.Search, given: Problem, *rest: Any) -> None:
+        searched.append(len(given.ops))
+        made(self, given, *rest)
+
+    monkeypatch.setattr(best.Search, "__init__", spy)
+    monkeypatch.setattr(best, "_MANY", range(100, 1000))
+    one, two = (place(problem, budget=1.5, seed=3) for _ in range(2))
+    assert searched[0] < searched[1] == len(problem.ops) and searched[2:] == searched[:2]
+    assert (one.assign, one.order) == (two.assign, two.order)
+    for name in ("min-cut", "heft", "m-etf"):
+        assert one.report["makespan_s"] <= place(problem, algorithm=name).report["makespan_s"]
+
+
+def test_what_joined_ops_cannot_do_the_ops_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hopeless(self: best.Search) -> best.Found:
+        if len(self.problem.ops) < len(problem.ops):
+            raise InfeasibleError("nothing fits", {}, False)
+        return run(self)
+
+    problem, run = training_graph(400, 3), best.Search.run
+    monkeypatch.setattr(best, "_MANY", range(100, 1000))
+    monkeypatch.setattr(best.Search, "run", hopeless)
+    placement = place(problem, budget=1.0)
+    assert not simulate(problem, placement).shortfall(problem)
