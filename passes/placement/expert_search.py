@@ -85,26 +85,40 @@ class Slots:
         more[where[:, None] == where[None, :]] = 0.0
         return worth - price * more
 
-    def exchange(self, layer: int, pair: int) -> None:
-        """Exchanges the two slots of a flat position in `exchanges`."""
-        where = self.where[layer]
-        a, b = divmod(pair, len(where))
-        where[a], where[b] = where[b], where[a]
+    def exchange(self, layer: int, score: Floats, above: float) -> bool:
+        """Exchanges the pairs of the highest scores ``[slots, slots]`` above a threshold.
 
-    def descend(self) -> None:
-        """Takes the best exchange of each layer in turn while any helps; overload goes first."""
+        Several at once, as long as they concern different devices: such do not touch each other's
+        loads, and within a layer nothing else is shared. Whether there were any.
+        """
+        where = self.where[layer]
+        flat = score.ravel()
+        most = min(2 * len(self.limits.capacity), len(flat))
+        best = np.argpartition(flat, -most)[-most:]
+        used: set[int] = set()
+        for pair in best[np.argsort(-flat[best], kind="stable")].tolist():
+            if flat[pair] <= above:
+                break
+            a, b = divmod(pair, len(where))
+            ends = {int(where[a]), int(where[b])}
+            if len(ends) == 2 and not ends & used:
+                where[a], where[b] = where[b], where[a]
+                used |= ends
+        return bool(used)
+
+    def descend(self, steps: int) -> None:
+        """Takes the best exchanges of each layer in turn while any help; overload goes first."""
         price = 4.0 * self.traffic.total + self.limits.capacity.sum() * self.worth + 1.0
         idle = 0
         layer = 0
-        while idle < len(self.where):
-            worth = self.exchanges(layer, price)
-            pair = int(worth.argmax())
-            if worth.flat[pair] > 1e-9:
-                self.exchange(layer, pair)
+        for _ in range(steps):
+            if self.exchange(layer, self.exchanges(layer, price), 1e-9):
                 idle = 0
-            else:
-                idle += 1
-                layer = (layer + 1) % len(self.where)
+                continue
+            idle += 1
+            layer = (layer + 1) % len(self.where)
+            if idle == len(self.where):
+                return
 
     def fits(self) -> bool:
         """Whether no device is overloaded."""
@@ -149,7 +163,8 @@ def place_experts(
     if algorithm == "round-robin":
         found = [round_robin(len(x), limits.capacity) for x in traffic.loads]
     elif algorithm == "quadratic-assignment":
-        found = _quadratic_assignment(_slots(traffic, _unlimited(limits), before, 0.0), rng)
+        state = _slots(traffic, _unlimited(limits), before, 0.0)
+        found = _quadratic_assignment(state, budget, rng)
     else:
         state = _slots(traffic, limits, before, move_cost)
         balanced = [_balanced(state, layer) for layer in range(len(traffic.loads))]
@@ -271,11 +286,15 @@ def _packed(state: Slots, layer: int) -> Ints:
     )
 
 
-def _quadratic_assignment(state: Slots, rng: np.random.Generator) -> list[Ints]:
+def _quadratic_assignment(state: Slots, budget: float, rng: np.random.Generator) -> list[Ints]:
     """Frank-Wolfe on layer-wise doubly stochastic matrices, rounded, then pairwise exchanges."""
     capacity = state.limits.capacity
     owner = np.repeat(np.arange(len(capacity)), capacity)
     slots = len(owner)
+    sweeps = 0.6 * budget / (len(state.where) * (50e-6 + 1e-9 * slots**3))
+    restarts = min(max(int(sweeps / 30), 1), 4)
+    iterations = min(max(int(sweeps / restarts), 3), 30)
+    steps = _steps(state, 0.4 * budget / restarts)
 
     def gains(soft: Sequence[Floats]) -> list[Floats]:
         made = []
@@ -290,13 +309,13 @@ def _quadratic_assignment(state: Slots, rng: np.random.Generator) -> list[Ints]:
         return owner[linear_sum_assignment(-gain[:, owner])[1]]
 
     best: tuple[float, list[Ints]] | None = None
-    for _ in range(4):
+    for _ in range(restarts):
         # The barycentre alone treats all devices alike, and would stay there.
         soft = [np.tile(capacity / slots, (slots, 1)) for _ in state.where]
         soft = [
             0.5 * x + 0.5 * _one_hot(owner[rng.permutation(slots)], len(capacity)) for x in soft
         ]
-        for _ in range(30):
+        for _ in range(iterations):
             slope = gains(soft)
             corner = [_one_hot(rounded(g), len(capacity)) for g in slope]
             way = [c - x for c, x in zip(corner, soft, strict=True)]
@@ -308,7 +327,7 @@ def _quadratic_assignment(state: Slots, rng: np.random.Generator) -> list[Ints]:
             soft = [x + step * w for x, w in zip(soft, way, strict=True)]
         for layer, gain in enumerate(soft):
             state.where[layer] = rounded(gain)
-        state.descend()
+        state.descend(steps)
         value = state.value()
         if best is None or value > best[0]:
             best = value, state.experts()
@@ -325,25 +344,28 @@ def _anneal_from_starts(
 ) -> list[Ints]:
     """The best of several descents, annealed for the rest of the budget."""
     free = replace(state, limits=_unlimited(state.limits), where=list(state.where))
-    starts = [balanced, _quadratic_assignment(free, rng)]
+    starts = [balanced, _quadratic_assignment(free, 0.25 * budget, rng)]
     if before is not None and all((x >= 0).all() for x in before):
         starts.append(before)
     best = -np.inf, balanced
     for start in starts:
         if all(_has_room(x, state.limits.capacity) for x in start):
             state.put(start)
-            state.descend()
+            state.descend(_steps(state, 0.05 * budget))
             best = _better(state, best)
-    slots = len(state.where[0])
-    # Seconds of a step on one core of the machine that this was written on.
-    steps = max(int(budget / (60e-6 + 45e-9 * slots * slots)), 100)
     flow = max(state.traffic.total, 1) / sum(len(x) for x in state.traffic.loads)
     for hot in np.geomspace(1.0, 0.05, _ROUNDS):
         state.put(best[1])
-        _anneal(state, steps // _ROUNDS, flow * hot, flow * hot / 100, rng)
-        state.descend()
+        _anneal(state, _steps(state, 0.5 * budget / _ROUNDS), flow * hot, flow * hot / 100, rng)
+        state.descend(_steps(state, 0.1 * budget / _ROUNDS))
         best = _better(state, best)
     return best[1]
+
+
+def _steps(state: Slots, seconds: float) -> int:
+    """How many steps take so long on one core of the machine that this was written on."""
+    slots = len(state.where[0])
+    return max(int(seconds / (80e-6 + 60e-9 * slots * slots)), 2 * len(state.where))
 
 
 def _has_room(place: Ints, capacity: Ints) -> bool:
@@ -364,9 +386,9 @@ def _anneal(state: Slots, steps: int, hot: float, cold: float, rng: np.random.Ge
         done = k / steps
         # The largest of worth / heat plus Gumbel noise is a draw by the heat-bath rule; doing
         # nothing is among the draws, for a slot may be exchanged with itself.
-        worth = state.exchanges(layer, 0.3 * tokens * 30**done)
-        noise = rng.gumbel(size=worth.shape) * (hot * (cold / hot) ** done)
-        state.exchange(layer, int((worth + noise).argmax()))
+        score = state.exchanges(layer, 0.3 * tokens * 30**done)
+        score += rng.gumbel(size=score.shape) * (hot * (cold / hot) ** done)
+        state.exchange(layer, score, float(np.diagonal(score).max()))
 
 
 def _report(

@@ -108,7 +108,7 @@ def test_the_best_is_what_brute_force_finds(
         if not lines:  # the search, too, finds the best of what is so small
             patch.setattr(expert_lines, "MOST", 0)
         try:
-            placed = place_experts(traffic, AB, capacity=capacity, balance=balance, budget=0.05)
+            placed = place_experts(traffic, AB, capacity=capacity, balance=balance, budget=0.4)
         except InfeasibleError as error:
             assert optimum == np.inf and error.proven
             return
