@@ -31,7 +31,7 @@ Progress = Callable[[float, float, float], None]
 _LAMBDAS = (0.3, 0.05, 1.0)  # weights of the depth-first place against bottom levels
 _ROUNDS = 24
 _CHUNK = 0.04  # seconds between looks at the clock, about
-_MANY = range(4_000, 40_000)
+_MANY = range(8_000, 40_000)
 """Ops for which a search on a coarser graph comes first: more than moves reach one by one, and few
 enough that there is time for both."""
 
