@@ -39,7 +39,7 @@ class Slots:
 
     traffic: ExpertTraffic
     limits: Limits
-    weights: list[list[tuple[int, Ints]]]  # of each layer: neighbours, tokens [experts, theirs]
+    weights: list[list[tuple[int, Floats]]]  # of each layer: neighbours, tokens [experts, theirs]
     stay: list[Floats]  # [slots, devices]: what staying there is worth, in tokens
     where: list[Ints]  # [slots] devices; experts come first
     load: list[Ints]  # [slots]
@@ -217,10 +217,11 @@ def _slots(
     traffic: ExpertTraffic, limits: Limits, before: list[Ints] | None, move_cost: float
 ) -> Slots:
     slots, devices = int(limits.capacity.sum()), len(limits.capacity)
-    weights: list[list[tuple[int, Ints]]] = [[] for _ in traffic.loads]
+    weights: list[list[tuple[int, Floats]]] = [[] for _ in traffic.loads]
     for (a, b), table in traffic.pairs.items():
-        weights[a].append((b, table))
-        weights[b].append((a, table.T))
+        flow = table.astype(float)  # counts far below 2**53: exact, and BLAS takes them as they are
+        weights[a].append((b, flow))
+        weights[b].append((a, np.ascontiguousarray(flow.T)))
     # Tokens are whole numbers: less than one for all moves together decides among equals only.
     experts = sum(len(x) for x in traffic.loads)
     worth = move_cost + 0.5 / experts
