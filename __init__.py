@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .compiler.experts_api import place_experts
     from .compiler.options import Options
     from .compiler.place_api import place
+    from .compiler.placed import Placed
+    from .compiler.placed_capture import empty_weights
+    from .compiler.placed_options import PlacementOptions
+    from .compiler.placed_part import DistributedError
     from .compiler.route_profile import Profile, profile
     from .compiler.router import Router
     from .passes.placement.errors import InfeasibleError, PlacementError
@@ -33,6 +37,7 @@ _EXPORTS = {
     "CaptureError": "compiler.errors",
     "Compiled": "compiler.compiled",
     "Device": "compiler.device",
+    "DistributedError": "compiler.placed_part",
     "EarlyExit": "compiler.early_exit",
     "ExpertPlacement": "passes.placement.experts",
     "ExpertTraffic": "passes.placement.experts",
@@ -42,13 +47,16 @@ _EXPORTS = {
     "OptionError": "compiler.errors",
     "Options": "compiler.options",
     "Placement": "passes.placement.placement",
+    "Placed": "compiler.placed",
     "PlacementError": "passes.placement.errors",
+    "PlacementOptions": "compiler.placed_options",
     "PlaitError": "compiler.errors",
     "Problem": "passes.placement.problem",
     "Profile": "compiler.route_profile",
     "Remark": "passes.remarks",
     "Router": "compiler.router",
     "compile": "compiler.api",
+    "empty_weights": "compiler.placed_capture",
     "load": "compiler.api",
     "place": "compiler.place_api",
     "place_experts": "compiler.experts_api",
@@ -59,6 +67,7 @@ __all__ = [
     "CaptureError",
     "Compiled",
     "Device",
+    "DistributedError",
     "EarlyExit",
     "ExpertPlacement",
     "ExpertTraffic",
@@ -67,14 +76,17 @@ __all__ = [
     "InputError",
     "OptionError",
     "Options",
+    "Placed",
     "Placement",
     "PlacementError",
+    "PlacementOptions",
     "PlaitError",
     "Problem",
     "Profile",
     "Remark",
     "Router",
     "compile",
+    "empty_weights",
     "load",
     "place",
     "place_experts",

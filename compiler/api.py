@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -12,12 +12,15 @@ from torch import nn
 
 from . import serialize
 from .build import build
-from .compiled import Compiled
+from .compiled import Compiled, as_call
 from .errors import OptionError, PlaitError
 from .options import Options
 from .program import Program
 
 if TYPE_CHECKING:
+    from .device import Device
+    from .placed import Placed
+    from .placed_options import PlacementOptions
     from .route_profile import Profile
 
 
@@ -29,6 +32,8 @@ def compile(
     dynamic_shapes: Any = None,
     profile: Profile | Literal["online"] | None = None,
     weight_budget: int | str | None = None,
+    devices: str | Sequence[Device | str] | None = None,
+    placement: PlacementOptions | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Callable[[Any], Any]: ...
@@ -42,9 +47,23 @@ def compile(
     dynamic_shapes: Any = None,
     profile: Profile | Literal["online"] | None = None,
     weight_budget: int | str | None = None,
+    devices: None = None,
+    placement: None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Compiled: ...
+
+
+@overload
+def compile(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    devices: str | Sequence[Device | str],
+    placement: PlacementOptions | None = None,
+    pipeline: str | None = None,
+    tune: str = "quick",
+) -> Placed: ...
 
 
 def compile(
@@ -54,6 +73,8 @@ def compile(
     dynamic_shapes: Any = None,
     profile: Profile | Literal["online"] | None = None,
     weight_budget: int | str | None = None,
+    devices: str | Sequence[Device | str] | None = None,
+    placement: PlacementOptions | None = None,
     pipeline: str | None = None,
     tune: str = "quick",
 ) -> Any:
@@ -67,6 +88,9 @@ def compile(
     first calls, and compiles again in the background. ``weight_budget`` is how much of the weights
     may be in memory at once, in bytes or as a share of all ("40%"): experts beyond that lie in a
     file, and come when they are routed to. Without ``model`` it returns a decorator.
+
+    ``devices`` (such as ``["cuda:0", "cuda:1"]`` or ``"4xcpu:2GB"``) divides a module among devices
+    that none of them need hold it, as ``placement`` says, and returns a `Placed`.
 
     Raises OptionError for an option without meaning (for a budget that cannot be kept, once it is
     compiled), FileError where weights cannot be written and InputError for wrong
@@ -82,11 +106,21 @@ def compile(
             dynamic_shapes=dynamic_shapes,
             profile=profile,
             weight_budget=weight_budget,
+            devices=devices,
+            placement=placement,
             pipeline=pipeline,
             tune=tune,
         )
     if isinstance(model, Compiled):
         model = model.original
+    if devices is not None or placement is not None:
+        if any(x is not None for x in (profile, dynamic_shapes, weight_budget)):
+            raise OptionError(
+                "PLT-DST-008",
+                "a placed model has no profile, no dynamic shapes and no weight budget",
+                "leave them out, or leave devices= out",
+            )
+        return _divided(model, devices, placement, options, example_inputs)
     if inspect.isclass(model):
         if not issubclass(model, nn.Module):
             raise OptionError(
@@ -106,6 +140,26 @@ def compile(
         )
     compiled = Compiled(model, options, dynamic_shapes)
     return compiled if example_inputs is None else compiled.prepare(example_inputs)
+
+
+def _divided(
+    model: Any,
+    devices: str | Sequence[Device | str] | None,
+    placement: PlacementOptions | None,
+    options: Options,
+    example_inputs: Any,
+) -> Placed:
+    """`compile` of a module for several devices."""
+    from .placed import Placed
+    from .placed_options import PlacementOptions
+
+    if devices is None:
+        raise OptionError("PLT-DST-001", "there are no devices", 'such as devices=["cpu", "cpu"]')
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise OptionError("PLT-OPT-003", f"a {kind} cannot be divided", "give a module")
+    placed = Placed(model, devices, placement or PlacementOptions(), options)
+    return placed if example_inputs is None else placed.prepare(*as_call(example_inputs))
 
 
 def _check_pipeline(text: str) -> None:

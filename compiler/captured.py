@@ -13,6 +13,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from ..kernels.abi import Dim
 from ..passes.remarks import Remark
+from .absent_weights import Source
 from .capture_state import Update
 from .capture_tree import Tree
 
@@ -63,6 +64,7 @@ class Captured:
         names: for every ``get_attr`` target of the graph the model's own name of the tensor.
         aliases: further names of tied tensors, with the attribute that holds them.
         remarks: what happened during capture.
+        weights: where the weights come from that are on the meta device, by ``get_attr`` target.
     """
 
     graph_module: fx.GraphModule
@@ -81,6 +83,7 @@ class Captured:
     remarks: list[Remark] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
     routes: Any = None
+    weights: Source | None = None
 
     @property
     def num_tensors(self) -> int:

@@ -10,6 +10,9 @@ class PlaitError(Exception):
         super().__init__(f"{remark}: {reason}" + (f" ({hint})" if hint else ""))
         self.remark, self.reason, self.hint = remark, reason, hint
 
+    def __reduce__(self) -> tuple[type[PlaitError], tuple[str, str, str]]:
+        return type(self), (self.remark, self.reason, self.hint)  # errors travel between processes
+
 
 class CaptureError(PlaitError):
     """A program could not be captured as one graph."""

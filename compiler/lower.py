@@ -34,6 +34,7 @@ from ..runtime.plan import (
     touched,
 )
 from . import fetches, sizes
+from .absent_weights import Absent
 from .select import Choice, Kernels, Selected, missed
 from .storage import Place, Storage, buffer_bytes, is_tensor, runs_parts, split_concats
 from .subgraphs import bound_symbols, subgraph_call
@@ -49,6 +50,7 @@ class Lowered:
 
     ``constants`` are prepared (packed) tensors by buffer name, ``banks`` those of them on a slower
     tier; ``stayed`` are bytes of weights that were meant to be there, but have no kernel.
+    Constants in ``absent`` are on the meta device until `absent_weights.fill` makes them.
     """
 
     plan: Plan
@@ -64,6 +66,7 @@ class Lowered:
     deferred: dict[str, fx.GraphModule] = field(default_factory=dict)
     banks: dict[str, Bank] = field(default_factory=dict)
     stayed: int = 0
+    absent: dict[str, Absent] = field(default_factory=dict)
 
 
 def lower(
@@ -104,6 +107,7 @@ class _Lowering:
         self.buffers: dict[str, Buffer] = {}
         self.parts: dict[str, Lowered] = {}
         self.deferred: dict[str, fx.GraphModule] = {}
+        self.absent: dict[str, Absent] = {}
 
     def is_library(self, group: Group) -> bool:
         return group.kind == "library" or group.nodes[0] in self.forced
@@ -143,6 +147,7 @@ class _Lowering:
             self.deferred,
             self.banks,
             stayed,
+            self.absent,
         )
 
     # -- which groups are kernels -----------------------------------------------------------
@@ -271,14 +276,23 @@ class _Lowering:
                 self._set_constant(place.root, self.store.filed(source))
             else:
                 self.constants[name] = self.kernels.pack(tensor, pack)
+            if source.is_meta:
+                shape, strides = tuple(tensor.shape), tensor.stride()
+                self.absent[name] = Absent(
+                    self._target_of(place.root), shape, strides, int(place.offset), pack
+                )
         tensor = self.constants[name]
         return TensorRef(name, str(tensor.dtype)[6:], tuple(tensor.shape), tuple(tensor.stride()))
 
-    def _constant(self, name: str) -> torch.Tensor:
+    def _target_of(self, name: str) -> str:
+        """The attribute of the graph that a constant root is."""
         node = self.storage.roots[name].node
         assert node is not None
+        return str(node.target)
+
+    def _constant(self, name: str) -> torch.Tensor:
         value: Any = self.graph_module
-        for part in str(node.target).split("."):
+        for part in self._target_of(name).split("."):
             value = getattr(value, part)
         return value.detach()
 
@@ -476,7 +490,10 @@ class _Lowering:
                 index, outputs = outputs, outputs + 1
             self.buffers[name] = Buffer(name, root.kind, nbytes, index)
             if root.kind == "const":
-                self.constants[name] = self._constant(name)
+                self.constants[name] = tensor = self._constant(name)
+                if tensor.is_meta:
+                    geometry = tuple(tensor.shape), tensor.stride()
+                    self.absent[name] = Absent(self._target_of(name), *geometry, 0, None)
             if root.kind == "arena":
                 lifetimes.append(Lifetime(name, nbytes, first[name], last[name]))
         for name in self.constants:

@@ -36,6 +36,7 @@ from ..runtime.executor import Executor, Part, Recorder
 from ..runtime.plan import BranchStep, Plan
 from ..runtime.trace import made_up
 from . import lower, merging, select, subgraphs
+from .absent_weights import fill
 from .bets import Sample, Speculation, judge_capacities, judge_likely, refused
 from .build import plain_modes
 from .capture import EXCLUSIVE
@@ -69,12 +70,21 @@ class CompiledGraph:
     of the same graph into service, by assigning what `run` calls next.
     """
 
-    def __init__(self, captured: Captured, options: Options, store: WeightStore | None) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        options: Options,
+        store: WeightStore | None,
+        prepared: Prepared | None = None,
+    ) -> None:
         self.captured, self.options, self.store = captured, options, store
         routes = captured.routes
         if routes is None and isinstance(options.profile, Bettable):
             routes = options.profile.routes()
-        made = _make(captured, options, routes, store)
+        if prepared is not None:
+            made = _finish(captured, prepared)
+        else:
+            made = _make(captured, options, routes, store)
         self.monitor: Monitor | None = None
         self._serve(made)
         if options.profile is not None and _has_branches(made.lowered.plan):
@@ -224,6 +234,34 @@ def compile_graph(
     return CompiledGraph(captured, options, store)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A graph after passes and lowering; its kernels are built, its weights may be absent."""
+
+    graph: fx.GraphModule
+    lowered: lower.Lowered
+    kernels: select.Kernels
+    remarks: tuple[Remark, ...]
+
+
+def prepare(captured: Captured, options: Options) -> Prepared:
+    """The part of a compilation that needs no weights. See `compile_graph`."""
+    from ..passes.fuse_vertical import groups_of
+
+    with torch.no_grad(), plain_modes():
+        manager = PassManager(DEFAULT_PIPELINE if options.pipeline is None else options.pipeline)
+        result = manager.run(captured.graph_module)
+        kernels = select.Kernels(targets.host(), select.database(), options.tune)
+        groups = groups_of(result.graph_module)
+        lowered = lower.lower(result.graph_module, groups, kernels, captured.symbols)
+    return Prepared(result.graph_module, lowered, kernels, result.remarks)
+
+
+def finish(captured: Captured, prepared: Prepared) -> CompiledGraph:
+    """What runs a prepared graph: its weights are read from ``captured.weights``."""
+    return CompiledGraph(captured, Options(), None, prepared)
+
+
 def _make(
     captured: Captured, options: Options, routes: Routes | None, store: WeightStore | None
 ) -> _Made:
@@ -298,6 +336,17 @@ def _merge_judge(manager: PassManager, tune: str) -> Judge:
 
     rest = _after(manager, MergeParallelOps.name)
     return merging.judge(rest, build, select.database(), tune != "off")
+
+
+def _finish(captured: Captured, prepared: Prepared) -> _Made:
+    """The rest of the compilation of a prepared graph, once its weights are read."""
+    graph, lowered, kernels = prepared.graph, prepared.lowered, prepared.kernels
+    with torch.no_grad():
+        if captured.weights is not None:
+            fill((lowered, captured.weights))
+        engine = _scheduled(graph, lowered, kernels, None)
+    remarks = (*captured.remarks, *prepared.remarks, *lowered.remarks)
+    return _Made(graph, lowered, kernels, remarks, {}, engine)
 
 
 def _scheduled(

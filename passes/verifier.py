@@ -107,7 +107,7 @@ def _node_problems(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[str]
     claim = node.meta.get("val")
     if not isinstance(claim, torch.Tensor):
         yield f'{node.name}: meta["val"] of a tensor attribute is missing'
-    elif difference := _difference(claim, value):
+    elif difference := _difference(claim, value, absent=value.is_meta):
         yield f"{node.name}: attribute {node.target} {difference}"
 
 
@@ -176,11 +176,13 @@ def _compare(node: fx.Node, result: Any) -> Iterator[str]:
             yield f"{node.name}: the operator's result {difference}"
 
 
-def _difference(claim: torch.Tensor, fact: torch.Tensor) -> str:
-    """How a tensor differs from what ``meta["val"]`` claims; empty if it does not."""
+def _difference(claim: torch.Tensor, fact: torch.Tensor, absent: bool = False) -> str:
+    """How a tensor differs from what ``meta["val"]`` claims; empty if it does not. A weight that is
+    ``absent`` will be where it is claimed to be once it is loaded.
+    """
     if fact.dtype != claim.dtype:
         return f"has dtype {fact.dtype}, claimed is {claim.dtype}"
-    if fact.device.type != claim.device.type:
+    if fact.device.type != claim.device.type and not absent:
         return f"is on {fact.device}, claimed is {claim.device}"
     same = fact.dim() == claim.dim() and all(map(_same_or_unknown, fact.shape, claim.shape))
     return "" if same else f"has shape {list(fact.shape)}, claimed is {list(claim.shape)}"

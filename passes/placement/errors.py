@@ -16,3 +16,6 @@ class InfeasibleError(PlacementError):
     def __init__(self, message: str, shortfall: dict[str, float], proven: bool) -> None:
         super().__init__(message)
         self.shortfall, self.proven = shortfall, proven
+
+    def __reduce__(self) -> tuple[type[InfeasibleError], tuple[str, dict[str, float], bool]]:
+        return type(self), (str(self), self.shortfall, self.proven)
