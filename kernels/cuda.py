@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,45 @@ THREADS = 256  # of a block in a plain schedule
 _AXES = ("x", "y", "z")
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled function takes of a multiprocessor, as ptxas tells it.
+
+    ``registers`` of each thread, bytes of static shared memory of each block, and the bytes that
+    each thread spills to memory for want of registers.
+    """
+
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+
+
+@dataclass(frozen=True)
+class DeviceKernel:
+    """A kernel before nvcc: the launches, and the device functions that they name, as TIR."""
+
+    kernel: GpuKernel
+    functions: dict[Any, Any]
+
+    def function(self, launch: Launch) -> Any:
+        """The device function of one of the kernel's launches."""
+        return next(f for v, f in self.functions.items() if v.name_hint == launch.function)
+
+
 @dataclass
 class CudaBundle:
     """Compiled GPU kernels.
 
     ``image`` is a cubin for one GPU generation, ``source`` the CUDA C it was made from, ``kernels``
-    says by name how to launch; ``failed`` names the others with the compiler's message.
+    says by name how to launch and ``usage`` by device function what it takes; ``failed`` names the
+    others with the compiler's message.
     """
 
     image: bytes
     source: str
     kernels: dict[str, GpuKernel]
     failed: dict[str, str] = field(default_factory=dict)
+    usage: dict[str, Usage] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -127,57 +155,106 @@ def compile_cuda(definitions: Mapping[str, Definition], target: Target) -> CudaB
     """
     if not available():
         raise BuildError("nvcc is not on the PATH: install the CUDA toolkit to compile GPU kernels")
-    kernels: dict[str, GpuKernel] = {}
-    device: dict[str, dict[Any, Any]] = {}
+    kernels: dict[str, DeviceKernel] = {}
     failed: dict[str, str] = {}
     for name, definition in definitions.items():
         for plain in (False, True):
             try:
-                function = schedule(definition, target, plain=plain)
-                kernels[name], device[name] = _split(name, function, definition, target)
+                kernels[name] = device_kernel(name, definition, target, plain=plain)
                 failed.pop(name, None)
                 break
             except Exception as error:  # TVM raises many kinds
                 failed[name] = _first_line(error)
+    return build(kernels, target, failed)
+
+
+def device_kernel(
+    name: str, definition: Definition, target: Target, *, plain: bool = False
+) -> DeviceKernel:
+    """A definition scheduled and lowered as far as nvcc's part. Raises what TVM raises."""
+    function = schedule(definition, target, plain=plain)
+    return DeviceKernel(*_split(name, function, definition, target))
+
+
+def build(
+    kernels: Mapping[str, DeviceKernel], target: Target, failed: Mapping[str, str] | None = None
+) -> CudaBundle:
+    """Compiles lowered kernels, by the names they were lowered with.
+
+    What nvcc refuses is left out and joins ``failed``. Raises BuildError when nothing compiles or
+    nvcc is missing.
+    """
+    if not available():
+        raise BuildError("nvcc is not on the PATH: install the CUDA toolkit to compile GPU kernels")
+    sound, refused = dict(kernels), dict(failed or {})
     try:
-        source, image = _compile(list(device.values()), target)
+        compiled = _compile([k.functions for k in sound.values()], target)
     except BuildError:
-        source, image = _compile_sound(device, target, failed)
-    kernels = {n: k for n, k in kernels.items() if n in device}
-    if not kernels:
-        name, why = next(iter(failed.items()), ("nothing", "no definitions were given"))
-        raise BuildError(f"none of {len(failed)} GPU kernels compiled; {name}: {why}")
-    return CudaBundle(image, source, kernels, failed)
+        compiled = _compile_sound(sound, target, refused)
+    if not sound:
+        name, why = next(iter(refused.items()), ("nothing", "no definitions were given"))
+        raise BuildError(f"none of {len(refused)} GPU kernels compiled; {name}: {why}")
+    source, image, usage = compiled
+    return CudaBundle(image, source, {n: k.kernel for n, k in sound.items()}, refused, usage)
+
+
+def generate(parts: Sequence[Mapping[Any, Any]], target: Target) -> str:
+    """CUDA C of device functions. Needs no nvcc."""
+    functions = {k: v for part in parts for k, v in part.items()}
+    write = tvm.get_global_func("target.build.cuda")
+    return write(tvm.IRModule(functions), target.tvm()).inspect_source()
 
 
 def _compile_sound(
-    device: dict[str, dict[Any, Any]], target: Target, failed: dict[str, str]
-) -> tuple[str, bytes]:
-    """Compiles what compiles alone; the rest leaves ``device`` for ``failed``."""
-    for name, functions in list(device.items()):
+    kernels: dict[str, DeviceKernel], target: Target, failed: dict[str, str]
+) -> tuple[str, bytes, dict[str, Usage]]:
+    """Compiles what compiles alone; the rest leaves ``kernels`` for ``failed``."""
+    for name, kernel in list(kernels.items()):
         try:
-            _compile([functions], target)
+            _compile([kernel.functions], target)
         except BuildError as error:
             failed[name] = str(error)
-            del device[name]
-    return _compile(list(device.values()), target)
+            del kernels[name]
+    return _compile([k.functions for k in kernels.values()], target)
 
 
-def _compile(parts: list[dict[Any, Any]], target: Target) -> tuple[str, bytes]:
-    """CUDA C and cubin of device functions. Raises BuildError with nvcc's message."""
+def _compile(
+    parts: list[dict[Any, Any]], target: Target
+) -> tuple[str, bytes, dict[str, Usage]]:
+    """CUDA C, cubin and usage of device functions. Raises BuildError with nvcc's message."""
     if not parts:
-        return "", b""
-    functions = {k: v for part in parts for k, v in part.items()}
-    generate = tvm.get_global_func("target.build.cuda")
-    source = generate(tvm.IRModule(functions), target.tvm()).inspect_source()
+        return "", b"", {}
+    source = generate(parts, target)
     with tempfile.TemporaryDirectory(prefix="plait-cuda-") as scratch:
         text, image = Path(scratch) / "kernels.cu", Path(scratch) / "kernels.cubin"
         text.write_text(source)
-        command = ["nvcc", "-cubin", f"-arch={target.arch}", "-O3", "-o", str(image), str(text)]
+        command = ["nvcc", "-cubin", f"-arch={target.arch}", "-O3", "-Xptxas", "-v"]
+        command += ["-o", str(image), str(text)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise BuildError(f"nvcc failed: {_errors(done.stderr or done.stdout)}")
-        return source, image.read_bytes()
+        return source, image.read_bytes(), _usage(done.stderr + done.stdout)
+
+
+_ENTRY = re.compile(r"Compiling entry function '(\w+)'")
+_SPILLED = re.compile(r"(\d+) bytes spill stores")
+_USED = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def _usage(report: str) -> dict[str, Usage]:
+    """What ``ptxas -v`` says of each function; nothing of what it does not mention."""
+    found: dict[str, Usage] = {}
+    name, spilled = "", 0
+    for line in report.splitlines():
+        if entry := _ENTRY.search(line):
+            name, spilled = entry[1], 0
+        elif stores := _SPILLED.search(line):
+            spilled = int(stores[1])
+        elif (used := _USED.search(line)) and name:
+            shared = _SHARED.search(line)
+            found[name] = Usage(int(used[1]), int(shared[1]) if shared else 0, spilled)
+    return found
 
 
 # -- host and device --------------------------------------------------------------------------

@@ -1,0 +1,510 @@
+"""Horizontal fusion for GPUs: independent kernels in one launch, side by side by block ranges.
+
+The fused function's blocks are those of its parts, one part after the other: part ``i`` owns a
+range of ``blockIdx.x`` and runs its own body there, with its block indices computed anew from the
+place within the range (grids of two or three dimensions are flattened). Parts join as lowered
+TIR, after TVM has placed the barriers and the reductions of each: nothing inside a part changes
+but where its indices and its shared memory come from.
+
+Why that is right:
+
+- The condition of a branch depends on ``blockIdx.x`` alone, so all threads of a block take the
+  same branch, and a barrier of the block (``__syncthreads``, a warp's shuffle) inside it is
+  reached by just the threads that it counts.
+- A block runs one part, so the parts' shared memory may lie in the same place: the function
+  declares the largest need instead of the sum.
+- Threads keep the number that CUDA gives them (x runs fastest), so warps are made of the same
+  threads as before. For that all parts must have equally many.
+- Blocks of one launch run in any order. That no part writes what another one touches is checked.
+
+Blocks are started in the order of their index on the GPUs known today, though CUDA promises
+nothing: parts with the longest blocks come first, so that none of them starts last.
+
+Li et al., "Automatic Horizontal Fusion for GPU Kernels", CGO 2022; Ma et al., "Rammer: Enabling
+Holistic Deep Learning Compiler Optimizations with rTasks", OSDI 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+import tvm.tirx as tir
+import tvm_ffi
+from tvm import s_tir
+
+from .abi import TensorArg
+from .cuda import DeviceKernel
+from .cuda_loader import GpuKernel, Launch
+from .definition import Definition
+from .group import Unsupported
+from .occupancy import SM90, Gpu
+
+_MAX_GRID = (1 << 31) - 1
+_MAX_POINTERS = 32764 // 8  # parameters of a kernel, in bytes, since compute capability 7.0
+_ALIGNMENT = 64  # of every shared array, as in TVM's own code
+_AXES = ("x", "y", "z")
+_GRID_WIDE = ("cluster", "grid_sync", "global_barrier", "cooperative")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: some storage, known by name, and the byte of its logical element 0."""
+
+    storage: Hashable
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kernel to be fused.
+
+    ``inputs`` and ``outputs`` are its tensors and ``places`` where those lie, inputs first;
+    ``seconds`` is what it takes alone, measured or estimated.
+    """
+
+    device: DeviceKernel
+    inputs: tuple[TensorArg, ...]
+    outputs: tuple[TensorArg, ...]
+    places: tuple[Place, ...]
+    seconds: float
+
+    def __post_init__(self) -> None:
+        tensors = len(self.inputs) + len(self.outputs)
+        if not tensors == len(self.places) == len(self.device.kernel.offsets):
+            raise ValueError(
+                f"{self.device.kernel.name} has {len(self.device.kernel.offsets)} tensors, but"
+                f" {tensors} descriptions and {len(self.places)} places were given"
+            )
+
+    @staticmethod
+    def of(
+        device: DeviceKernel,
+        definition: Definition,
+        places: Sequence[Place],
+        seconds: float | None = None,
+        gpu: Gpu = SM90,
+    ) -> Part:
+        """The part of a definition; where its time is not known, that of the roofline."""
+        outputs = tuple(p.arg for p in definition.outputs)
+        if seconds is None:
+            seconds = gpu.seconds(definition.flops, definition.bytes)
+        return Part(device, definition.input_args, outputs, tuple(places), seconds)
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.device.kernel.name
+
+
+def fuse(name: str, parts: Sequence[Part], gpu: Gpu = SM90) -> DeviceKernel:
+    """One kernel that does what all ``parts`` do, none of which needs another's result.
+
+    It takes the parts' tensors one part after the other, then their temporaries. Parts of several
+    launches go in step: the first launches of all of them become one, then the second ones.
+
+    Raises `Unsupported` with a PLT-HFU ID where the parts may not share a launch, ValueError for
+    fewer than two parts.
+    """
+    if len(parts) < 2:
+        raise ValueError(f"{name} needs at least two kernels to fuse, got {len(parts)}")
+    _check_memory(parts)
+    tensors = sum(len(p.places) for p in parts)
+    launches: list[Launch] = []
+    functions: dict[Any, Any] = {}
+    for step in range(max(len(p.device.kernel.launches) for p in parts)):
+        pieces: list[_Piece] = []
+        first, temporary = 0, tensors
+        for part in parts:
+            kernel = part.device.kernel
+            if step < len(kernel.launches):
+                pieces.append(_piece(part, step, first, temporary))
+            first += len(kernel.offsets)
+            temporary += len(kernel.temporaries)
+        label = f"{name}_kernel" + (f"_{step}" if step else "")
+        launch, function = _merge(label, pieces, gpu)
+        launches.append(launch)
+        functions[tvm.ir.GlobalVar(label)] = function
+    offsets = tuple(o for p in parts for o in p.device.kernel.offsets)
+    temporaries = tuple(t for p in parts for t in p.device.kernel.temporaries)
+    return DeviceKernel(GpuKernel(name, tuple(launches), offsets, temporaries), functions)
+
+
+# -- memory -----------------------------------------------------------------------------------
+
+
+def _check_memory(parts: Sequence[Part]) -> None:
+    regions = [
+        [
+            (_region(arg, place), i >= len(part.inputs))
+            for i, (arg, place) in enumerate(
+                zip((*part.inputs, *part.outputs), part.places, strict=True)
+            )
+        ]
+        for part in parts
+    ]
+    for i, mine in enumerate(regions):
+        for j in range(i):
+            for a, a_written in mine:
+                for b, b_written in regions[j]:
+                    if (a_written or b_written) and not _disjoint(a, b):
+                        raise Unsupported(
+                            "PLT-HFU-002",
+                            f"{parts[j].name} and {parts[i].name} share {a.storage!r}, which one"
+                            " of them writes, and blocks of one launch run in any order",
+                            "launch them one after the other, or give the results memory apart",
+                        )
+
+
+@dataclass(frozen=True)
+class _Region:
+    """The bytes of a strided tensor: ``dims`` are (size, stride in bytes), sizes above 1."""
+
+    storage: Hashable
+    start: int
+    itemsize: int
+    dims: tuple[tuple[int, int], ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + sum((n - 1) * s for n, s in self.dims) + self.itemsize
+
+
+def _region(arg: TensorArg, place: Place) -> _Region:
+    if not all(isinstance(d, int) for d in (*arg.shape, *arg.strides)):
+        raise Unsupported(
+            "PLT-HFU-003",
+            "a tensor has a size known only at run time",
+            "compile the kernels for the sizes at hand",
+        )
+    item = arg.dtype.itemsize
+    sizes = [int(n) + sum(halo) for n, halo in zip(arg.shape, arg.halo, strict=True)]
+    steps = [int(s) * item for s in arg.strides]
+    before = sum(halo[0] * s for halo, s in zip(arg.halo, steps, strict=True))
+    dims = tuple((n, s) for n, s in zip(sizes, steps, strict=True) if n > 1 and s != 0)
+    return _Region(place.storage, place.start - before, item, dims)
+
+
+def _disjoint(a: _Region, b: _Region) -> bool:
+    """Whether two tensors certainly share no byte.
+
+    Beside ranges that do not meet, that is so for slices of one concatenation: where all bytes of
+    each, modulo some stride, lie in intervals that do not meet.
+    """
+    if a.storage != b.storage:
+        return True
+    if any(s < 0 for _, s in (*a.dims, *b.dims)):
+        return False
+    if a.stop <= b.start or b.stop <= a.start:
+        return True
+    for period in {s for _, s in (*a.dims, *b.dims)}:
+        spans = []
+        for region in (a, b):
+            rest = sum((n - 1) * s for n, s in region.dims if s % period) + region.itemsize
+            spans.append((region.start % period, region.start % period + rest))
+        (low, high), (other_low, other_high) = spans
+        if max(high, other_high) <= period and (high <= other_low or other_high <= low):
+            return True
+    return False
+
+
+# -- one launch -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One launch of a part: its function with definitions of its own, and a block's seconds."""
+
+    name: str
+    function: Any
+    launch: Launch
+    cost: float
+
+    @property
+    def blocks(self) -> int:
+        return math.prod(self.launch.grid)
+
+    @property
+    def threads(self) -> int:
+        return math.prod(self.launch.block)
+
+
+def _piece(part: Part, step: int, first: int, temporary: int) -> _Piece:
+    """A part's launch with its buffers numbered as in the fused kernel."""
+    kernel = part.device.kernel
+    launch = kernel.launches[step]
+    tensors = len(kernel.offsets)
+    buffers = tuple(b + first if b < tensors else b - tensors + temporary for b in launch.buffers)
+    launch = Launch(launch.function, launch.grid, launch.block, launch.shared_bytes, buffers)
+    # What a launch takes of its kernel's time is not known; its share of threads stands for it.
+    everything = sum(math.prod((*k.grid, *k.block)) for k in kernel.launches)
+    cost = part.seconds * math.prod(launch.block) / everything
+    function = s_tir.renew_defs(part.device.function(kernel.launches[step]))
+    return _Piece(part.name, function, launch, cost)
+
+
+def _merge(name: str, pieces: Sequence[_Piece], gpu: Gpu) -> tuple[Launch, Any]:
+    for piece in pieces:
+        _check_decided(piece)
+        _check_grid_wide(piece)
+    _check_threads(pieces)
+    pieces = sorted(pieces, key=lambda p: -p.cost)
+    total, pointers = sum(p.blocks for p in pieces), sum(len(p.launch.buffers) for p in pieces)
+    if total > _MAX_GRID or pointers > _MAX_POINTERS:
+        raise Unsupported(
+            "PLT-HFU-006",
+            f"one launch would have {total} blocks and {pointers} tensors, of at most {_MAX_GRID}"
+            f" and {_MAX_POINTERS}",
+            "fuse fewer kernels at a time",
+        )
+    blocks = {p.launch.block for p in pieces}
+    block = blocks.pop() if len(blocks) == 1 else (pieces[0].threads, 1, 1)
+    index = _thread_index("blockIdx.x")
+    threads = {f"threadIdx.{a}": _thread_index(f"threadIdx.{a}") for a in _AXES}
+    used = [t for t, n in zip(threads, block, strict=True) if n > 1 or t == "threadIdx.x"]
+    memory = _SharedMemory([p.function for p in pieces])
+    memory.check(gpu)
+    branches, start = [], 0
+    for piece in pieces:
+        indices = _block_indices(piece, index.var - start)
+        indices |= _thread_indices(piece, block, {t: v.var for t, v in threads.items()})
+        branches.append((start + piece.blocks, _branch(piece, indices, memory)))
+        start += piece.blocks
+    body = branches.pop()[1]
+    for stop, branch in reversed(branches):
+        body = tir.IfThenElse(index.var < stop, branch, body)
+    body = tir.SeqStmt([*memory.allocations(), body])
+    for tag, extent in reversed(list(zip(threads, block, strict=True))):
+        if tag in used:
+            body = tir.AttrStmt(threads[tag], "thread_extent", _int(extent), body)
+    body = tir.AttrStmt(index, "thread_extent", _int(total), body)
+    parameters = [v for p in pieces for v in p.function.params]
+    function = tir.PrimFunc(parameters, body)
+    attributes: dict[str, Any] = dict(pieces[0].function.attrs.items())
+    attributes["global_symbol"] = name
+    dynamic = max(p.launch.shared_bytes for p in pieces)
+    extra = ["tirx.use_dyn_shared_memory"] if dynamic else []
+    attributes["tirx.kernel_launch_params"] = ["blockIdx.x", *used, *extra]
+    for key, value in attributes.items():
+        function = function.with_attr(key, value)
+    buffers = tuple(b for p in pieces for b in p.launch.buffers)
+    return Launch(name, (total, 1, 1), block, dynamic, buffers), function
+
+
+def _check_threads(pieces: Sequence[_Piece]) -> None:
+    """An axis that a kernel does not mention has extent 1, which `Launch` says outright."""
+    if len({p.threads for p in pieces}) > 1:
+        counts = ", ".join(f"{p.name} {'x'.join(map(str, p.launch.block))}" for p in pieces)
+        raise Unsupported(
+            "PLT-HFU-001",
+            f"blocks of one launch have one number of threads, but these differ: {counts}",
+            "choose variants with equal thread counts (occupancy.choose), or launch them apart",
+        )
+
+
+def _check_decided(piece: _Piece) -> None:
+    """Refuses launches whose extents are not constants, or that take more than pointers."""
+    open_extents = [
+        tag for _, tag, value in _thread_extents(piece.function) if not _is(value, tir.IntImm)
+    ]
+    if open_extents or len(piece.function.params) != len(piece.launch.buffers):
+        raise Unsupported(
+            "PLT-HFU-003",
+            f"{piece.name} has a size known only at run time"
+            + (f" ({open_extents[0]})" if open_extents else ""),
+            "compile the kernels for the sizes at hand",
+        )
+
+
+def _check_grid_wide(piece: _Piece) -> None:
+    """Refuses what counts, groups or meets the blocks of a whole launch."""
+    function, found = piece.function, []
+    for parameter in function.attrs.get("tirx.kernel_launch_params", ()):
+        if not str(parameter).startswith(("blockIdx.", "threadIdx.", "tirx.use_dyn_shared")):
+            found.append(str(parameter))
+
+    def call(value: Any) -> None:
+        name = str(getattr(value.op, "name", ""))
+        texts = [name, *(str(a.value) for a in value.args if _is(a, tvm.ir.StringImm))]
+        if any(word in text for word in _GRID_WIDE for text in texts):
+            found.append(name)
+        elif name == "tirx.tvm_storage_sync" and "global" in texts:
+            found.append("a barrier of all blocks")
+
+    tvm_ffi.structural_walk(function.body, (tvm.ir.Call, call))
+    if found:
+        raise Unsupported(
+            "PLT-HFU-004",
+            f"{piece.name} makes its blocks work together ({found[0]}), and in a fused launch"
+            " there are others among them",
+            "launch it by itself",
+        )
+
+
+# -- one branch -------------------------------------------------------------------------------
+
+
+def _thread_extents(function: Any) -> list[tuple[Any, str, Any]]:
+    """Variable, tag and extent of every thread axis that a function binds."""
+    found: list[tuple[Any, str, Any]] = []
+
+    def visit(stmt: Any) -> None:
+        if stmt.attr_key == "thread_extent":
+            found.append((stmt.node.var, str(stmt.node.thread_tag), stmt.value))
+
+    tvm_ffi.structural_walk(function.body, (tir.AttrStmt, visit), order="pre")
+    return found
+
+
+def _branch(piece: _Piece, indices: dict[str, Any], memory: _SharedMemory) -> Any:
+    """A part's body under its own indices, with its shared memory in the common place."""
+    function = piece.function
+    bound: list[Any] = []
+    for var, tag, _ in _thread_extents(function):
+        if not any(var.same_as(b.var) for b in bound):
+            value = indices[tag]
+            dtype = str(var.ty.dtype)
+            bound.append(tir.Bind(var, value if dtype == "int32" else tir.Cast(dtype, value)))
+
+    def attribute(stmt: Any, mutator: Any) -> Any:
+        if stmt.attr_key == "thread_extent":
+            return mutator.mutate(stmt.body)
+        return mutator.default_mutate(stmt)
+
+    def allocation(stmt: Any, _: Any) -> Any:
+        return memory.place(stmt)
+
+    body = tvm_ffi.structural_mutate(
+        function.body, ((tir.AttrStmt, attribute), (tir.AllocBuffer, allocation))
+    )
+    return tir.SeqStmt([*bound, body])
+
+
+def _block_indices(piece: _Piece, place: Any) -> dict[str, Any]:
+    """The block indices of a part from a block's place in its range."""
+    return _unflatten("blockIdx", place, piece.launch.grid)
+
+
+def _thread_indices(
+    piece: _Piece, block: tuple[int, ...], threads: dict[str, Any]
+) -> dict[str, Any]:
+    """The thread indices of a part: the launch's own, or computed where blocks have other forms."""
+    if piece.launch.block == block:
+        return {t: v if n > 1 else _int(0) for (t, v), n in zip(threads.items(), block, strict=True)}
+    return _unflatten("threadIdx", threads["threadIdx.x"], piece.launch.block)
+
+
+def _unflatten(kind: str, place: Any, extents: Sequence[int]) -> dict[str, Any]:
+    """The indices of a place among ``extents``, of which the first runs fastest."""
+    indices: dict[str, Any] = {}
+    wide = [a for a, n in zip(_AXES, extents, strict=True) if n > 1]
+    for axis, extent in zip(_AXES, extents, strict=True):
+        if extent == 1:
+            indices[f"{kind}.{axis}"] = _int(0)
+        elif axis == wide[-1]:
+            indices[f"{kind}.{axis}"] = place
+        else:
+            indices[f"{kind}.{axis}"] = tir.truncmod(place, _int(extent))
+            place = tir.truncdiv(place, _int(extent))
+    return indices
+
+
+class _SharedMemory:
+    """The shared memory of a fused function: what its most demanding part needs.
+
+    Arrays of a part lie one after the other in a pool per scope, and each part begins anew.
+    Volatile ones (the staging words of TVM's reductions) keep an array of their own type, since a
+    pointer into the pool would not be volatile: the n-th of all parts share one.
+    """
+
+    def __init__(self, functions: Sequence[Any]) -> None:
+        found: list[tuple[Any, tuple[Any, ...], int]] = []  # buffer, its array, byte there
+        need: dict[tuple[Any, ...], int] = {}
+        annotations: dict[tuple[Any, ...], Any] = {}
+        for function in functions:
+            used: dict[tuple[Any, ...], int] = {}
+            for stmt in _shared_allocations(function):
+                buffer, scope = stmt.buffer, str(stmt.buffer.scope())
+                key, start, size = (scope,), 0, _bytes(buffer)
+                if stmt.annotations:
+                    kind = (scope, str(buffer.dtype), str(stmt.annotations))
+                    key = (*kind, used.get(kind, 0))
+                    used[kind] = used.get(kind, 0) + 1
+                    annotations[key] = stmt.annotations
+                else:
+                    start = used.get(key, 0)
+                    used[key] = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
+                need[key] = max(need.get(key, 0), start + size)
+                found.append((buffer, key, start))
+        self._found = found
+        self._annotations = annotations
+        self._arrays = {key: _array(key, size) for key, size in need.items()}
+        self.static_bytes = sum(n for k, n in need.items() if k[0] == "shared")
+
+    def allocations(self) -> list[Any]:
+        """The statements that allocate it."""
+        return [tir.AllocBuffer(b, self._annotations.get(k)) for k, b in self._arrays.items()]
+
+    def place(self, stmt: Any) -> Any:
+        """An allocation as it is, or where it is a block's, a view of the common memory."""
+        for buffer, key, start in self._found:
+            if stmt.buffer.same_as(buffer):
+                data = self._arrays[key].data
+                data = tir.handle_add_byte_offset(data, start) if start else data
+                return tir.DeclBuffer(stmt.buffer, data=data)
+        return stmt
+
+    def check(self, gpu: Gpu) -> None:
+        """Raises `Unsupported` where a block may not declare so much."""
+        if self.static_bytes > gpu.static_bytes:
+            raise Unsupported(
+                "PLT-HFU-005",
+                f"a block would declare {self.static_bytes} bytes of shared memory, of at most"
+                f" {gpu.static_bytes}",
+                "leave out the part that needs the most, or choose a smaller tile for it",
+            )
+
+
+def _shared_allocations(function: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def visit(stmt: Any) -> None:
+        if str(stmt.buffer.scope()).startswith("shared"):
+            found.append(stmt)
+
+    tvm_ffi.structural_walk(function.body, (tir.AllocBuffer, visit), order="pre")
+    return found
+
+
+def _array(key: tuple[Any, ...], size: int) -> Any:
+    """The buffer behind a pool (by its scope) or an annotated array (by scope, type, ...)."""
+    dtype = key[1] if len(key) > 1 else "uint8"
+    count = size // _itemsize(dtype)
+    name = key[0].replace(".", "_") + (f"_{key[-1]}" if len(key) > 1 else "")
+    return tir.decl_buffer((count,), dtype, name, scope=key[0])
+
+
+def _bytes(buffer: Any) -> int:
+    return math.prod(int(e) for e in buffer.shape) * _itemsize(str(buffer.dtype))
+
+
+def _itemsize(dtype: str) -> int:
+    kind = tvm.DataType(dtype)
+    return -(-kind.bits * kind.lanes // 8)
+
+
+def _thread_index(tag: str) -> Any:
+    var = tir.Var(tag.replace(".", "_"), "int32")
+    return tir.IterVar(None, var, tir.IterVar.ThreadIndex, tag)
+
+
+def _int(value: int) -> Any:
+    return tir.IntImm("int32", value)
+
+
+def _is(node: Any, kind: Any) -> bool:
+    """`isinstance` for TVM's classes, of which type checkers know only a part."""
+    return isinstance(node, kind)
