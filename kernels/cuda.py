@@ -218,9 +218,7 @@ def _compile_sound(
     return _compile([k.functions for k in kernels.values()], target)
 
 
-def _compile(
-    parts: list[dict[Any, Any]], target: Target
-) -> tuple[str, bytes, dict[str, Usage]]:
+def _compile(parts: list[dict[Any, Any]], target: Target) -> tuple[str, bytes, dict[str, Usage]]:
     """CUDA C, cubin and usage of device functions. Raises BuildError with nvcc's message."""
     if not parts:
         return "", b"", {}

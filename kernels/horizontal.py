@@ -27,8 +27,8 @@ Holistic Deep Learning Compiler Optimizations with rTasks", OSDI 2020.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tvm
@@ -37,11 +37,11 @@ import tvm_ffi
 from tvm import s_tir
 
 from .abi import TensorArg
-from .cuda import DeviceKernel
+from .cuda import DeviceKernel, Usage
 from .cuda_loader import GpuKernel, Launch
 from .definition import Definition
 from .group import Unsupported
-from .occupancy import SM90, Gpu
+from .occupancy import SM90, Candidate, Gpu, choose
 
 _MAX_GRID = (1 << 31) - 1
 _MAX_POINTERS = 32764 // 8  # parameters of a kernel, in bytes, since compute capability 7.0
@@ -133,6 +133,31 @@ def fuse(name: str, parts: Sequence[Part], gpu: Gpu = SM90) -> DeviceKernel:
     return DeviceKernel(GpuKernel(name, tuple(launches), offsets, temporaries), functions)
 
 
+def choose_variants(
+    kernels: Sequence[Sequence[Part]], usage: Mapping[str, Usage], gpu: Gpu = SM90
+) -> tuple[Part, ...]:
+    """Of each kernel the variant that suits the fused launch best (`occupancy.choose`).
+
+    ``usage`` says by device function what the compiled variants take (`CudaBundle.usage`). A
+    variant of several launches counts by the one with the most threads. Raises `Unsupported`
+    (PLT-HFU-001) where no choice has equal thread counts.
+    """
+    picks = choose([[_candidate(p, usage) for p in variants] for variants in kernels], gpu).picks
+    return tuple(variants[i] for variants, i in zip(kernels, picks, strict=True))
+
+
+def _candidate(part: Part, usage: Mapping[str, Usage]) -> Candidate:
+    launch = max(part.device.kernel.launches, key=lambda k: math.prod((*k.grid, *k.block)))
+    used = usage[launch.function]
+    return Candidate(
+        math.prod(launch.grid),
+        math.prod(launch.block),
+        used.registers,
+        used.shared_bytes + launch.shared_bytes,
+        part.seconds,
+    )
+
+
 # -- memory -----------------------------------------------------------------------------------
 
 
@@ -216,10 +241,15 @@ def _disjoint(a: _Region, b: _Region) -> bool:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One launch of a part: its function with definitions of its own, and a block's seconds."""
+    """One launch of a part.
+
+    ``function`` shares no definition with any other; it takes the launch's pointers and then its
+    own thread and block indices, whose axes are ``tags``. ``cost`` is what a block takes.
+    """
 
     name: str
     function: Any
+    tags: tuple[str, ...]
     launch: Launch
     cost: float
 
@@ -231,25 +261,50 @@ class _Piece:
     def threads(self) -> int:
         return math.prod(self.launch.block)
 
+    @property
+    def pointers(self) -> list[Any]:
+        return list(self.function.params)[: len(self.function.params) - len(self.tags)]
+
+    @property
+    def indices(self) -> list[tuple[Any, str]]:
+        """The variables of the thread and block indices, each with its axis."""
+        variables = list(self.function.params)[len(self.function.params) - len(self.tags) :]
+        return list(zip(variables, self.tags, strict=True))
+
 
 def _piece(part: Part, step: int, first: int, temporary: int) -> _Piece:
     """A part's launch with its buffers numbered as in the fused kernel."""
     kernel = part.device.kernel
     launch = kernel.launches[step]
+    function = part.device.function(launch)
+    _check_decided(part.name, function, launch)
+    _check_grid_wide(part.name, function)
+    axes: list[tuple[Any, str]] = []
+    for var, tag, _ in _thread_extents(function):
+        if not any(var.same_as(known) for known, _ in axes):
+            axes.append((var, tag))
+
+    def unbound(stmt: Any, mutator: Any) -> Any:
+        if stmt.attr_key == "thread_extent":
+            return mutator.mutate(stmt.body)
+        return mutator.default_mutate(stmt)
+
+    # As parameters the indices are definitions, of which every piece has to have its own.
+    body = tvm_ffi.structural_mutate(function.body, ((tir.AttrStmt, unbound),))
+    opened = tir.PrimFunc([*function.params, *(v for v, _ in axes)], body)
+    for key, value in function.attrs.items():
+        opened = opened.with_attr(key, value)
     tensors = len(kernel.offsets)
     buffers = tuple(b + first if b < tensors else b - tensors + temporary for b in launch.buffers)
-    launch = Launch(launch.function, launch.grid, launch.block, launch.shared_bytes, buffers)
     # What a launch takes of its kernel's time is not known; its share of threads stands for it.
     everything = sum(math.prod((*k.grid, *k.block)) for k in kernel.launches)
     cost = part.seconds * math.prod(launch.block) / everything
-    function = s_tir.renew_defs(part.device.function(kernel.launches[step]))
-    return _Piece(part.name, function, launch, cost)
+    tags = tuple(tag for _, tag in axes)
+    launch = replace(launch, buffers=buffers)
+    return _Piece(part.name, s_tir.renew_defs(opened), tags, launch, cost)
 
 
 def _merge(name: str, pieces: Sequence[_Piece], gpu: Gpu) -> tuple[Launch, Any]:
-    for piece in pieces:
-        _check_decided(piece)
-        _check_grid_wide(piece)
     _check_threads(pieces)
     pieces = sorted(pieces, key=lambda p: -p.cost)
     total, pointers = sum(p.blocks for p in pieces), sum(len(p.launch.buffers) for p in pieces)
@@ -276,12 +331,13 @@ def _merge(name: str, pieces: Sequence[_Piece], gpu: Gpu) -> tuple[Launch, Any]:
     body = branches.pop()[1]
     for stop, branch in reversed(branches):
         body = tir.IfThenElse(index.var < stop, branch, body)
-    body = tir.SeqStmt([*memory.allocations(), body])
+    if allocations := memory.allocations():
+        body = tir.SeqStmt([*allocations, body])
     for tag, extent in reversed(list(zip(threads, block, strict=True))):
         if tag in used:
             body = tir.AttrStmt(threads[tag], "thread_extent", _int(extent), body)
     body = tir.AttrStmt(index, "thread_extent", _int(total), body)
-    parameters = [v for p in pieces for v in p.function.params]
+    parameters = [v for p in pieces for v in p.pointers]
     function = tir.PrimFunc(parameters, body)
     attributes: dict[str, Any] = dict(pieces[0].function.attrs.items())
     attributes["global_symbol"] = name
@@ -305,41 +361,38 @@ def _check_threads(pieces: Sequence[_Piece]) -> None:
         )
 
 
-def _check_decided(piece: _Piece) -> None:
+def _check_decided(name: str, function: Any, launch: Launch) -> None:
     """Refuses launches whose extents are not constants, or that take more than pointers."""
-    open_extents = [
-        tag for _, tag, value in _thread_extents(piece.function) if not _is(value, tir.IntImm)
-    ]
-    if open_extents or len(piece.function.params) != len(piece.launch.buffers):
+    undecided = [t for _, t, value in _thread_extents(function) if not _is(value, tir.IntImm)]
+    if undecided or len(function.params) != len(launch.buffers):
         raise Unsupported(
             "PLT-HFU-003",
-            f"{piece.name} has a size known only at run time"
-            + (f" ({open_extents[0]})" if open_extents else ""),
+            f"{name} has a size known only at run time" + "".join(f" ({t})" for t in undecided),
             "compile the kernels for the sizes at hand",
         )
 
 
-def _check_grid_wide(piece: _Piece) -> None:
+def _check_grid_wide(name: str, function: Any) -> None:
     """Refuses what counts, groups or meets the blocks of a whole launch."""
-    function, found = piece.function, []
+    found: list[str] = []
     for parameter in function.attrs.get("tirx.kernel_launch_params", ()):
         if not str(parameter).startswith(("blockIdx.", "threadIdx.", "tirx.use_dyn_shared")):
             found.append(str(parameter))
 
     def call(value: Any) -> None:
-        name = str(getattr(value.op, "name", ""))
-        texts = [name, *(str(a.value) for a in value.args if _is(a, tvm.ir.StringImm))]
-        if any(word in text for word in _GRID_WIDE for text in texts):
-            found.append(name)
-        elif name == "tirx.tvm_storage_sync" and "global" in texts:
+        operator = str(getattr(value.op, "name", ""))
+        texts = [str(a.value) for a in value.args if _is(a, tvm.ir.StringImm)]
+        if any(word in text for word in _GRID_WIDE for text in (operator, *texts)):
+            found.append(" ".join([operator, *texts]))
+        elif operator == "tirx.tvm_storage_sync" and "global" in texts:
             found.append("a barrier of all blocks")
 
     tvm_ffi.structural_walk(function.body, (tvm.ir.Call, call))
     if found:
         raise Unsupported(
             "PLT-HFU-004",
-            f"{piece.name} makes its blocks work together ({found[0]}), and in a fused launch"
-            " there are others among them",
+            f"{name} makes its blocks work together ({found[0]}), and in a fused launch there are"
+            " others among them",
             "launch it by itself",
         )
 
@@ -361,25 +414,16 @@ def _thread_extents(function: Any) -> list[tuple[Any, str, Any]]:
 
 def _branch(piece: _Piece, indices: dict[str, Any], memory: _SharedMemory) -> Any:
     """A part's body under its own indices, with its shared memory in the common place."""
-    function = piece.function
     bound: list[Any] = []
-    for var, tag, _ in _thread_extents(function):
-        if not any(var.same_as(b.var) for b in bound):
-            value = indices[tag]
-            dtype = str(var.ty.dtype)
-            bound.append(tir.Bind(var, value if dtype == "int32" else tir.Cast(dtype, value)))
-
-    def attribute(stmt: Any, mutator: Any) -> Any:
-        if stmt.attr_key == "thread_extent":
-            return mutator.mutate(stmt.body)
-        return mutator.default_mutate(stmt)
+    for var, tag in piece.indices:
+        dtype = str(var.ty.dtype)
+        value = indices[tag]
+        bound.append(tir.Bind(var, value if dtype == "int32" else tir.Cast(dtype, value)))
 
     def allocation(stmt: Any, _: Any) -> Any:
         return memory.place(stmt)
 
-    body = tvm_ffi.structural_mutate(
-        function.body, ((tir.AttrStmt, attribute), (tir.AllocBuffer, allocation))
-    )
+    body = tvm_ffi.structural_mutate(piece.function.body, ((tir.AllocBuffer, allocation),))
     return tir.SeqStmt([*bound, body])
 
 
@@ -393,7 +437,9 @@ def _thread_indices(
 ) -> dict[str, Any]:
     """The thread indices of a part: the launch's own, or computed where blocks have other forms."""
     if piece.launch.block == block:
-        return {t: v if n > 1 else _int(0) for (t, v), n in zip(threads.items(), block, strict=True)}
+        return {
+            t: v if n > 1 else _int(0) for (t, v), n in zip(threads.items(), block, strict=True)
+        }
     return _unflatten("threadIdx", threads["threadIdx.x"], piece.launch.block)
 
 
