@@ -27,7 +27,7 @@ Holistic Deep Learning Compiler Optimizations with rTasks", OSDI 2020.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,20 +42,13 @@ from .cuda_loader import GpuKernel, Launch
 from .definition import Definition
 from .group import Unsupported
 from .occupancy import SM90, Candidate, Gpu, choose
+from .regions import Place, disjoint, region_of
+from .shared_memory import SharedMemory
 
 _MAX_GRID = (1 << 31) - 1
 _MAX_POINTERS = 32764 // 8  # parameters of a kernel, in bytes, since compute capability 7.0
-_ALIGNMENT = 64  # of every shared array, as in TVM's own code
 _AXES = ("x", "y", "z")
 _GRID_WIDE = ("cluster", "grid_sync", "global_barrier", "cooperative")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: some storage, known by name, and the byte of its logical element 0."""
-
-    storage: Hashable
-    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,7 +157,7 @@ def _candidate(part: Part, usage: Mapping[str, Usage]) -> Candidate:
 def _check_memory(parts: Sequence[Part]) -> None:
     regions = [
         [
-            (_region(arg, place), i >= len(part.inputs))
+            (region_of(arg, place), i >= len(part.inputs))
             for i, (arg, place) in enumerate(
                 zip((*part.inputs, *part.outputs), part.places, strict=True)
             )
@@ -175,65 +168,13 @@ def _check_memory(parts: Sequence[Part]) -> None:
         for j in range(i):
             for a, a_written in mine:
                 for b, b_written in regions[j]:
-                    if (a_written or b_written) and not _disjoint(a, b):
+                    if (a_written or b_written) and not disjoint(a, b):
                         raise Unsupported(
                             "PLT-HFU-002",
                             f"{parts[j].name} and {parts[i].name} share {a.storage!r}, which one"
                             " of them writes, and blocks of one launch run in any order",
                             "launch them one after the other, or give the results memory apart",
                         )
-
-
-@dataclass(frozen=True)
-class _Region:
-    """The bytes of a strided tensor: ``dims`` are (size, stride in bytes), sizes above 1."""
-
-    storage: Hashable
-    start: int
-    itemsize: int
-    dims: tuple[tuple[int, int], ...]
-
-    @property
-    def stop(self) -> int:
-        return self.start + sum((n - 1) * s for n, s in self.dims) + self.itemsize
-
-
-def _region(arg: TensorArg, place: Place) -> _Region:
-    if not all(isinstance(d, int) for d in (*arg.shape, *arg.strides)):
-        raise Unsupported(
-            "PLT-HFU-003",
-            "a tensor has a size known only at run time",
-            "compile the kernels for the sizes at hand",
-        )
-    item = arg.dtype.itemsize
-    sizes = [int(n) + sum(halo) for n, halo in zip(arg.shape, arg.halo, strict=True)]
-    steps = [int(s) * item for s in arg.strides]
-    before = sum(halo[0] * s for halo, s in zip(arg.halo, steps, strict=True))
-    dims = tuple((n, s) for n, s in zip(sizes, steps, strict=True) if n > 1 and s != 0)
-    return _Region(place.storage, place.start - before, item, dims)
-
-
-def _disjoint(a: _Region, b: _Region) -> bool:
-    """Whether two tensors certainly share no byte.
-
-    Beside ranges that do not meet, that is so for slices of one concatenation: where all bytes of
-    each, modulo some stride, lie in intervals that do not meet.
-    """
-    if a.storage != b.storage:
-        return True
-    if any(s < 0 for _, s in (*a.dims, *b.dims)):
-        return False
-    if a.stop <= b.start or b.stop <= a.start:
-        return True
-    for period in {s for _, s in (*a.dims, *b.dims)}:
-        spans = []
-        for region in (a, b):
-            rest = sum((n - 1) * s for n, s in region.dims if s % period) + region.itemsize
-            spans.append((region.start % period, region.start % period + rest))
-        (low, high), (other_low, other_high) = spans
-        if max(high, other_high) <= period and (high <= other_low or other_high <= low):
-            return True
-    return False
 
 
 # -- one launch -------------------------------------------------------------------------------
@@ -320,8 +261,9 @@ def _merge(name: str, pieces: Sequence[_Piece], gpu: Gpu) -> tuple[Launch, Any]:
     index = _thread_index("blockIdx.x")
     threads = {f"threadIdx.{a}": _thread_index(f"threadIdx.{a}") for a in _AXES}
     used = [t for t, n in zip(threads, block, strict=True) if n > 1 or t == "threadIdx.x"]
-    memory = _SharedMemory([p.function for p in pieces])
-    memory.check(gpu)
+    memory = SharedMemory([p.function for p in pieces])
+    dynamic = max(p.launch.shared_bytes for p in pieces)
+    memory.check(dynamic, gpu)
     branches, start = [], 0
     for piece in pieces:
         indices = _block_indices(piece, index.var - start)
@@ -341,7 +283,6 @@ def _merge(name: str, pieces: Sequence[_Piece], gpu: Gpu) -> tuple[Launch, Any]:
     function = tir.PrimFunc(parameters, body)
     attributes: dict[str, Any] = dict(pieces[0].function.attrs.items())
     attributes["global_symbol"] = name
-    dynamic = max(p.launch.shared_bytes for p in pieces)
     extra = ["tirx.use_dyn_shared_memory"] if dynamic else []
     attributes["tirx.kernel_launch_params"] = ["blockIdx.x", *used, *extra]
     for key, value in attributes.items():
@@ -412,7 +353,7 @@ def _thread_extents(function: Any) -> list[tuple[Any, str, Any]]:
     return found
 
 
-def _branch(piece: _Piece, indices: dict[str, Any], memory: _SharedMemory) -> Any:
+def _branch(piece: _Piece, indices: dict[str, Any], memory: SharedMemory) -> Any:
     """A part's body under its own indices, with its shared memory in the common place."""
     bound: list[Any] = []
     for var, tag in piece.indices:
@@ -456,90 +397,6 @@ def _unflatten(kind: str, place: Any, extents: Sequence[int]) -> dict[str, Any]:
             indices[f"{kind}.{axis}"] = tir.truncmod(place, _int(extent))
             place = tir.truncdiv(place, _int(extent))
     return indices
-
-
-class _SharedMemory:
-    """The shared memory of a fused function: what its most demanding part needs.
-
-    Arrays of a part lie one after the other in a pool per scope, and each part begins anew.
-    Volatile ones (the staging words of TVM's reductions) keep an array of their own type, since a
-    pointer into the pool would not be volatile: the n-th of all parts share one.
-    """
-
-    def __init__(self, functions: Sequence[Any]) -> None:
-        found: list[tuple[Any, tuple[Any, ...], int]] = []  # buffer, its array, byte there
-        need: dict[tuple[Any, ...], int] = {}
-        annotations: dict[tuple[Any, ...], Any] = {}
-        for function in functions:
-            used: dict[tuple[Any, ...], int] = {}
-            for stmt in _shared_allocations(function):
-                buffer, scope = stmt.buffer, str(stmt.buffer.scope())
-                key, start, size = (scope,), 0, _bytes(buffer)
-                if stmt.annotations:
-                    kind = (scope, str(buffer.dtype), str(stmt.annotations))
-                    key = (*kind, used.get(kind, 0))
-                    used[kind] = used.get(kind, 0) + 1
-                    annotations[key] = stmt.annotations
-                else:
-                    start = used.get(key, 0)
-                    used[key] = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
-                need[key] = max(need.get(key, 0), start + size)
-                found.append((buffer, key, start))
-        self._found = found
-        self._annotations = annotations
-        self._arrays = {key: _array(key, size) for key, size in need.items()}
-        self.static_bytes = sum(n for k, n in need.items() if k[0] == "shared")
-
-    def allocations(self) -> list[Any]:
-        """The statements that allocate it."""
-        return [tir.AllocBuffer(b, self._annotations.get(k)) for k, b in self._arrays.items()]
-
-    def place(self, stmt: Any) -> Any:
-        """An allocation as it is, or where it is a block's, a view of the common memory."""
-        for buffer, key, start in self._found:
-            if stmt.buffer.same_as(buffer):
-                data = self._arrays[key].data
-                data = tir.handle_add_byte_offset(data, start) if start else data
-                return tir.DeclBuffer(stmt.buffer, data=data)
-        return stmt
-
-    def check(self, gpu: Gpu) -> None:
-        """Raises `Unsupported` where a block may not declare so much."""
-        if self.static_bytes > gpu.static_bytes:
-            raise Unsupported(
-                "PLT-HFU-005",
-                f"a block would declare {self.static_bytes} bytes of shared memory, of at most"
-                f" {gpu.static_bytes}",
-                "leave out the part that needs the most, or choose a smaller tile for it",
-            )
-
-
-def _shared_allocations(function: Any) -> list[Any]:
-    found: list[Any] = []
-
-    def visit(stmt: Any) -> None:
-        if str(stmt.buffer.scope()).startswith("shared"):
-            found.append(stmt)
-
-    tvm_ffi.structural_walk(function.body, (tir.AllocBuffer, visit), order="pre")
-    return found
-
-
-def _array(key: tuple[Any, ...], size: int) -> Any:
-    """The buffer behind a pool (by its scope) or an annotated array (by scope, type, ...)."""
-    dtype = key[1] if len(key) > 1 else "uint8"
-    count = size // _itemsize(dtype)
-    name = key[0].replace(".", "_") + (f"_{key[-1]}" if len(key) > 1 else "")
-    return tir.decl_buffer((count,), dtype, name, scope=key[0])
-
-
-def _bytes(buffer: Any) -> int:
-    return math.prod(int(e) for e in buffer.shape) * _itemsize(str(buffer.dtype))
-
-
-def _itemsize(dtype: str) -> int:
-    kind = tvm.DataType(dtype)
-    return -(-kind.bits * kind.lanes // 8)
 
 
 def _thread_index(tag: str) -> Any:

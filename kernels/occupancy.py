@@ -25,8 +25,10 @@ class Gpu:
     """What one GPU offers: ``sms`` multiprocessors with the other limits each.
 
     ``shared_bytes`` is the shared memory of a multiprocessor, ``block_reserve`` what every block
-    takes of it unasked, ``static_bytes`` what one block may declare statically. ``flops`` are
-    float32 operations and ``bandwidth`` bytes of memory per second, both of the whole GPU.
+    takes of it unasked, ``static_bytes`` what one block may declare statically and ``block_bytes``
+    what it may have in all. Registers come in units for a warp (``register_unit``), from the
+    share of one of the ``schedulers``. ``flops`` are float32 operations and ``bandwidth`` bytes of
+    memory per second, both of the whole GPU.
     """
 
     sms: int = 132
@@ -35,7 +37,7 @@ class Gpu:
     registers: int = 64 << 10
     shared_bytes: int = 228 << 10
     static_bytes: int = 48 << 10
-    dynamic_bytes: int = 227 << 10
+    block_bytes: int = 227 << 10
     block_reserve: int = 1 << 10
     warp: int = 32
     schedulers: int = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from plait.kernels.group import Group, Unsupported
 from plait.kernels.loader import LoadError
 from plait.kernels.target import host
 
+from .cuda_emulator import Emulator
 from .search_check import Problem, linear, problem
 
 aten = torch.ops.aten
@@ -108,6 +110,27 @@ def test_every_definition_gets_threads(definitions: dict[str, Definition]) -> No
         assert plain.count('thread="blockIdx.x"') == len(definition.blocks), name
         by_rule += text != plain
     assert by_rule >= 7  # the plain schedule is for what the rules decline
+
+
+def test_generated_code_computes_the_right_thing(
+    problems: dict[str, Problem], definitions: dict[str, Definition], tmp_path: Path
+) -> None:
+    """On the CPU, one fiber for each thread; `plain` schedules where a rule's does not lower."""
+    devices = {}
+    for name, definition in definitions.items():
+        try:
+            devices[name] = cuda.device_kernel(name, definition, TARGET)
+        except Exception:  # as in `compile_cuda`
+            devices[name] = cuda.device_kernel(name, definition, TARGET, plain=True)
+    source = cuda.generate([d.functions for d in devices.values()], TARGET)
+    emulator = Emulator(source, [d.kernel for d in devices.values()], tmp_path)
+    for name, made in problems.items():
+        definition = definitions[name]
+        physical = (*definition.inputs, *definition.outputs)
+        tensors = zip((*made.inputs, *made.outputs), physical, strict=True)
+        made.reset()
+        emulator.run(devices[name].kernel, [_buffer(t, p) for t, p in tensors])
+        assert made.check() < 1e-5, name
 
 
 @needs_nvcc
