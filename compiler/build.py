@@ -17,14 +17,38 @@ if TYPE_CHECKING:
 
 
 def build(captured: Captured, options: Options, store: WeightStore | None = None) -> Executable:
-    """Compiles outside of whatever modes the caller happens to be in.
+    """Compiles outside of whatever modes the caller happens to be in, for the device of the inputs
+    and weights.
 
-    ``store`` keeps the weights where there is a budget for them.
+    ``store`` keeps the weights where there is a budget for them. Raises NotImplementedError for a
+    budget on a GPU.
     """
-    from .pipeline import compile_graph  # the passes are imported when they are needed
-
     with plain_modes():
+        device = gpu_of(captured)
+        if device is not None:
+            from .gpu import CompiledForGpu
+
+            if store is not None:
+                raise NotImplementedError("weights of a model on a GPU are not kept to a budget")
+            return CompiledForGpu(captured, options, device)
+        from .pipeline import compile_graph  # the passes are imported when they are needed
+
         return compile_graph(captured, options, store)
+
+
+def gpu_of(captured: Captured) -> torch.device | None:
+    """The GPU that a captured graph is for; None where it is for the CPU.
+
+    Raises NotImplementedError where its inputs and weights are on more than one device.
+    """
+    devices = {s.device for s in captured.inputs}
+    devices |= {t.device for t in captured.constants().values() if t.dim() or t.is_cuda}
+    if not any(d.type == "cuda" for d in devices):
+        return None
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise NotImplementedError(f"inputs and weights are on several devices: {names}")
+    return devices.pop()
 
 
 @contextlib.contextmanager

@@ -195,6 +195,25 @@ def explain(
 
 
 @app.command()
+def kernels(
+    model: Model,
+    input: Inputs = [],  # noqa: B006
+    pipeline: Pipeline = None,
+    target: Annotated[str, typer.Option(help="The GPU's generation, such as sm_90.")] = "sm_90",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write CUDA C, cubins and the plan to this directory."),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Compile MODEL's kernels for a GPU, which need not be here, and predict how they will run."""
+    with reported():
+        from . import cli_kernels, cli_model
+
+        cli_kernels.kernels(cli_model.load(model, input), pipeline, target, output, json)
+
+
+@app.command()
 def tune(
     model: Model,
     input: Inputs = [],  # noqa: B006

@@ -28,9 +28,14 @@ def check_output(path: Path | None) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: to a temporary one beside it, which takes its place."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write_text` for bytes."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(data)
         scratch.replace(path)
     except OSError as error:
         raise CliError(f"{path} cannot be written ({error})", "choose another place") from error

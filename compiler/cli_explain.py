@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..bench.bounds import Machine, measure_machine
 from ..passes.remarks import render
+from ..runtime.executor import Executor
 from ..runtime.profile import StepTime, profile_steps
 from .capture_tree import flatten
 from .cli_error import CliError, check_output, write_text
@@ -28,8 +29,8 @@ def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: P
     compiled = compile_loaded(loaded, pipeline, "quick", console)
     program = newest(compiled)
     executor = getattr(program.executable, "executor", None)
-    if executor is None:
-        raise CliError("the compiled program cannot be profiled", "compile it again")
+    if not isinstance(executor, Executor):
+        raise CliError("a program for a GPU is not timed step by step", "try plait kernels MODEL")
     leaves, _ = flatten((tuple(loaded.args), dict(loaded.kwargs)))
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     with torch.no_grad():

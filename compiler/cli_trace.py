@@ -68,7 +68,7 @@ def _ran(
     program = newest(compiled)
     executor = getattr(program.executable, "executor", None)
     if not isinstance(executor, Executor):
-        raise CliError("the compiled program cannot be traced", "compile it again")
+        raise CliError("a program for a GPU cannot be traced", "try plait kernels MODEL")
     leaves, _ = flatten((tuple(loaded.args), dict(loaded.kwargs)))
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     tensors = [*tensors, *program.captured.states]

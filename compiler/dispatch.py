@@ -309,7 +309,10 @@ class Dispatcher:
             return None
         declared = declared_dims(self.dynamic_shapes, self.signature, args, kwargs, tensors)
         bucket.seen.append(shapes)
-        program = self._specialise(bucket, args, kwargs, declared, varying(bucket.seen, declared))
+        automatic = varying(bucket.seen, declared)
+        if any(t.is_cuda for t in tensors):
+            automatic = [{} for _ in declared]  # kernels for GPUs are made for known sizes
+        program = self._specialise(bucket, args, kwargs, declared, automatic)
         if program is None:
             bucket.hopeless = True
             return None

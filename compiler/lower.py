@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.fx as fx
@@ -35,13 +35,39 @@ from ..runtime.plan import (
 )
 from . import fetches, sizes
 from .absent_weights import Absent
-from .select import Choice, Kernels, Selected, missed
-from .storage import Place, Storage, buffer_bytes, is_tensor, runs_parts, split_concats
+from .select import Choice, Selected, missed
+from .storage import Halo, Place, Storage, buffer_bytes, is_tensor, runs_parts, split_concats
 from .subgraphs import bound_symbols, subgraph_call
 from .weights import WeightStore
 
 aten = torch.ops.aten
 NO_STEP = ("view", "concat")
+
+
+class Kernels(Protocol):
+    """Where kernels come from: `select.Kernels`, or `gpu_select.GpuKernels`."""
+
+    @staticmethod
+    def halo_of(node: fx.Node) -> Halo:
+        """The zeros that a convolution node wants around its input."""
+        ...
+
+    def select(self, group: Group, io: Mapping[fx.Node, TensorArg]) -> Choice | Remark:
+        """The kernel for a group, or why there is none."""
+        ...
+
+    def finish(self) -> bool:
+        """Builds what was selected; False if some group must be chosen anew."""
+        ...
+
+    def resolve(self, choice: Choice) -> Selected:
+        """What was built for a choice."""
+        ...
+
+    @staticmethod
+    def pack(tensor: torch.Tensor, pack: Pack) -> torch.Tensor:
+        """Reorders a constant as a kernel wants it."""
+        ...
 
 
 @dataclass

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ import torch.fx as fx
 
 from ..kernels import target as targets
 from ..passes.base import copy_graph
+from ..passes.fuse_horizontal import FUSE
 from ..passes.ir import branches_of
 from ..passes.manager import PassManager
 from ..passes.merge_parallel import JUDGE, Judge, MergeParallelOps
@@ -31,6 +32,7 @@ from ..passes.remarks import Remark
 from ..passes.route_odds import Routes
 from ..passes.schedule import SCHEDULE, SchedulePass
 from ..passes.speculate_routes import LIKELY, ROUTES, SIZED, Likely, SpeculateRoutes
+from ..passes.streams import STREAMS
 from ..runtime.bank import Bank
 from ..runtime.executor import Executor, Part, Recorder
 from ..runtime.plan import BranchStep, Plan
@@ -287,6 +289,7 @@ def _make(
         tiered: Tiered | None = graph.meta.get(TIERED)
         if routes is not None:
             _finish_sized(graph, _after(manager, SpeculateRoutes.name), tiered)
+        told = elsewhere(graph, {FUSE: "a GPU", STREAMS: "a GPU"})
         lap("passes")
         kernels = select.Kernels(targets.host(), select.database(), options.tune)
         if store is not None and tiered is not None:
@@ -321,7 +324,7 @@ def _make(
                 engine = verdict or engine
             lap("bets on likely routes")
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
-    remarks = (*captured.remarks, *result.remarks, *lowered.remarks, *bets)
+    remarks = (*captured.remarks, *result.remarks, *told, *lowered.remarks, *bets)
     return _Made(graph, lowered, kernels, remarks, seconds, engine)
 
 
@@ -347,6 +350,17 @@ def _finish(captured: Captured, prepared: Prepared) -> _Made:
         engine = _scheduled(graph, lowered, kernels, None)
     remarks = (*captured.remarks, *prepared.remarks, *lowered.remarks)
     return _Made(graph, lowered, kernels, remarks, {}, engine)
+
+
+def elsewhere(graph: fx.GraphModule, keys: Mapping[str, str]) -> list[Remark]:
+    """Remarks on passes that only asked for something which this kind of device does not do; by
+    their key in ``meta``, what they are for.
+    """
+    return [
+        Remark("PLT-GPU-007", "note", key, (), f"this pass is for {device}; it did nothing")
+        for key, device in keys.items()
+        if key in graph.meta
+    ]
 
 
 def _scheduled(

@@ -259,7 +259,7 @@ class _Builder:
         made = _nbytes(node)
         width = max([_width(x) for x in (*inputs, node) if _floating(x)], default=4)
         widths = [_width(x) for x in inputs if _floating(x)]
-        work = Work(_flops(node), sum(sizes) + made, min(widths, default=width))
+        work = Work(flops_of(node), sum(sizes) + made, min(widths, default=width))
         self.home[node] = (node.name, "")
         self._add(node.name, work, made)
         for x, size in zip(inputs, sizes, strict=True):
@@ -355,7 +355,7 @@ def _is_view(node: fx.Node) -> bool:
     )
 
 
-def _flops(node: fx.Node) -> float:
+def flops_of(node: fx.Node) -> float:
     """FLOPs by torch's own formulas for products; others do about one per element they make."""
     target: Any = node.target
     values = [x.meta["val"] for x in node.all_input_nodes if _has_tensor(x)]

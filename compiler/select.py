@@ -306,7 +306,7 @@ def missed(remark: str, nodes: Sequence[str], reason: str, hint: str = "") -> Re
     return Remark(remark, "missed", "lower", tuple(nodes), reason, hint)
 
 
-def _describe(group: Group) -> str:
+def describe(group: Group) -> str:
     """A readable name: the operators of a group, the heavy one first."""
     names = [_operator(n) for n in group.nodes]
     if group.anchor is not None:
@@ -330,7 +330,7 @@ def record(group: Group, kernel: Kernel, rename: Mapping[str, str]) -> dict[str,
         return _substitute(sizes.text(value), rename)
 
     return {
-        "name": _describe(group),
+        "name": describe(group),
         "symbol": kernel.name,
         "tasks": canonical(kernel.tasks),
         "flops": canonical(kernel.flops),

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tvm.s_tir import dlight
 from . import loader
 from .build import BuildError
 from .cuda_loader import GpuKernel, Launch
+from .database import Database
 from .definition import Definition
 from .definitions import DEFINITIONS
 from .group import IO, Group, Unsupported
@@ -94,6 +95,15 @@ def sm90() -> Target:
 def available() -> bool:
     """Whether GPU code can be compiled here."""
     return shutil.which("nvcc") is not None
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """The GPU generations that code can be compiled for here, such as "sm_90"."""
+    if not available():
+        return ()
+    said = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=False)
+    return tuple(said.stdout.split())
 
 
 def lower(group: Group, io: IO, target: Target) -> Definition:
@@ -177,18 +187,26 @@ def device_kernel(
 
 
 def build(
-    kernels: Mapping[str, DeviceKernel], target: Target, failed: Mapping[str, str] | None = None
+    kernels: Mapping[str, DeviceKernel],
+    target: Target,
+    failed: Mapping[str, str] | None = None,
+    store: Database | None = None,
 ) -> CudaBundle:
-    """Compiles lowered kernels, by the names they were lowered with.
+    """Compiles lowered kernels, by the names they were lowered with; ``store`` keeps images.
 
     What nvcc refuses is left out and joins ``failed``. Raises BuildError when nothing compiles or
     nvcc is missing.
     """
+    sound, refused = dict(kernels), dict(failed or {})
+    kept = None if store is None else _kept(sound, target, store)
+    if kept is not None:
+        return CudaBundle(*kept[:2], {n: k.kernel for n, k in sound.items()}, refused, kept[2])
     if not available():
         raise BuildError("nvcc is not on the PATH: install the CUDA toolkit to compile GPU kernels")
-    sound, refused = dict(kernels), dict(failed or {})
     try:
         compiled = _compile([k.functions for k in sound.values()], target)
+        if store is not None:
+            _keep(compiled, target, store)
     except BuildError:
         compiled = _compile_sound(sound, target, refused)
     if not sound:
@@ -203,6 +221,38 @@ def generate(parts: Sequence[Mapping[Any, Any]], target: Target) -> str:
     functions = {k: v for part in parts for k, v in part.items()}
     write = tvm.get_global_func("target.build.cuda")
     return write(tvm.IRModule(functions), target.tvm()).inspect_source()
+
+
+def _kept(
+    kernels: Mapping[str, DeviceKernel], target: Target, store: Database
+) -> tuple[bytes, str, dict[str, Usage]] | None:
+    """The image, source and usage of an earlier build of the same CUDA C, if the store has it."""
+    source = generate([k.functions for k in kernels.values()], target)
+    state = store.progress(_task(source, target))
+    image = None if state is None else store.get_bundle(state["object"])
+    if state is None or image is None:
+        return None
+    return image, source, {name: Usage(*usage) for name, usage in state["usage"].items()}
+
+
+def _keep(compiled: tuple[str, bytes, dict[str, Usage]], target: Target, store: Database) -> None:
+    source, image, usage = compiled
+    state = {"object": store.put_bundle(image), "usage": {n: astuple(u) for n, u in usage.items()}}
+    store.set_progress(_task(source, target), state)
+
+
+def _task(source: str, target: Target) -> str:
+    return f"cuda {target.arch} {_nvcc()} {loader.digest(source.encode())}"
+
+
+@functools.cache
+def _nvcc() -> str:
+    """The compiler's version; empty where there is none."""
+    if not available():
+        return ""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"\bV[\d.]+", said.stdout)
+    return found[0] if found else said.stdout
 
 
 def _compile_sound(
@@ -274,7 +324,8 @@ def _split(
     device = pipeline[2]()(tvm.IRModule(others))
     arguments = (*definition.inputs, *definition.outputs)
     reader = _HostReader(host, [p.arg.dtype.itemsize * p.offset for p in arguments])
-    return reader.kernel(name), dict(device.functions_items())
+    # Variants of one definition share variables, which one source may not bind twice.
+    return reader.kernel(name), {v: s_tir.renew_defs(f) for v, f in device.functions_items()}
 
 
 class _HostReader:

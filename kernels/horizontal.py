@@ -135,19 +135,24 @@ def choose_variants(
     variant of several launches counts by the one with the most threads. Raises `Unsupported`
     (PLT-HFU-001) where no choice has equal thread counts.
     """
-    picks = choose([[_candidate(p, usage) for p in variants] for variants in kernels], gpu).picks
+    picks = choose(
+        [[candidate(p.device, usage, p.seconds) for p in variants] for variants in kernels], gpu
+    ).picks
     return tuple(variants[i] for variants, i in zip(kernels, picks, strict=True))
 
 
-def _candidate(part: Part, usage: Mapping[str, Usage]) -> Candidate:
-    launch = max(part.device.kernel.launches, key=lambda k: math.prod((*k.grid, *k.block)))
+def candidate(device: DeviceKernel, usage: Mapping[str, Usage], seconds: float) -> Candidate:
+    """A compiled kernel that takes ``seconds`` alone, as the occupancy model sees it: by its launch
+    with the most threads. ``usage`` is by device function (`CudaBundle.usage`).
+    """
+    launch = max(device.kernel.launches, key=lambda k: math.prod((*k.grid, *k.block)))
     used = usage[launch.function]
     return Candidate(
         math.prod(launch.grid),
         math.prod(launch.block),
         used.registers,
         used.shared_bytes + launch.shared_bytes,
-        part.seconds,
+        seconds,
     )
 
 

@@ -29,6 +29,10 @@ class Gpu:
     what it may have in all. Registers come in units for a warp (``register_unit``), from the
     share of one of the ``schedulers``. ``flops`` are float32 operations and ``bandwidth`` bytes of
     memory per second, both of the whole GPU.
+
+    The last three are assumptions, in seconds: no kernel is shorter than ``least``; ``launch`` lies
+    between the end of one and the start of what waits for it, and ``issue`` between the starts of
+    two that wait for nothing, when both are nodes of a CUDA graph.
     """
 
     sms: int = 132
@@ -45,10 +49,17 @@ class Gpu:
     shared_unit: int = 128
     flops: float = 67e12
     bandwidth: float = 4.8e12
+    least: float = 1.0e-6
+    launch: float = 1.5e-6
+    issue: float = 0.5e-6
 
-    def seconds(self, flops: float, nbytes: float) -> float:
-        """The roofline: what so many operations and bytes take at least."""
-        return max(flops / self.flops, nbytes / self.bandwidth)
+    def seconds(self, flops: float, nbytes: float, share: float = 1.0) -> float:
+        """The roofline: what so many operations and bytes take at least on a share of the GPU."""
+        return max(flops / self.flops, nbytes / self.bandwidth) / share
+
+    def share(self, blocks: int) -> float:
+        """The share of the GPU that so many blocks can fill: a multiprocessor each."""
+        return min(1.0, max(1, blocks) / self.sms)
 
 
 SM90 = Gpu()

@@ -22,6 +22,8 @@ _BUILT_IN: dict[str, str] = {
     "prefetch-weights": "prefetch_weights:PrefetchWeights",
     "fuse-vertical": "fuse_vertical:FuseVertical",
     "schedule": "schedule:SchedulePass",
+    "fuse-horizontal": "fuse_horizontal:FuseHorizontal",
+    "streams": "streams:StreamsPass",
 }
 _registered: dict[str, str | type[Pass]] = {}
 

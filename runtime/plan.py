@@ -151,6 +151,16 @@ def touched(step: Step) -> tuple[TensorRef | None, ...]:
 
 
 @dataclass(frozen=True)
+class Lane:
+    """Where a step of a GPU's plan runs: its stream, and the steps of other streams that it has to
+    wait for. Steps of one stream run in the plan's order.
+    """
+
+    stream: int
+    waits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Guard:
     """A condition on sizes that must hold (``text`` evaluates to true), and what it protects."""
 
@@ -167,6 +177,9 @@ class Plan:
     constant. ``arena_bytes`` is the workspace's peak. ``parts`` are the plans that `BranchStep`
     names; a name without a plan is ``deferred``: it is compiled when it is first needed.
     ``workers`` is the number of threads for which its steps are placed, 0 if they are not.
+
+    A plan for a GPU has a `Lane` for every step in ``lanes``, and in ``urgent`` the streams that
+    come first where the GPU has to choose.
     """
 
     name: str
@@ -180,6 +193,8 @@ class Plan:
     parts: dict[str, Plan] = field(default_factory=dict)
     deferred: tuple[str, ...] = ()
     workers: int = 0
+    lanes: list[Lane] = field(default_factory=list)
+    urgent: tuple[int, ...] = ()
     version: int = PLAN_VERSION
 
     def every_step(self) -> Iterator[Step]:
@@ -225,6 +240,8 @@ class Plan:
         document["guards"] = [Guard(**g) for g in document["guards"]]
         document["parts"] = {k: Plan._read(part) for k, part in document["parts"].items()}
         document["deferred"] = tuple(document["deferred"])
+        document["lanes"] = [Lane(k["stream"], tuple(k["waits"])) for k in document["lanes"]]
+        document["urgent"] = tuple(document["urgent"])
         return Plan(**document)
 
     def __str__(self) -> str:
@@ -233,7 +250,8 @@ class Plan:
             if isinstance(step, KernelStep):
                 reads = ", ".join(a.buffer for a in step.args[: step.reads])
                 writes = ", ".join(a.buffer for a in step.args[step.reads :])
-                lines.append(f"  {i:4d} {writes} = {step.name}({reads})  tasks={step.tasks}")
+                tasks = "" if self.lanes else f"  tasks={step.tasks}"
+                lines.append(f"  {i:4d} {writes} = {step.name}({reads}){tasks}")
             elif isinstance(step, BranchStep):
                 reads = ", ".join(r.buffer for r in step.refs)
                 writes = ", ".join(r.buffer for r in step.results)
@@ -250,6 +268,9 @@ class Plan:
                 reads = ", ".join(a.buffer for a in step.refs)
                 writes = ", ".join(r.buffer if r else "_" for r in step.results)
                 lines.append(f"  {i:4d} {writes} = library {step.target}({reads})")
+            if self.lanes:
+                after = "".join(f" after {k}" for k in self.lanes[i].waits)
+                lines[-1] += f"  stream {self.lanes[i].stream}{after}"
         return "\n".join(lines)
 
 

@@ -54,7 +54,17 @@ class Emulator:
         """
         room = [torch.full((n,), 0xFF, dtype=torch.uint8) for n in kernel.temporaries]
         first = [t.data_ptr() + o for t, o in zip(tensors, kernel.offsets, strict=True)]
-        pointers = kernel.pointers(first, [t.data_ptr() for t in room])
+        self.launch(kernel, first, [t.data_ptr() for t in room], backwards)
+
+    def launch(
+        self,
+        kernel: GpuKernel,
+        tensors: Sequence[int],
+        temporaries: Sequence[int],
+        backwards: int = False,
+    ) -> None:
+        """Runs a kernel on pointers, as `GpuLibrary.launch` takes them."""
+        pointers = kernel.pointers(tensors, temporaries)
         for launch in kernel.launches:
             assert launch.shared_bytes == 0, "dynamic shared memory is not emulated"
             arguments = (ctypes.c_void_p * len(launch.buffers))(

@@ -1,0 +1,257 @@
+"""Models compiled for a GPU: their plans and kernels, and by an emulated GPU their values."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import plait
+from plait.compiler import build, gpu
+from plait.compiler.capture import capture
+from plait.compiler.gpu import launcher
+from plait.compiler.gpu_lower import GpuLowered, dependencies
+from plait.compiler.gpu_pipeline import planned
+from plait.compiler.gpu_select import PLAIN
+from plait.kernels.cuda_loader import GpuKernel
+from plait.kernels.occupancy import SM90
+from plait.runtime.cuda_graph import GpuExecutor
+from plait.runtime.plan import KernelStep, LibraryStep, Plan
+
+from ..kernels.cuda_emulator import Emulator
+from ..runtime.fake_gpu import FakeGpu
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+OWN = "normalize,fuse-vertical,fuse-horizontal{own_flops=100000000},streams"
+
+
+class Cell(nn.Module):
+    """Branches of several kinds over one image, concatenated, and a head with two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one = nn.Conv2d(8, 5, 1)
+        self.three = nn.Conv2d(8, 6, 3, padding=1)
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.point = nn.Conv2d(8, 4, 1)
+        self.pool = nn.MaxPool2d(3, 1, 1)
+        self.left, self.right = nn.Linear(23, 12), nn.Linear(23, 7)
+        self.norm = nn.LayerNorm(23)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = torch.relu(self.stem(x))
+        parts = [
+            torch.relu(self.one(x)),
+            torch.relu(self.three(x)),
+            self.point(torch.relu(self.depth(x))),
+            self.pool(x),
+        ]
+        y = torch.cat(parts, 1)
+        z = self.norm(y.mean((2, 3)))
+        return torch.tanh(self.left(z)), torch.softmax(self.right(z), -1), y
+
+
+def _model() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Cell().eval(), torch.randn(2, 3, 9, 9)
+
+
+def _lowered(pipeline: str | None = None, fused: bool = True) -> GpuLowered:
+    model, x = _model()
+    with torch.no_grad():
+        captured = capture(model, (x,), {})
+    return planned(captured, pipeline).lower(fused=fused)
+
+
+@pytest.fixture(scope="module")
+def own() -> GpuLowered:
+    """Everything but pooling by kernels of ours."""
+    return _lowered(OWN)
+
+
+@pytest.fixture(scope="module")
+def shared() -> GpuLowered:
+    """Convolutions by the library."""
+    return _lowered("normalize,fuse-vertical,fuse-horizontal{own_flops=0},streams")
+
+
+def _executor(lowered: GpuLowered, device: FakeGpu, scratch: Path) -> GpuExecutor:
+    emulators = []
+    for number, source in enumerate(lowered.sources):
+        kernels = [f.kernel for f in lowered.kernels.values() if f.image == number]
+        emulators.append(Emulator(source, kernels, scratch / str(number)))
+
+    def launch(image: int, kernel: GpuKernel, tensors: Sequence[int], *rest: Any) -> None:
+        starts = [t - o for t, o in zip(tensors, kernel.offsets, strict=True)]
+        is_plain = kernel.name.endswith(PLAIN) or "fused" in kernel.name
+        assert is_plain or not any(s % 16 for s in starts), "rules take vectors to be aligned"
+        emulators[image].launch(kernel, tensors, *rest)
+
+    functions = {n: launcher(partial(launch, f.image), f) for n, f in lowered.kernels.items()}
+    return GpuExecutor(
+        lowered.plan, lowered.constants, functions, device, lowered.calls, graph=lowered.graphable
+    )
+
+
+@pytest.mark.parametrize("which", ["own", "shared"])
+def test_a_model_computes_the_right_thing_in_every_order(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    lowered: GpuLowered = request.getfixturevalue(which)
+    model, x = _model()
+    device = FakeGpu()
+    executor = _executor(lowered, device, tmp_path)
+    for turn in range(6):
+        device.caller = f"caller {turn % 2}"
+        given = torch.randn_like(x) if turn else x
+        results = executor.run([given])
+        device.synchronize()
+        for have, want in zip(results, model(given), strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    assert device.captures == 1 and device.replays == 5 and executor.refusal == ""
+
+
+def test_fused_launches_compute_the_same(own: GpuLowered, tmp_path: Path) -> None:
+    _, x = _model()
+    apart = _lowered(OWN, fused=False)
+    assert own.fused >= 1 and apart.fused == 0
+    assert len(own.plan.steps) < len(apart.plan.steps)
+    found = []
+    for number, lowered in enumerate((own, apart)):
+        device = FakeGpu(number)
+        results = _executor(lowered, device, tmp_path / str(number)).run([x])
+        device.synchronize()
+        found.append(results)
+    for have, want in zip(*found, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+
+
+def test_heavy_operators_are_the_librarys_and_what_follows_is_ours(shared: GpuLowered) -> None:
+    library = [s.target for s in shared.plan.steps if isinstance(s, LibraryStep)]
+    assert library.count("aten.conv2d.default") == 5
+    assert not any("relu" in target for target in library)
+    assert "PLT-GPU-003" in {r.id for r in shared.remarks}
+
+
+def test_steps_that_share_memory_are_ordered(own: GpuLowered, shared: GpuLowered) -> None:
+    for lowered in (own, shared):
+        before = _before(lowered.plan)
+        wanted = dependencies(lowered.plan.steps, set())
+        for number, needs in enumerate(wanted):
+            assert all(before[number] >> k & 1 for k in needs)
+        assert len({lane.stream for lane in lowered.plan.lanes}) > 1
+
+
+def _before(plan: Plan) -> list[int]:
+    found: list[int] = []
+    for number, lane in enumerate(plan.lanes):
+        same = [k for k in range(number) if plan.lanes[k].stream == lane.stream]
+        bits = 0
+        for k in (*lane.waits, *same):
+            bits |= found[k] | 1 << k
+        found.append(bits)
+    return found
+
+
+def test_the_plan_says_what_runs_where_and_survives_a_file(own: GpuLowered) -> None:
+    text = str(own.plan)
+    assert "stream 0" in text and "stream 1" in text and "after" in text
+    assert Plan.from_json(own.plan.to_json()) == own.plan
+    fused = [s for s, i in zip(own.plan.steps, own.steps, strict=True) if i.parts]
+    assert all(isinstance(s, KernelStep) and s.kernel in own.kernels for s in fused)
+    assert own.bounds.best <= own.seconds
+
+
+def test_kernels_are_compiled_once(own: GpuLowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.run", lambda *a, **k: pytest.fail("nvcc ran again"))
+    again = _lowered(OWN)
+    assert again.images == own.images and again.plan == own.plan
+
+
+def test_sizes_known_only_at_run_time_are_refused() -> None:
+    model, x = _model()
+    with torch.no_grad():
+        captured = capture(model, (x,), {}, [{0: torch.export.Dim.DYNAMIC}])
+    with pytest.raises(NotImplementedError, match="sizes that are known"):
+        planned(captured).lower()
+
+
+# -- plait.compile ------------------------------------------------------------------------------
+
+
+class _Here:
+    """A GPU executor whose calls have ended when they return."""
+
+    def __init__(self, lowered: GpuLowered, scratch: Path) -> None:
+        self.device = FakeGpu()
+        self.inner = _executor(lowered, self.device, scratch)
+
+    @property
+    def refusal(self) -> str:
+        return self.inner.refusal
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        results = self.inner.run(tensors)
+        self.device.synchronize()
+        return results
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[GpuLowered]:
+    """Lets `plait.compile` take the CPU for a GPU; what it compiled."""
+    made: list[GpuLowered] = []
+
+    def executor(lowered: GpuLowered, device: torch.device) -> _Here:
+        assert device == torch.device("cpu")
+        made.append(lowered)
+        return _Here(lowered, tmp_path / str(len(made)))
+
+    properties = SimpleNamespace(multi_processor_count=132, max_threads_per_multi_processor=2048)
+    monkeypatch.setattr(build, "gpu_of", lambda captured: torch.device("cpu"))
+    monkeypatch.setattr(gpu, "executor", executor)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    monkeypatch.setattr(gpu, "_ROUNDS", 1)
+    return made
+
+
+def _clock(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
+    """Pretends that plans with fused launches, and those without, take these seconds."""
+    turns = iter(seconds * 100)
+
+    def clock(call: Callable[[], Any]) -> float:
+        call()
+        return next(turns)
+
+    monkeypatch.setattr(gpu, "_Clock", lambda device: clock)
+
+
+@pytest.mark.parametrize("fused_is_faster", [True, False])
+def test_compile_takes_the_faster_of_both_plans(
+    fused_is_faster: bool, here: list[GpuLowered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _clock(monkeypatch, *((1e-6, 2e-6) if fused_is_faster else (2e-6, 1e-6)))
+    model, x = _model()
+    with torch.no_grad():
+        compiled = plait.compile(model, pipeline=OWN, example_inputs=(x,))
+        for have, want in zip(compiled(x), model(x), strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    assert [lowered.fused > 0 for lowered in here] == [True, False]
+    assert compiled.plan == here[0 if fused_is_faster else 1].plan
+    ids = {r.id for r in compiled.remarks}
+    assert ("PLT-HFU-007" in ids) == fused_is_faster != ("PLT-GPU-006" in ids)
+
+
+def test_the_model_of_a_gpu_follows_its_multiprocessors() -> None:
+    half = SimpleNamespace(multi_processor_count=66, max_threads_per_multi_processor=1536)
+    found = gpu.model_of(half)
+    assert found.sms == 66 and found.threads == 1536
+    assert found.flops == pytest.approx(SM90.flops / 2)
