@@ -108,18 +108,18 @@ def _row(lowered: GpuLowered, number: int, gpu: Gpu) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("#", justify="right")
-    table.add_column("step", overflow="ellipsis", no_wrap=True, max_width=30)
-    for name in ("launches", "blocks", "threads", "regs", "shared", "occ.", "parts", "us"):
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("step", overflow="ellipsis", no_wrap=True, max_width=24)
+    for name in ("runs", "blocks", "thr.", "regs", "shared", "occ.", "parts", "us"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("stream", justify="right", no_wrap=True)
+    table.add_column("on", justify="right", no_wrap=True)
     table.add_column("after", no_wrap=True)
     for r in rows:
         ours = "blocks" in r
         table.add_row(
             str(r["step"]),
             r["name"] if ours else r["kernel"],
-            str(r["launches"]) if ours else "library",
+            str(r["launches"]) if ours else "lib",
             *(
                 [
                     str(r[k]) if ours else ""

@@ -399,6 +399,14 @@ def _register() -> None:
     """Teaches TVM what some operators are on a GPU."""
     # CUDA's compiler keeps to IEEE 754 by itself: naming a value needs no fence there.
     tir.register_intrin_lowering("plait.named", "cuda", f=lambda call: call.args[0], level=11)
+    # Threads share only reductions that TVM knows, and it starts extremes from finite numbers.
+    reducer = tvm.get_global_func("s_tir.schedule.RegisterReducer")
+    for combine, first in ((tir.max, "-inf"), (tir.min, "inf")):
+        reducer(
+            1,
+            lambda a, b, combine=combine: [combine(a[0], b[0])],
+            lambda values, first=first: [tir.const(float(first), values[0].ty.dtype)],
+        )
     # TVM would take the address of the operand, which need not have one.
     tir.register_intrin_lowering("tirx.reinterpret", "cuda", f=_reinterpret, level=11)
 

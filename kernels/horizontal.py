@@ -41,7 +41,7 @@ from .cuda import DeviceKernel, Usage
 from .cuda_loader import GpuKernel, Launch
 from .definition import Definition
 from .group import Unsupported
-from .occupancy import SM90, Candidate, Gpu, choose
+from .occupancy import SM90, Candidate, Gpu
 from .regions import Place, disjoint, region_of
 from .shared_memory import SharedMemory
 
@@ -124,21 +124,6 @@ def fuse(name: str, parts: Sequence[Part], gpu: Gpu = SM90) -> DeviceKernel:
     offsets = tuple(o for p in parts for o in p.device.kernel.offsets)
     temporaries = tuple(t for p in parts for t in p.device.kernel.temporaries)
     return DeviceKernel(GpuKernel(name, tuple(launches), offsets, temporaries), functions)
-
-
-def choose_variants(
-    kernels: Sequence[Sequence[Part]], usage: Mapping[str, Usage], gpu: Gpu = SM90
-) -> tuple[Part, ...]:
-    """Of each kernel the variant that suits the fused launch best (`occupancy.choose`).
-
-    ``usage`` says by device function what the compiled variants take (`CudaBundle.usage`). A
-    variant of several launches counts by the one with the most threads. Raises `Unsupported`
-    (PLT-HFU-001) where no choice has equal thread counts.
-    """
-    picks = choose(
-        [[candidate(p.device, usage, p.seconds) for p in variants] for variants in kernels], gpu
-    ).picks
-    return tuple(variants[i] for variants, i in zip(kernels, picks, strict=True))
 
 
 def candidate(device: DeviceKernel, usage: Mapping[str, Usage], seconds: float) -> Candidate:

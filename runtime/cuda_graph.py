@@ -29,7 +29,7 @@ from .spans import ITEMSIZE
 ALIGNMENT = 16
 """Every tensor that a kernel gets begins at a multiple of so many bytes: those of a vector."""
 Function = Callable[[Sequence[int], int], None]
-"""Launches a kernel: pointers to its step's arguments, and a stream."""
+"""Launches a kernel: pointers to its step's arguments, and a stream (a CUstream)."""
 
 
 class Device(Protocol):
@@ -49,10 +49,6 @@ class Device(Protocol):
 
     def stream(self, urgent: bool) -> Any:
         """A new stream; an urgent one goes first where there is a choice."""
-        ...
-
-    def handle(self, stream: Any) -> int:
-        """What a `Function` takes for a stream."""
         ...
 
     def on(self, stream: Any) -> AbstractContextManager[None]:
@@ -111,10 +107,6 @@ class TorchDevice:
     def stream(self, urgent: bool) -> Any:
         """One of torch's streams; urgent ones have priority -1."""
         return torch.cuda.Stream(self.device, priority=-1 if urgent else 0)
-
-    def handle(self, stream: Any) -> int:
-        """The CUstream."""
-        return stream.cuda_stream
 
     def on(self, stream: Any) -> AbstractContextManager[None]:
         """`torch.cuda.stream`."""

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from plait.kernels import cuda, horizontal
 from plait.kernels.cuda_loader import GpuKernel, GpuLibrary
 from plait.kernels.group import Unsupported
+from plait.kernels.occupancy import choose
 from plait.kernels.regions import Place
 
 from .horizontal_cases import (
@@ -150,11 +151,13 @@ def test_variants_are_chosen_for_the_whole() -> None:
     lone = case(made, block=(128, 1, 1)).part
     variants = [case(sums(), block=b, seconds=1e-6).part for b in ((256, 1, 1), (16, 8, 1))]
     bundle = cuda.build({p.name: p.device for p in (lone, *variants)}, TARGET)
-    chosen = horizontal.choose_variants([[lone], variants], bundle.usage)
-    assert chosen == (lone, variants[1])
-    assert horizontal.fuse("f", chosen).kernel.launches[0].block == (128, 1, 1)
+    first, *others = (
+        horizontal.candidate(p.device, bundle.usage, p.seconds) for p in (lone, *variants)
+    )
+    assert choose([[first], others]).picks == (0, 1)
+    assert horizontal.fuse("f", (lone, variants[1])).kernel.launches[0].block == (128, 1, 1)
     with pytest.raises(Unsupported, match="PLT-HFU-001"):
-        horizontal.choose_variants([[lone], variants[:1]], bundle.usage)
+        choose([[first], others[:1]])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

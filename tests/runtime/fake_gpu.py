@@ -57,9 +57,6 @@ class FakeGpu:
     def stream(self, urgent: bool) -> Any:
         return f"stream {next(self._names)}" + " urgent" * urgent
 
-    def handle(self, stream: Any) -> int:
-        return 0
-
     @contextlib.contextmanager
     def on(self, stream: Any) -> Iterator[None]:
         self._current.append(stream)
