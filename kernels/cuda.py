@@ -12,6 +12,7 @@ Feng et al., "TensorIR: An Abstraction for Automatic Tensorized Program Optimiza
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import re
@@ -25,6 +26,7 @@ from typing import Any
 
 import tvm
 import tvm.tirx as tir
+import tvm_ffi
 from tvm import s_tir
 from tvm.s_tir import dlight
 
@@ -400,13 +402,15 @@ def _register() -> None:
     # CUDA's compiler keeps to IEEE 754 by itself: naming a value needs no fence there.
     tir.register_intrin_lowering("plait.named", "cuda", f=lambda call: call.args[0], level=11)
     # Threads share only reductions that TVM knows, and it starts extremes from finite numbers.
-    reducer = tvm.get_global_func("s_tir.schedule.RegisterReducer")
+    register = tvm.get_global_func("s_tir.schedule.RegisterReducer")
     for combine, first in ((tir.max, "-inf"), (tir.min, "inf")):
-        reducer(
-            1,
-            lambda a, b, combine=combine: [combine(a[0], b[0])],
-            lambda values, first=first: [tir.const(float(first), values[0].ty.dtype)],
-        )
+        functions = [
+            tvm_ffi.convert(lambda a, b, combine=combine: [combine(a[0], b[0])]),
+            tvm_ffi.convert(lambda v, first=first: [tir.const(float(first), v[0].ty.dtype)]),
+        ]
+        for function in functions:  # TVM would free them when Python has ended already
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(function))
+        register(1, *functions)
     # TVM would take the address of the operand, which need not have one.
     tir.register_intrin_lowering("tirx.reinterpret", "cuda", f=_reinterpret, level=11)
 

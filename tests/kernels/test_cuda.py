@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -262,3 +264,9 @@ def test_what_has_no_definition_is_declined() -> None:
     pooled = Group("pool", group.nodes, group.inputs, group.outputs, group.anchor)
     with pytest.raises(Unsupported, match="pool groups"):
         cuda.lower(pooled, made.io, TARGET)
+
+
+def test_a_process_that_used_the_schedules_ends_in_peace() -> None:
+    code = "from plait.kernels import cuda; cuda._register()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
