@@ -13,7 +13,7 @@ from typing import Any
 
 from .sizes import Size, evaluate
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 
 
 class PlanError(ValueError):
