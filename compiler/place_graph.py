@@ -217,7 +217,7 @@ class _Builder:
                 self._state(node, *self.traced.states[node.name])
             elif node.op == "placeholder" and _has_tensor(node):
                 self.home[node] = (node.name, "")
-                self._add(node.name, Work(), _nbytes(node))
+                self._add(node.name, Work(), bytes_of(node))
             elif node.op == "call_function":
                 self._call(node)
             elif node.op == "get_attr" and _has_tensor(node):
@@ -227,7 +227,7 @@ class _Builder:
         return self._finish()
 
     def _state(self, node: fx.Node, target: str, trained: bool = False) -> None:
-        size = _nbytes(node)
+        size = bytes_of(node)
         if trained and self.optimizer not in (None, "none"):
             value = node.meta["val"]
             size = 2 * size + 4 * OPTIMIZERS[self.optimizer] * value.numel()
@@ -250,15 +250,15 @@ class _Builder:
         if not _has_tensor(node):  # a number: computed on the host
             self.home[node] = None
             return
-        if _is_view(node) and inputs:
+        if is_view(node) and inputs:
             self.home[node] = self.home[inputs[0]]
             if inputs[0] in self.state_of:
                 self.state_of[node] = self.state_of[inputs[0]]
             return
-        sizes = [_nbytes(x) for x in inputs]
-        made = _nbytes(node)
-        width = max([_width(x) for x in (*inputs, node) if _floating(x)], default=4)
-        widths = [_width(x) for x in inputs if _floating(x)]
+        sizes = [bytes_of(x) for x in inputs]
+        made = bytes_of(node)
+        width = max([width_of(x) for x in (*inputs, node) if _floating(x)], default=4)
+        widths = [width_of(x) for x in inputs if _floating(x)]
         work = Work(flops_of(node), sum(sizes) + made, min(widths, default=width))
         self.home[node] = (node.name, "")
         self._add(node.name, work, made)
@@ -314,18 +314,18 @@ class _Builder:
         return self.out
 
 
-def _values(node: fx.Node) -> list[torch.Tensor]:
+def values_of(node: fx.Node) -> list[torch.Tensor]:
     return [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
 
 
 def _has_tensor(node: fx.Node) -> bool:
-    return bool(_values(node))
+    return bool(values_of(node))
 
 
-def _nbytes(node: fx.Node) -> float:
+def bytes_of(node: fx.Node) -> float:
     """Bytes of a node's tensors; broadcast dimensions of an expanded tensor take none."""
     total = 0.0
-    for value in _values(node):
+    for value in values_of(node):
         count = 1
         for size, stride in zip(value.shape, value.stride(), strict=True):
             count *= int(size) if stride else 1
@@ -334,15 +334,15 @@ def _nbytes(node: fx.Node) -> float:
 
 
 def _floating(node: fx.Node) -> bool:
-    values = _values(node)
+    values = values_of(node)
     return bool(values) and values[0].is_floating_point()
 
 
-def _width(node: fx.Node) -> int:
-    return _values(node)[0].element_size()
+def width_of(node: fx.Node) -> int:
+    return values_of(node)[0].element_size()
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether an operator returns a view of its first argument and does nothing else."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
@@ -359,7 +359,7 @@ def flops_of(node: fx.Node) -> float:
     """FLOPs by torch's own formulas for products; others do about one per element they make."""
     target: Any = node.target
     values = [x.meta["val"] for x in node.all_input_nodes if _has_tensor(x)]
-    (made, *_) = _values(node)
+    (made, *_) = values_of(node)
     name = str(target).split(".")[1] if str(target).startswith("aten.") else ""
     if name in ("linear", "matmul"):  # operators that export keeps whole
         return 2.0 * made.numel() * values[0].shape[-1]
@@ -371,7 +371,7 @@ def flops_of(node: fx.Node) -> float:
     packet = getattr(target, "overloadpacket", None)
     formula: Callable[..., Any] | None = flop_registry.get(packet)  # type: ignore[arg-type]
     if formula is None:
-        return float(sum(x.numel() for x in _values(node)))
+        return float(sum(x.numel() for x in values_of(node)))
     take = lambda x: x.meta.get("val") if isinstance(x, fx.Node) else x  # noqa: E731
     args, kwargs = fx.node.map_aggregate(node.args, take), fx.node.map_aggregate(node.kwargs, take)
     return float(formula(*args, **kwargs, out_val=node.meta.get("val")))

@@ -20,7 +20,7 @@ import torch.fx as fx
 from ..passes.fuse_vertical import FuseVertical, groups_of
 from ..passes.ir import alias_root, attribute, is_pure
 from ..passes.placement.problem import Device, Edge, Link, Op, Problem
-from .place_graph import _flops, _is_view, _nbytes, _values, _width
+from .place_graph import bytes_of, flops_of, is_view, values_of, width_of
 from .sizes import is_backed
 
 
@@ -48,7 +48,7 @@ class Units:
         for unit in self.units:
             inside = set(unit.nodes)
             for node in unit.nodes:
-                if any(user not in inside for user in node.users) and _values(node):
+                if any(user not in inside for user in node.users) and values_of(node):
                     unit.results.append(node)
             unit.weights = sorted({t for n in unit.nodes for t in self._weights(n)})
 
@@ -91,12 +91,12 @@ class Units:
         for unit in self.units:
             roots = {alias_root(x) for x in unit.results if x in self.of}
             own = [x for x in roots if self.of.get(x) is unit]
-            size = sum(map(_nbytes, own))
+            size = sum(map(bytes_of, own))
             keep = not wanted.isdisjoint(own)
             param = sum(self.nbytes(t) for t in unit.weights if held[t] is unit)
             ops.append(Op(unit.name, seconds(unit), param, 0.0, size, group.get(unit.name), keep))
             edges += [
-                Edge(self.of[x].name, unit.name, _nbytes(x), x.name) for x in self.sources(unit)
+                Edge(self.of[x].name, unit.name, bytes_of(x), x.name) for x in self.sources(unit)
             ]
         return Problem(name, "dynamic", devices, link, {}, tuple(ops), tuple(edges))
 
@@ -125,21 +125,21 @@ class Units:
 def work(unit: Unit) -> tuple[float, float, int]:
     """FLOPs, bytes read and written, and the narrowest width in bytes, for a roofline."""
     inside = set(unit.nodes)
-    nodes = [n for n in unit.nodes if n.op == "call_function" and _values(n) and not _is_view(n)]
+    nodes = [n for n in unit.nodes if n.op == "call_function" and values_of(n) and not is_view(n)]
     nodes = [n for n in nodes if n.target is not operator.getitem]
     # What depends on data has no size to count by; the weights that it reads are counted.
     read_all = {x for n in nodes for x in n.all_input_nodes if x not in inside and _known(x)}
     nodes = [n for n in nodes if _known(n) and all(map(_known, n.all_input_nodes))]
-    flops = sum(map(_flops, nodes))
-    read = {x for x in read_all if _values(x)}
-    nbytes = sum(map(_nbytes, read)) + (sum(map(_nbytes, unit.results)) if nodes else 0.0)
-    widths = [_width(x) for x in (*read, *nodes) if _values(x)[0].is_floating_point()]
+    flops = sum(map(flops_of, nodes))
+    read = {x for x in read_all if values_of(x)}
+    nbytes = sum(map(bytes_of, read)) + (sum(map(bytes_of, unit.results)) if nodes else 0.0)
+    widths = [width_of(x) for x in (*read, *nodes) if values_of(x)[0].is_floating_point()]
     return flops, nbytes, min(widths, default=4)
 
 
 def _known(node: fx.Node) -> bool:
     """Whether all sizes of a node's tensors are known before the call."""
-    return all(is_backed(d) for value in _values(node) for d in value.shape)
+    return all(is_backed(d) for value in values_of(node) for d in value.shape)
 
 
 def _held(module: fx.GraphModule, target: str) -> list[tuple[str, torch.Tensor]]:
@@ -161,7 +161,7 @@ def _free(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "get_attr":
             free.add(node)
         elif node.op == "call_function" and free.issuperset(node.all_input_nodes):
-            light = not node.all_input_nodes or _is_view(node) or not _values(node)
+            light = not node.all_input_nodes or is_view(node) or not values_of(node)
             if light and is_pure(node) and node not in returned:
                 free.add(node)
     return free
@@ -181,7 +181,7 @@ def _units(module: fx.GraphModule, free: set[fx.Node]) -> list[Unit]:
         sources = [x for x in node.all_input_nodes if x in inside]
         if node.op != "call_function" or not sources:
             continue
-        if node.target is operator.getitem or _is_view(node) or not _values(node):
+        if node.target is operator.getitem or is_view(node) or not values_of(node):
             together.add_edge(sources[0], node)
         for x in sources:
             if not _sendable(x):
