@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compiler import api, route_profile
 from .measure import Timing, high_water, interleave
 from .trained_moe import Batches, trained
 
@@ -117,11 +118,9 @@ def run(rounds: int = 5, seconds: float = 0.25, folder: Path | None = None) -> d
     """
     import tempfile
 
-    import plait
-
     small, train, text = trained()
     model = widened(small)
-    profile = plait.profile(model, [train[i][:2] for i in range(4)])
+    profile = route_profile.profile(model, [train[i][:2] for i in range(4)])
     document: dict[str, Any] = {"budget": BUDGET, "rows": [], "memory": {}}
     document["weight_bytes"] = sum(p.nbytes for p in model.parameters())
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -134,11 +133,9 @@ def run(rounds: int = 5, seconds: float = 0.25, folder: Path | None = None) -> d
 def _times(
     model: nn.Module, profile: Any, text: Batches, tokens: int, rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    import plait
-
     inputs = windows(text, tokens, 64)
     compiled = {
-        name: plait.compile(
+        name: api.compile(
             copy.deepcopy(model),
             example_inputs=(inputs[0],),
             profile=profile,
@@ -223,12 +220,10 @@ def _memory(model: Any, example: Tensor, folder: Path) -> dict[str, Any]:
     """High-water marks in bytes of processes that load and run: the model with all weights and
     under the budget, and one without experts to speak of, which tells what a process needs anyway.
     """
-    import plait
-
     slim = folder / "slim.plait"
-    plait.compile(_slim(model), example_inputs=(example,)).save(slim)
+    api.compile(_slim(model), example_inputs=(example,)).save(slim)
     full = folder / "full.plait"
-    plait.compile(model, example_inputs=(example,)).save(full)
+    api.compile(model, example_inputs=(example,)).save(full)
     found = {
         "constant": _child(slim, None),
         "resident": _child(full, None),
@@ -257,10 +252,8 @@ def measure() -> None:
     """In a process of its own: loads the file of the first argument under the budget of the second,
     runs it on random tokens and prints the high-water mark of its resident memory.
     """
-    import plait
-
     path, budget = sys.argv[1:]
-    model = plait.load(path, weight_budget=budget or None)
+    model = api.load(path, weight_budget=budget or None)
     shape = model.programs[0].captured.inputs[0].shape
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -28,7 +28,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from .placed_part import DistributedError, pack, unpack
+from . import placed_pipe
+from .placed_part import DistributedError
+from .placed_pipe import pack, unpack
 
 START = 600.0
 """Seconds for ranks to start, or to load their weights."""
@@ -100,7 +102,7 @@ class Ranks:
         if self.broken is not None:
             raise self._again()
         try:
-            self._ends[rank].send(message)
+            placed_pipe.send(self._ends[rank], message)
         except BlockingIOError:
             self._late(f"rank {rank}")
         except OSError:
@@ -278,7 +280,7 @@ def _read(
         for end in ready:
             rank = live[end]  # type: ignore[index]
             try:
-                messages.put((rank, end.recv()))  # type: ignore[union-attr]
+                messages.put((rank, placed_pipe.receive(end)))  # type: ignore[union-attr]
             except (EOFError, OSError):
                 del live[end]  # type: ignore[arg-type]
                 with contextlib.suppress(subprocess.TimeoutExpired):

@@ -16,12 +16,14 @@ from ..kernels.ops.bounds import index_checks
 from ..passes.ir import attribute
 from ..runtime import driver
 from ..runtime.pipeline import RankProgram
+from ..runtime.workspace import Arena
 from . import pipeline
 from .absent_weights import Renamed, Source, fill
 from .build import plain_modes
 from .captured import Captured, InputSpec
 from .errors import InputError, PlaitError
 from .options import Options
+from .placed_pipe import pack, unpack
 from .placed_segments import captured_of
 from .serialize_graph import Symbols, graph_from_json, graph_to_json
 
@@ -63,25 +65,6 @@ def segment_from_json(data: Mapping[str, Any]) -> tuple[Captured, dict[str, str]
     return captured_of(module, specs), names
 
 
-def pack(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Tensors as plain values: type, shape and bytes, which need no shared memory."""
-    found = {}
-    for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found[name] = (str(tensor.dtype)[6:], tuple(tensor.shape), bytearray(flat.numpy()))
-    return found
-
-
-def unpack(data: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The inverse of `pack`."""
-    found = {}
-    for name, (dtype, shape, content) in data.items():
-        kind = getattr(torch, dtype)
-        flat = torch.frombuffer(content, dtype=kind) if content else torch.empty(0, dtype=kind)
-        found[name] = flat.reshape(shape)
-    return found
-
-
 class SegmentRun:
     """A compiled segment: call it with its inputs in order."""
 
@@ -104,12 +87,20 @@ class SegmentRun:
             self._call = lambda tensors: list(self.engine(*tensors))
         self._checks = [(c.input, int(c.low), int(c.end)) for c in index_checks(self.graph)]
         self._names = [s.name for s in captured.inputs]
+        self._arena = Arena()
+
+    def share(self, arena: Arena) -> None:
+        """Lets the segment work in memory that it has with others."""
+        executor = getattr(self.engine, "executor", None)
+        if executor is not None:
+            self._arena = arena
+            executor.share(arena)
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Raises InputError (PLT-INP-006) for an index out of range among the inputs."""
         for number, low, end in self._checks:
             check_range(self._names[number], tensors[number], low, end)
-        with plain_modes():
+        with plain_modes(), self._arena.lock:
             return self._call(tensors)
 
 
@@ -190,6 +181,9 @@ class Part:
                 + (f": it may use {limit / 1e6:.0f} MB" if limit is not None else ""),
                 "give its device more memory, or more devices",
             ) from None
+        arena = Arena()
+        for run in runs.values():
+            run.share(arena)
         self.runs: dict[str, SegmentRun] = runs
         self.memory.loaded, self.memory.peak = resident(), peak()
 

@@ -15,10 +15,12 @@ import torch
 
 from ..runtime import distributed
 from ..runtime.pipeline import LinkError, Player, RankProgram
+from . import placed_pipe
 from .absent_weights import Checkpoint
 from .errors import PlaitError
 from .options import Options
-from .placed_part import Part, pack, unpack
+from .placed_part import Part
+from .placed_pipe import pack, unpack
 
 
 class Worker:
@@ -34,7 +36,7 @@ class Worker:
         """Until the pipe closes, or something fails: then says so and returns."""
         try:
             while True:
-                kind, *message = self.connection.recv()
+                kind, *message = placed_pipe.receive(self.connection)
                 getattr(self, f"do_{kind}")(*message)
         except EOFError:
             return
@@ -52,7 +54,7 @@ class Worker:
             reason = f"rank {self.rank} failed: {type(error).__name__}: {error} ({where})"
             answer = ("error", "PLT-DST-010", reason, "")
         try:
-            self.connection.send(answer)
+            placed_pipe.send(self.connection, answer)
         except OSError:
             pass  # nobody listens any more
 
@@ -64,12 +66,12 @@ class Worker:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         distributed.join(rank, ranks, store, start, timeout)
-        self.connection.send(("joined",))
+        placed_pipe.send(self.connection, ("joined",))
 
     def do_link(self, peers: tuple[int, int]) -> None:
         """Measures the link between two ranks."""
         found = distributed.measure_link(peers) if self.rank in peers else None
-        self.connection.send(("link", found))
+        placed_pipe.send(self.connection, ("link", found))
 
     def do_load(
         self,
@@ -88,7 +90,7 @@ class Worker:
         self.part = part
         self.player = Player(plan, part.runs, distributed.Group())
         remarks = [r for run in part.runs.values() for r in run.remarks]
-        self.connection.send(("loaded", part.memory, remarks))
+        placed_pipe.send(self.connection, ("loaded", part.memory, remarks))
 
     def do_feed(self, inputs: dict[str, Any]) -> None:
         """Plays a period with a new batch."""
@@ -103,12 +105,12 @@ class Worker:
     def do_memory(self) -> None:
         """Tells what memory was used."""
         assert self.part is not None
-        self.connection.send(("memory", self.part.watch()))
+        placed_pipe.send(self.connection, ("memory", self.part.watch()))
 
     def _answer(self, done: list[tuple[int, dict[str, torch.Tensor]]]) -> None:
         assert self.player is not None
         for number, results in done if self.player.program.results else ():
-            self.connection.send(("result", number, pack(results)))
+            placed_pipe.send(self.connection, ("result", number, pack(results)))
 
 
 class _Nothing:

@@ -31,7 +31,7 @@ from .plan import (
 from .sizes import evaluate
 from .spans import ITEMSIZE, Span, span_of
 from .tier import Tier
-from .workspace import Workspace
+from .workspace import Arena, Workspace
 
 MAX_INSTANCES = 64
 
@@ -112,6 +112,7 @@ class Executor:
         self.spilled = dict.fromkeys(sized, 0)
         """How often it had more."""
         self.recorder: Recorder | None = None
+        self.arena: Arena | None = None
         if {*plan.parts, *plan.deferred} - self.parts.keys():
             raise PlanError("parts of the plan are not compiled: compile again")
         for buffer in plan.buffers.values():
@@ -130,6 +131,14 @@ class Executor:
         self._symbols = list(plan.symbols.items())
         self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
         self._launch = driver.launch_function()
+
+    def share(self, arena: Arena) -> None:
+        """Lets calls work in ``arena``, whose lock each of them must hold; parts keep their own
+        memory, for they run within. The plan's sizes must be numbers.
+        """
+        arena.reserve(evaluate(self.plan.arena_bytes, {}))
+        self.arena = arena
+        self._instances.clear()
 
     def observe(self, recorder: Recorder) -> None:
         """Tells ``recorder`` of every `BranchStep` that runs, here and in parts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +25,36 @@ def aligned_empty(nbytes: int) -> torch.Tensor:
     return raw[shift : shift + nbytes]
 
 
+class Arena:
+    """Memory that several executors share, of which one runs at a time: whoever runs one holds
+    ``lock``. It is as large as the most that any of them reserved before the first call.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._nbytes = 0
+        self._memory: torch.Tensor | None = None
+
+    def reserve(self, nbytes: int) -> None:
+        """Makes room for ``nbytes``. Raises RuntimeError when the memory is in use already."""
+        if self._memory is not None:
+            raise RuntimeError("an arena in use cannot grow")
+        self._nbytes = max(self._nbytes, nbytes)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """The first ``nbytes`` of the memory (uint8), the same for everybody."""
+        if self._memory is None:
+            self._memory = aligned_empty(self._nbytes)
+        return self._memory[:nbytes]
+
+
 class Workspace:
     """Memory and tables for one call in flight of an instance."""
 
     def __init__(self, instance: Instance) -> None:
         plan, values = instance.plan, instance.values
-        self.arena = aligned_empty(evaluate(plan.arena_bytes, values))
+        shared, nbytes = instance.executor.arena, evaluate(plan.arena_bytes, values)
+        self.arena = aligned_empty(nbytes) if shared is None else shared.take(nbytes)
         self.static = {
             b.name: torch.zeros(evaluate(b.nbytes, values) + ALIGNMENT, dtype=torch.uint8)
             for b in plan.buffers.values()
