@@ -22,7 +22,7 @@ from ..kernels.abi import Pack
 from .errors import FileError
 
 if TYPE_CHECKING:
-    from .lower import Lowered
+    from .lowered import Lowered
 
 _BY_BATCH = ("gemm_panels", "paired_panels")
 """Packs that reorder each matrix of a batch by itself."""

@@ -22,7 +22,7 @@ from ..runtime.executor import Executor
 from ..runtime.plan import BranchStep
 from ..runtime.rehearsal import Rehearsal, Script
 from ..runtime.trace import made_up
-from .lower import Lowered
+from .lowered import Lowered
 
 MARGIN = 0.05
 """What a bet must gain at least, as a share of the time without it."""

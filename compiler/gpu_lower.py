@@ -48,7 +48,8 @@ from ..runtime.plan import (
 )
 from ..runtime.spans import ITEMSIZE, span_of
 from .gpu_select import GpuKernels, Made, split_library
-from .lower import Lowered, lower
+from .lower import lower
+from .lowered import Lowered
 from .place_graph import flops_of
 
 _TILE = 4096  # elements of a product that one block of the library's makes, by assumption

@@ -51,7 +51,7 @@ class Made:
 
 
 class GpuKernels:
-    """The kernels of one compilation for a GPU (`lower.Kernels`).
+    """The kernels of one compilation for a GPU (`lowered.Kernels`).
 
     Products of more than ``own_flops`` FLOPs are declined. ``made`` are the kernels by key,
     ``bundles`` what was compiled, ``usage`` what each device function takes; ``heavy`` names the

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -35,64 +35,14 @@ from ..runtime.plan import (
 )
 from . import fetches, sizes
 from .absent_weights import Absent
+from .lowered import Kernels, Lowered
 from .select import Choice, Selected, missed
-from .storage import Halo, Place, Storage, buffer_bytes, is_tensor, runs_parts, split_concats
+from .storage import Place, Storage, buffer_bytes, is_tensor, runs_parts, split_concats
 from .subgraphs import bound_symbols, subgraph_call
 from .weights import WeightStore
 
 aten = torch.ops.aten
 NO_STEP = ("view", "concat")
-
-
-class Kernels(Protocol):
-    """Where kernels come from: `select.Kernels`, or `gpu_select.GpuKernels`."""
-
-    @staticmethod
-    def halo_of(node: fx.Node) -> Halo:
-        """The zeros that a convolution node wants around its input."""
-        ...
-
-    def select(self, group: Group, io: Mapping[fx.Node, TensorArg]) -> Choice | Remark:
-        """The kernel for a group, or why there is none."""
-        ...
-
-    def finish(self) -> bool:
-        """Builds what was selected; False if some group must be chosen anew."""
-        ...
-
-    def resolve(self, choice: Choice) -> Selected:
-        """What was built for a choice."""
-        ...
-
-    @staticmethod
-    def pack(tensor: torch.Tensor, pack: Pack) -> torch.Tensor:
-        """Reorders a constant as a kernel wants it."""
-        ...
-
-
-@dataclass
-class Lowered:
-    """A plan and what it runs on.
-
-    ``constants`` are prepared (packed) tensors by buffer name, ``banks`` those of them on a slower
-    tier; ``stayed`` are bytes of weights that were meant to be there, but have no kernel.
-    Constants in ``absent`` are on the meta device until `absent_weights.fill` makes them.
-    """
-
-    plan: Plan
-    constants: dict[str, torch.Tensor]
-    calls: dict[str, Callable[..., Any]]
-    kernels: list[str]
-    remarks: list[Remark]
-    memory: MemoryPlan
-    groups: list[Group] = field(default_factory=list)
-    selected: dict[int, Selected] = field(default_factory=dict)
-    storage: Storage | None = None
-    parts: dict[str, Lowered] = field(default_factory=dict)
-    deferred: dict[str, fx.GraphModule] = field(default_factory=dict)
-    banks: dict[str, Bank] = field(default_factory=dict)
-    stayed: int = 0
-    absent: dict[str, Absent] = field(default_factory=dict)
 
 
 def lower(

@@ -44,6 +44,7 @@ from .build import plain_modes
 from .capture import EXCLUSIVE
 from .captured import Captured
 from .errors import OptionError
+from .lowered import Lowered
 from .online import Monitor
 from .options import Bettable, Options
 from .weights import WeightStore, reading
@@ -58,7 +59,7 @@ class _Made:
     """What a compilation made: a plan, what runs it, and the same with bets on it."""
 
     graph: fx.GraphModule
-    lowered: lower.Lowered
+    lowered: Lowered
     kernels: select.Kernels
     remarks: tuple[Remark, ...]
     seconds: dict[str, float]
@@ -193,9 +194,7 @@ class Deferred:
         return executor
 
 
-def _executor(
-    lowered: lower.Lowered, kernels: select.Kernels, store: WeightStore | None
-) -> Executor:
+def _executor(lowered: Lowered, kernels: select.Kernels, store: WeightStore | None) -> Executor:
     parts: dict[str, Part] = {
         name: _executor(part, kernels, store) for name, part in lowered.parts.items()
     }
@@ -213,7 +212,7 @@ def _executor(
     )
 
 
-def _schedule(executor: Executor, lowered: lower.Lowered, how: SchedulePass, tune: str) -> Executor:
+def _schedule(executor: Executor, lowered: Lowered, how: SchedulePass, tune: str) -> Executor:
     """The executor of ``lowered`` with its kernels where a search put them, if that gained."""
     from .scheduling import schedule
 
@@ -241,7 +240,7 @@ class Prepared:
     """A graph after passes and lowering; its kernels are built, its weights may be absent."""
 
     graph: fx.GraphModule
-    lowered: lower.Lowered
+    lowered: Lowered
     kernels: select.Kernels
     remarks: tuple[Remark, ...]
 
@@ -365,7 +364,7 @@ def elsewhere(graph: fx.GraphModule, keys: Mapping[str, str]) -> list[Remark]:
 
 def _scheduled(
     graph: fx.GraphModule,
-    lowered: lower.Lowered,
+    lowered: Lowered,
     kernels: select.Kernels,
     store: WeightStore | None,
 ) -> Executor:
@@ -413,7 +412,7 @@ def _decide(variant: fx.GraphModule, tiered: Tiered | None) -> None:
 
 def _fits(
     likely: Likely,
-    special: lower.Lowered,
+    special: Lowered,
     tiered: Tiered | None,
     store: WeightStore | None,
     remarks: list[Remark],
@@ -429,5 +428,5 @@ def _fits(
     return True
 
 
-def _banks(lowered: lower.Lowered) -> list[Bank]:
+def _banks(lowered: Lowered) -> list[Bank]:
     return [*lowered.banks.values(), *(b for part in lowered.parts.values() for b in _banks(part))]
