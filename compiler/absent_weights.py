@@ -1,16 +1,15 @@
 """Weights that a graph names but does not hold: where they come from, and when they are read.
 
 A graph whose weights are on the meta device compiles like any other; what lowering would prepare
-of them (a reordering for one kernel, or the weight itself) is noted as `Absent`. `fill` makes them
-afterwards, a weight at a time, so that a process needs room for what its plan holds and for little
-more, however large the model is.
+of them (a reordering for one kernel, or the weight itself) is noted as `lowered.Absent`. `fill`
+makes them afterwards, a weight at a time, so that a process needs room for what its plan holds and
+for little more, however large the model is.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,11 +17,10 @@ import torch
 from torch import nn
 
 from ..kernels import packing
-from ..kernels.abi import Pack
 from .errors import FileError
 
 if TYPE_CHECKING:
-    from .lowered import Lowered
+    from .lowered import Absent, Lowered
 
 _BY_BATCH = ("gemm_panels", "paired_panels")
 """Packs that reorder each matrix of a batch by itself."""
@@ -30,19 +28,6 @@ _BY_BATCH = ("gemm_panels", "paired_panels")
 
 _PIECES = 16
 """A weight that is kept as it is is copied in so many pieces."""
-
-
-@dataclass(frozen=True)
-class Absent:
-    """A constant still to be made: weight ``target`` of the graph seen as ``shape``, ``strides``
-    and ``offset`` (elements), reordered by ``pack`` unless that is None.
-    """
-
-    target: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    pack: Pack | None
 
 
 class Source(Protocol):

@@ -34,8 +34,7 @@ from ..runtime.plan import (
     touched,
 )
 from . import fetches, sizes
-from .absent_weights import Absent
-from .lowered import Kernels, Lowered
+from .lowered import Absent, Kernels, Lowered
 from .select import Choice, Selected, missed
 from .storage import Place, Storage, buffer_bytes, is_tensor, runs_parts, split_concats
 from .subgraphs import bound_symbols, subgraph_call

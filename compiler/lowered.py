@@ -15,7 +15,6 @@ from ..passes.plan_memory import MemoryPlan
 from ..passes.remarks import Remark
 from ..runtime.bank import Bank
 from ..runtime.plan import Plan
-from .absent_weights import Absent
 from .select import Choice, Selected
 from .storage import Halo, Storage
 
@@ -44,6 +43,19 @@ class Kernels(Protocol):
     def pack(tensor: torch.Tensor, pack: Pack) -> torch.Tensor:
         """Reorders a constant as a kernel wants it."""
         ...
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A constant still to be made: weight ``target`` of the graph seen as ``shape``, ``strides``
+    and ``offset`` (elements), reordered by ``pack`` unless that is None.
+    """
+
+    target: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    pack: Pack | None
 
 
 @dataclass
