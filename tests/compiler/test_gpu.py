@@ -127,7 +127,8 @@ def test_fused_launches_compute_the_same(own: GpuLowered, tmp_path: Path) -> Non
     found = []
     for number, lowered in enumerate((own, apart)):
         device = FakeGpu(number)
-        results = _executor(lowered, device, tmp_path / str(number)).run([x])
+        executor = _executor(lowered, device, tmp_path / str(number))
+        results = executor.run([x])  # its memory must outlive what was only issued
         device.synchronize()
         found.append(results)
     for have, want in zip(*found, strict=True):
