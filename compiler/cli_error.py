@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..kernels.files import replacing
+
 
 class CliError(Exception):
     """A fault of the call: what is wrong, and how to mend it."""
@@ -33,11 +35,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """`write_text` for bytes."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        scratch.write_bytes(data)
-        scratch.replace(path)
+        with replacing(path) as scratch:
+            scratch.write_bytes(data)
     except OSError as error:
         raise CliError(f"{path} cannot be written ({error})", "choose another place") from error
-    finally:
-        scratch.unlink(missing_ok=True)

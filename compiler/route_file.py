@@ -12,13 +12,11 @@ are positions in the list of routers.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..kernels.files import replacing
 from .errors import FileError
 from .route_stats import Counts, Key, RouterStats, Statistics, Table
 
@@ -42,19 +40,8 @@ def write(path: Path, model: str, fingerprint: str, fitted: Statistics, held: St
         "heldout": _to_json(held),
     }
     try:
-        if path.exists() and not path.is_file():  # renaming would replace a device by a file
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(document, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path) as scratch:
+            scratch.write_text(json.dumps(document), "utf-8")
     except OSError as error:
         reason = error.strerror or str(error)
         raise FileError("PLT-PRF-003", f"cannot write {path}: {reason}", "use another") from error

@@ -6,15 +6,14 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import os
 import platform
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from .files import replacing
 from .loader import cache_directory
 
 
@@ -81,10 +80,8 @@ def _cpu_name() -> str:
     name = str(tvm.get_global_func("target.llvm_get_system_cpu")())
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=kept.parent, prefix=".cpu-")
-        with os.fdopen(handle, "w") as file:
-            file.write(name)
-        os.replace(scratch, kept)
+        with replacing(kept) as scratch:
+            scratch.write_text(name, "ascii")
     return name
 
 

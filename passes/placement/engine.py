@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import shlex
 import subprocess
 import tempfile
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...kernels.c_compiler import c_compiler
+from ...kernels.files import replacing
 from ...kernels.loader import cache_directory
 from .errors import PlacementError
 from .problem import Arrays, Floats
@@ -289,14 +289,9 @@ def _library() -> ctypes.CDLL:
 
 def _build(compiler: tuple[str, ...], source: str, path: Path) -> None:
     """Compiles beside the place and renames, so that no other process loads half a library."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(handle)
-    command = [*compiler, *_FLAGS, "-x", "c", "-", "-o", temporary, "-lm"]
-    try:
+    with replacing(path) as scratch:
+        command = [*compiler, *_FLAGS, "-x", "c", "-", "-o", str(scratch), "-lm"]
         done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
         if done.returncode:
             tail = done.stderr.strip()[-500:]
             raise PlacementError(f"the C compiler failed ({shlex.join(command[:2])} ...): {tail}")
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

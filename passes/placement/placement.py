@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...kernels.files import replacing
 from .errors import PlacementError
 from .problem import Problem
 from .problem_file import read_json
@@ -102,16 +101,7 @@ def json_text(value: Any) -> str:
 def write_text(path: Path, text: str) -> None:
     """Writes beside the place, then renames. Raises PlacementError where it cannot."""
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(0, "not a regular file")
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path) as scratch:
+            scratch.write_text(text, "utf-8")
     except OSError as error:
         raise PlacementError(f"cannot write {path}: {error.strerror or error}") from error

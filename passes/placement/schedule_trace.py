@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...kernels.files import replacing
 from .errors import PlacementError
 from .placement import write_text
 from .problem import Problem
@@ -129,11 +128,5 @@ def write_gantt(problem: Problem, schedule: Schedule, path: Path) -> None:
     suffix = path.suffix or ".png"
     if suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
         raise PlacementError(f"{path}: pictures are written as .png, .svg or .pdf")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=suffix)
-    os.close(handle)
-    try:
-        figure.savefig(temporary, dpi=110, format=suffix[1:].lower())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=110, format=suffix[1:].lower())
