@@ -9,7 +9,8 @@ fails, "balanced" booking shares out all that is ever made, as if nothing were f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,3 +187,54 @@ def upward_ranks(problem: Problem, mean_transfers: bool = True) -> Floats:
             best = max(best, cost[q] + rank[dst[q]])
         rank[u] = mean[u] + best
     return np.array(rank)
+
+
+def earliest_first(
+    ledger: Ledger,
+    name: str,
+    rank: Sequence[float],
+    start_of: Callable[[int, int, bool], float],
+    placed: Callable[[int, int], None] = lambda op, d: None,
+) -> Listed:
+    """Places the pair of a ready op and a device with room that can start first, again and again.
+
+    ``start_of(op, device, again)`` is when a pair could start; it is asked ``again`` when the
+    pair's turn has come, since the device or a link may have been taken meanwhile. Smaller
+    ``rank`` decides between equals. ``placed`` is told before the ops that became ready are
+    offered. Raises InfeasibleError, of the algorithm ``name``, for an op without room anywhere.
+    """
+    heap: list[tuple[float, float, int, int]] = []
+    offered = [0] * ledger.n  # entries of each op in the heap
+
+    def offer(op: int) -> None:
+        able = ledger.devices(op)
+        if not able:
+            raise ledger.stuck(op, name)
+        offered[op] += len(able)
+        for d in able:
+            heapq.heappush(heap, (start_of(op, d, False), rank[op], op, d))
+
+    for op in range(ledger.n):
+        if not ledger.missing[op]:
+            offer(op)
+    sequence = []
+    while heap:
+        start, _, op, d = heapq.heappop(heap)
+        offered[op] -= 1
+        if ledger.assign[op] >= 0:
+            continue
+        if d not in ledger.devices(op):
+            if not offered[op]:
+                offer(op)  # its group went elsewhere meanwhile, or nothing is left: then it raises
+            continue
+        now = start_of(op, d, True)
+        if now > start:
+            heapq.heappush(heap, (now, rank[op], op, d))
+            offered[op] += 1
+            continue
+        sequence.append(op)
+        ready = ledger.place(op, d, now)
+        placed(op, d)
+        for v in ready:
+            offer(v)
+    return Listed(np.array(ledger.assign, np.int64), np.array(sequence, np.int64))

@@ -7,11 +7,7 @@ communication along a path; with memory limits there is no guarantee.
 
 from __future__ import annotations
 
-import heapq
-
-import numpy as np
-
-from .list_scheduling import Ledger, Listed, upward_ranks
+from .list_scheduling import Ledger, Listed, earliest_first, upward_ranks
 from .problem import Problem
 
 
@@ -22,40 +18,10 @@ def m_etf(
     ledger = Ledger(problem, contention, limited, balanced)
     rank = (-upward_ranks(problem)).tolist()  # decides between pairs that could start together
     arrivals: dict[tuple[int, int], float] = {}
-    heap: list[tuple[float, float, int, int]] = []
 
-    offered = [0] * ledger.n  # entries of each op in the heap
-
-    def offer(op: int) -> None:
-        able = ledger.devices(op)
-        if not able:
-            raise ledger.stuck(op, "m-ETF")
-        offered[op] += len(able)
-        for d in able:
+    def start_of(op: int, d: int, again: bool) -> float:
+        if not again or ledger.contention:  # without contention, data arrives when it arrives
             arrivals[op, d] = ledger.arrival(op, d)
-            heapq.heappush(heap, (max(arrivals[op, d], ledger.free[d]), rank[op], op, d))
+        return max(arrivals[op, d], ledger.free[d])
 
-    for op in range(ledger.n):
-        if not ledger.missing[op]:
-            offer(op)
-    sequence = []
-    while heap:
-        start, _, op, d = heapq.heappop(heap)
-        offered[op] -= 1
-        if ledger.assign[op] >= 0:
-            continue
-        if d not in ledger.devices(op):
-            if not offered[op]:
-                offer(op)  # its group went elsewhere meanwhile, or nothing is left: then it raises
-            continue
-        if ledger.contention:
-            arrivals[op, d] = ledger.arrival(op, d)
-        now = max(arrivals[op, d], ledger.free[d])
-        if now > start:  # the device or a link has been taken since
-            heapq.heappush(heap, (now, rank[op], op, d))
-            offered[op] += 1
-            continue
-        sequence.append(op)
-        for v in ledger.place(op, d, now):
-            offer(v)
-    return Listed(np.array(ledger.assign, np.int64), np.array(sequence, np.int64))
+    return earliest_first(ledger, "m-ETF", rank, start_of)

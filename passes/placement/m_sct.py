@@ -9,13 +9,11 @@ optimum with unlimited devices, r the ratio of the two; no real graph seen so fa
 
 from __future__ import annotations
 
-import heapq
-
 import numpy as np
 from scipy import sparse
 from scipy.optimize import linprog
 
-from .list_scheduling import Ledger, Listed, upward_ranks
+from .list_scheduling import Ledger, Listed, earliest_first, upward_ranks
 from .problem import Ints, Problem
 
 _ROUND = 0.1  # edges of a smaller value are favourites; Baechi's threshold
@@ -94,9 +92,8 @@ def m_sct(problem: Problem, seconds: float | None = None, balanced: bool = False
     ledger = Ledger(problem, balanced=balanced)
     rank = (-upward_ranks(problem)).tolist()
     last = [-1] * ledger.m  # the op that a device ran last
-    heap: list[tuple[float, float, int, int]] = []
 
-    def start_of(op: int, d: int) -> float:
+    def start_of(op: int, d: int, again: bool) -> float:
         start = max(ledger.arrival(op, d), ledger.free[d])
         wanted = child[last[d]] if last[d] >= 0 else -1
         if wanted >= 0 and wanted != op and ledger.assign[wanted] < 0:
@@ -107,37 +104,7 @@ def m_sct(problem: Problem, seconds: float | None = None, balanced: bool = False
             start = max(start, far)
         return start
 
-    offered = [0] * ledger.n  # entries of each op in the heap
-
-    def offer(op: int) -> None:
-        able = ledger.devices(op)
-        if not able:
-            raise ledger.stuck(op, "m-SCT")
-        offered[op] += len(able)
-        for d in able:
-            heapq.heappush(heap, (start_of(op, d), rank[op], op, d))
-
-    for op in range(ledger.n):
-        if not ledger.missing[op]:
-            offer(op)
-    sequence = []
-    while heap:
-        start, _, op, d = heapq.heappop(heap)
-        offered[op] -= 1
-        if ledger.assign[op] >= 0:
-            continue
-        if d not in ledger.devices(op):
-            if not offered[op]:
-                offer(op)
-            continue
-        now = start_of(op, d)
-        if now > start:
-            heapq.heappush(heap, (now, rank[op], op, d))
-            offered[op] += 1
-            continue
-        sequence.append(op)
-        ready = ledger.place(op, d, now)
+    def placed(op: int, d: int) -> None:
         last[d] = op
-        for v in ready:
-            offer(v)
-    return Listed(np.array(ledger.assign, np.int64), np.array(sequence, np.int64))
+
+    return earliest_first(ledger, "m-SCT", rank, start_of, placed)
