@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compiler.api import compile, load
     from .compiler.compiled import Compiled
-    from .compiler.device import Device
-    from .compiler.early_exit import EarlyExit
     from .compiler.errors import CaptureError, FileError, InputError, OptionError, PlaitError
-    from .compiler.experts_api import place_experts
     from .compiler.options import Options
-    from .compiler.place_api import place
-    from .compiler.placed import Placed
-    from .compiler.placed_capture import empty_weights
-    from .compiler.placed_options import PlacementOptions
-    from .compiler.placed_part import DistributedError
-    from .compiler.route_profile import Profile, profile
-    from .compiler.router import Router
+    from .compiler.placed.capture import empty_weights
+    from .compiler.placed.device import Device
+    from .compiler.placed.experts import place_experts
+    from .compiler.placed.options import PlacementOptions
+    from .compiler.placed.part import DistributedError
+    from .compiler.placed.place import place
+    from .compiler.placed.placed import Placed
+    from .compiler.routing.early_exit import EarlyExit
+    from .compiler.routing.profile import Profile, profile
+    from .compiler.routing.router import Router
     from .passes.placement.errors import InfeasibleError, PlacementError
     from .passes.placement.experts import ExpertPlacement, ExpertTraffic
     from .passes.placement.placement import Placement
@@ -36,9 +36,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "CaptureError": "compiler.errors",
     "Compiled": "compiler.compiled",
-    "Device": "compiler.device",
-    "DistributedError": "compiler.placed_part",
-    "EarlyExit": "compiler.early_exit",
+    "Device": "compiler.placed.device",
+    "DistributedError": "compiler.placed.part",
+    "EarlyExit": "compiler.routing.early_exit",
     "ExpertPlacement": "passes.placement.experts",
     "ExpertTraffic": "passes.placement.experts",
     "FileError": "compiler.errors",
@@ -47,20 +47,20 @@ _EXPORTS = {
     "OptionError": "compiler.errors",
     "Options": "compiler.options",
     "Placement": "passes.placement.placement",
-    "Placed": "compiler.placed",
+    "Placed": "compiler.placed.placed",
     "PlacementError": "passes.placement.errors",
-    "PlacementOptions": "compiler.placed_options",
+    "PlacementOptions": "compiler.placed.options",
     "PlaitError": "compiler.errors",
     "Problem": "passes.placement.problem",
-    "Profile": "compiler.route_profile",
+    "Profile": "compiler.routing.profile",
     "Remark": "passes.remarks",
-    "Router": "compiler.router",
+    "Router": "compiler.routing.router",
     "compile": "compiler.api",
-    "empty_weights": "compiler.placed_capture",
+    "empty_weights": "compiler.placed.capture",
     "load": "compiler.api",
-    "place": "compiler.place_api",
-    "place_experts": "compiler.experts_api",
-    "profile": "compiler.route_profile",
+    "place": "compiler.placed.place",
+    "place_experts": "compiler.placed.experts",
+    "profile": "compiler.routing.profile",
 }
 
 __all__ = [

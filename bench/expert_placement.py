@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..compiler.route_collect import Collector
+from ..compiler.routing.collect import Collector
 from ..passes.placement.expert_search import place_experts
 from ..passes.placement.experts import ExpertPlacement, ExpertTraffic
 from ..passes.placement.problem import Ints

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..compiler.scheduling import segments, tasks_of
+from ..compiler.measure.scheduling import segments, tasks_of
 from ..passes.tasks import Schedule, Task, bounds, even, simulate
 from ..runtime.executor import Executor
 from ..runtime.plan import KernelStep, Plan, touched

@@ -173,7 +173,7 @@ def limits_of(call: Call, machine: Machine) -> Limits | None:
 
 
 def _profile_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    from ..compiler.route_profile import profile
+    from ..compiler.routing.profile import profile
 
     return profile(model, resampled(inputs))
 

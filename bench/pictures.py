@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..compiler.api import compile
-from ..compiler.capture_tree import flatten
+from ..compiler.capture.tree import flatten
 from ..runtime.plan import KernelStep, Plan, touched
 from ..runtime.sizes import evaluate
 from ..runtime.trace import Event, typical

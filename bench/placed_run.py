@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from ..compiler.api import compile
-from ..compiler.device import Device
-from ..compiler.placed import Placed
-from ..compiler.placed_capture import empty_weights
-from ..compiler.placed_options import PlacementOptions
+from ..compiler.placed.capture import empty_weights
+from ..compiler.placed.device import Device
+from ..compiler.placed.options import PlacementOptions
+from ..compiler.placed.placed import Placed
 
 SIZES: Mapping[str, Mapping[str, int]] = {
     "small": {"layers": 4, "hidden": 64, "inner": 128, "vocab": 256, "tokens": 8},

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..compiler.api import compile
-from ..compiler.scheduling import predict
+from ..compiler.measure.scheduling import predict
 from ..runtime.trace import Tracer
 from . import workloads
 from .workloads import Workload

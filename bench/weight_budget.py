@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compiler import api, route_profile
+from ..compiler import api
+from ..compiler.routing import profile as route_profile
 from .measure import Timing, high_water, interleave
 from .trained_moe import Batches, trained
 

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
-from . import serialize
 from .build import build
-from .compiled import Compiled, as_call
+from .capture.arguments import as_call
+from .compiled import Compiled
 from .errors import OptionError, PlaitError
 from .options import Options
 from .program import Program
+from .serialize import program_file
 
 if TYPE_CHECKING:
-    from .device import Device
-    from .placed import Placed
-    from .placed_options import PlacementOptions
-    from .route_profile import Profile
+    from .placed.device import Device
+    from .placed.options import PlacementOptions
+    from .placed.placed import Placed
+    from .routing.profile import Profile
 
 
 @overload
@@ -150,8 +151,8 @@ def _divided(
     example_inputs: Any,
 ) -> Placed:
     """`compile` of a module for several devices."""
-    from .placed import Placed
-    from .placed_options import PlacementOptions
+    from .placed.options import PlacementOptions
+    from .placed.placed import Placed
 
     if devices is None:
         raise OptionError("PLT-DST-001", "there are no devices", 'such as devices=["cpu", "cpu"]')
@@ -214,7 +215,7 @@ def load(path: str | Path, *, weight_budget: int | str | None = None) -> Compile
     """
     path = Path(path)
     Options(weight_budget=weight_budget)
-    saved = serialize.read(path, weight_budget)
+    saved = program_file.read(path, weight_budget)
     try:
         compiled = Compiled(None, saved.options, shell=saved.shell, signature=saved.signature)
         dispatcher = compiled._dispatcher
@@ -228,5 +229,5 @@ def load(path: str | Path, *, weight_budget: int | str | None = None) -> Compile
     except PlaitError:
         raise
     except Exception as error:
-        raise serialize.unusable(path, error) from error
+        raise program_file.unusable(path, error) from error
     return compiled

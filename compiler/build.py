@@ -1,19 +1,17 @@
-"""The surroundings of a compilation: no modes of the caller's, no garbage collection."""
+"""Which compiler a captured graph goes to, and what keeps its weights."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
-from .captured import Captured
+from .capture.captured import Captured
+from .modes import plain_modes
 from .options import Executable, Options
 
 if TYPE_CHECKING:
-    from .weights import WeightStore
+    from .weights.budget import WeightStore
 
 
 def build(captured: Captured, options: Options, store: WeightStore | None = None) -> Executable:
@@ -26,7 +24,7 @@ def build(captured: Captured, options: Options, store: WeightStore | None = None
     with plain_modes():
         device = gpu_of(captured)
         if device is not None:
-            from .gpu import CompiledForGpu
+            from .gpu.compiled import CompiledForGpu
 
             if store is not None:
                 raise NotImplementedError("weights of a model on a GPU are not kept to a budget")
@@ -51,35 +49,10 @@ def gpu_of(captured: Captured) -> torch.device | None:
     return devices.pop()
 
 
-@contextlib.contextmanager
-def plain_modes() -> Iterator[None]:
-    """The modes that compilation runs in."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
-        yield
-
-
 def store_for(options: Options) -> WeightStore | None:
     """What keeps the weights of a model compiled with these options; None without a budget."""
     if options.weight_budget is None:
         return None
-    from .weights import WeightStore
+    from .weights.budget import WeightStore
 
     return WeightStore(options.weight_budget)
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Without garbage collection: graphs are many live objects, which it would visit in vain, for
-    a fifth of the time of a compilation.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch.fx as fx
 from torch import nn
 
 from ..passes.remarks import Remark, render
+from .capture.arguments import as_call
 from .dispatch import Dispatcher
 from .errors import InputError, PlaitError
 from .options import Bettable, Options
@@ -186,7 +187,7 @@ class Compiled(nn.Module):
         Raises FileError if nothing was compiled yet or the file cannot be written; an existing
         file is then as it was.
         """
-        from .serialize import save
+        from .serialize.program_file import save
 
         save(self._dispatcher, Path(path))
 
@@ -237,21 +238,6 @@ class Compiled(nn.Module):
         if instance is None or isinstance(self._original, nn.Module):
             return self
         return functools.partial(self, instance)
-
-
-def as_call(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Arguments and keyword arguments that ``example_inputs`` stands for.
-
-    Raises InputError for an iterator, which could be read only once.
-    """
-    if isinstance(example_inputs, Iterator):
-        kind = type(example_inputs).__name__
-        raise InputError("PLT-INP-001", f"example_inputs is a {kind}", "give a tuple or a dict")
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs,), {}
 
 
 def _delegate(name: str) -> Callable[..., Any]:

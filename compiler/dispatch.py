@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ..passes.remarks import Remark
-from .arguments import (
+from .build import build, store_for
+from .capture.arguments import (
     Order,
     canonical,
     is_plain,
@@ -31,18 +32,18 @@ from .arguments import (
     tensor_names,
     watched,
 )
-from .build import build, collector_paused, store_for
-from .capture import SCALARS, argument_names, capture
-from .capture_state import states_of
-from .capture_tree import Tree, flatten, unflatten
-from .captured import Captured, check_tensors, describe
-from .dynamic import Declared, declared_dims, enlarged, varying
+from .capture.captured import Captured, check_tensors, describe
+from .capture.dynamic import Declared, declared_dims, enlarged, varying
+from .capture.export import SCALARS, argument_names, capture
+from .capture.state import states_of
+from .capture.tree import Tree, flatten, unflatten
 from .errors import CaptureError, InputError, PlaitError
-from .keys import FLOATS, autocast_key, structure_key
+from .guards.keys import FLOATS, autocast_key, structure_key
+from .guards.quick import limits
+from .guards.watch import Structure, modules_of
+from .modes import collector_paused
 from .options import Executable, Options
 from .program import Program, Unfit
-from .quick import limits
-from .watch import Structure, modules_of
 
 MAX_PROGRAMS = 8
 """Programs captured for one structure of arguments before the original runs instead."""

@@ -58,12 +58,20 @@ class Options:
                 f"give what plait.profile returned, or {ONLINE!r}",
             )
         if self.weight_budget is not None:
-            from .weights import check_budget
-
-            check_budget(self.weight_budget)
+            _check_budget(self.weight_budget)
         if self.pipeline is not None and not isinstance(self.pipeline, str):
             kind = type(self.pipeline).__name__
             raise OptionError("PLT-OPT-002", f"pipeline is a {kind}", "give the pipeline as text")
+
+
+def _check_budget(budget: int | str) -> None:
+    from ..passes.prefetch_weights import bytes_of  # passes are imported when they are needed
+
+    try:
+        bytes_of(budget, 1 << 40)
+    except ValueError as error:
+        hint = "give bytes, or a share of all weights such as '40%'"
+        raise OptionError("PLT-OPT-006", f"weight_budget={budget!r}: {error}", hint) from None
 
 
 class Executable(Protocol):

@@ -37,17 +37,18 @@ from ..runtime.bank import Bank
 from ..runtime.executor import Executor, Part, Recorder
 from ..runtime.plan import BranchStep, Plan
 from ..runtime.trace import made_up
-from . import lower, merging, select, subgraphs
-from .absent_weights import fill
-from .bets import Sample, Speculation, judge_capacities, judge_likely, refused
-from .build import plain_modes
-from .capture import EXCLUSIVE
-from .captured import Captured
+from .capture.captured import Captured
+from .capture.export import EXCLUSIVE
 from .errors import OptionError
-from .lowered import Lowered
-from .online import Monitor
+from .lowering import lower, select, subgraphs
+from .lowering.lowered import Lowered
+from .measure import merging
+from .measure.bets import Sample, Speculation, judge_capacities, judge_likely, refused
+from .modes import plain_modes
 from .options import Bettable, Options
-from .weights import WeightStore, reading
+from .routing.online import Monitor
+from .weights.absent import fill
+from .weights.budget import WeightStore, reading
 
 DEFAULT_PIPELINE = (
     "normalize,outline-branches,speculate-routes,prefetch-weights,fuse-vertical,schedule"
@@ -55,13 +56,19 @@ DEFAULT_PIPELINE = (
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What a compilation made: a plan, what runs it, and the same with bets on it."""
+class Prepared:
+    """A graph after passes and lowering; its kernels are built, its weights may be absent."""
 
     graph: fx.GraphModule
     lowered: Lowered
     kernels: select.Kernels
     remarks: tuple[Remark, ...]
+
+
+@dataclass(frozen=True)
+class _Made(Prepared):
+    """What a compilation made: a plan, what runs it, and the same with bets on it."""
+
     seconds: dict[str, float]
     engine: Executor | Speculation
 
@@ -214,7 +221,7 @@ def _executor(lowered: Lowered, kernels: select.Kernels, store: WeightStore | No
 
 def _schedule(executor: Executor, lowered: Lowered, how: SchedulePass, tune: str) -> Executor:
     """The executor of ``lowered`` with its kernels where a search put them, if that gained."""
-    from .scheduling import schedule
+    from .measure.scheduling import schedule
 
     result = schedule(executor, how, select.database(), measure=tune != "off")
     if result.memory is not None:
@@ -233,16 +240,6 @@ def compile_graph(
     cannot be kept and FileError where weights cannot be written.
     """
     return CompiledGraph(captured, options, store)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A graph after passes and lowering; its kernels are built, its weights may be absent."""
-
-    graph: fx.GraphModule
-    lowered: Lowered
-    kernels: select.Kernels
-    remarks: tuple[Remark, ...]
 
 
 def prepare(captured: Captured, options: Options) -> Prepared:

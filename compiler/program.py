@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.ops.bounds import IndexCheck, index_checks
-from .arguments import shares_memory
-from .capture_state import Given, apply
-from .capture_tree import unflatten
-from .captured import Captured
+from .capture.arguments import shares_memory
+from .capture.captured import Captured
+from .capture.state import Given, apply
+from .capture.tree import unflatten
+from .guards.watch import Watch, locate
 from .options import Executable
-from .watch import Watch, locate
 
 _inference = torch.is_inference_mode_enabled
 _autocast = torch._C._is_any_autocast_enabled

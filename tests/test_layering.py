@@ -34,7 +34,7 @@ MODULES = {module_of(p) for p in FILES}
 
 
 def layer_of(module: tuple[str, ...]) -> str:
-    if module[0] == "compiler" and len(module) > 1 and module[1].startswith("cli"):
+    if module[0] == "compiler" and len(module) > 1 and module[1] == "cli":
         return "cli"
     return module[0]
 

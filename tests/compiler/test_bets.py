@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import plait
-from plait.compiler import bets
+from plait.compiler.measure import bets
 from plait.runtime.executor import Executor
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from plait.compiler.capture import capture
-from plait.compiler.capture_tree import Record, flatten, from_json, leaf_names, to_json, unflatten
-from plait.compiler.captured import check_tensors
+from plait.compiler.capture.captured import check_tensors
+from plait.compiler.capture.export import capture
+from plait.compiler.capture.tree import Record, flatten, from_json, leaf_names, to_json, unflatten
 from plait.compiler.errors import CaptureError
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from plait.compiler import cli
+from plait.compiler.cli import app
 
 MODELS = """
 import torch
@@ -71,7 +71,7 @@ def models(tmp_path: Path) -> str:
 
 
 def plait(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments], terminal_width=100)
+    return CliRunner().invoke(app.app, [str(a) for a in arguments], terminal_width=100)
 
 
 def error_of(*arguments: str | Path, code: int = 2) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from plait.compiler import cli
+from plait.compiler.cli import app
 
 PROBLEM: dict[str, Any] = {
     "format": "placement-problem v1",
@@ -26,7 +26,7 @@ def place(folder: Path, problem: Any, *options: str) -> Result:
     path = folder / "problem.json"
     path.write_text(json.dumps(problem) if isinstance(problem, dict) else problem)
     out = str(folder / "out.json")
-    return CliRunner().invoke(cli.app, ["place", str(path), "-o", out, "--budget", "0.3", *options])
+    return CliRunner().invoke(app.app, ["place", str(path), "-o", out, "--budget", "0.3", *options])
 
 
 @pytest.mark.parametrize("algorithm", ["best", "min-cut", "m-topo", "m-etf", "m-sct", "heft"])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import plait
-from plait.compiler.capture_state import states_of
+from plait.compiler.capture.state import states_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hf_models  # a plain module beside this file

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 import plait
-from plait.compiler import build, gpu
-from plait.compiler.capture import capture
-from plait.compiler.gpu import launcher
-from plait.compiler.gpu_lower import GpuLowered, dependencies
-from plait.compiler.gpu_pipeline import planned
-from plait.compiler.gpu_select import PLAIN
+from plait.compiler import build
+from plait.compiler.capture.export import capture
+from plait.compiler.gpu import compiled
+from plait.compiler.gpu.compiled import launcher
+from plait.compiler.gpu.lower import GpuLowered, dependencies
+from plait.compiler.gpu.pipeline import planned
+from plait.compiler.gpu.select import PLAIN
 from plait.kernels.cuda_loader import GpuKernel
 from plait.kernels.occupancy import SM90
 from plait.runtime.cuda_graph import GpuExecutor
@@ -217,10 +218,10 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[GpuLowered]:
 
     properties = SimpleNamespace(multi_processor_count=132, max_threads_per_multi_processor=2048)
     monkeypatch.setattr(build, "gpu_of", lambda captured: torch.device("cpu"))
-    monkeypatch.setattr(gpu, "executor", executor)
+    monkeypatch.setattr(compiled, "executor", executor)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
-    monkeypatch.setattr(gpu, "_ROUNDS", 1)
+    monkeypatch.setattr(compiled, "_ROUNDS", 1)
     return made
 
 
@@ -232,7 +233,7 @@ def _clock(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
         call()
         return next(turns)
 
-    monkeypatch.setattr(gpu, "_Clock", lambda device: clock)
+    monkeypatch.setattr(compiled, "_Clock", lambda device: clock)
 
 
 @pytest.mark.parametrize("fused_is_faster", [True, False])
@@ -253,6 +254,6 @@ def test_compile_takes_the_faster_of_both_plans(
 
 def test_the_model_of_a_gpu_follows_its_multiprocessors() -> None:
     half = SimpleNamespace(multi_processor_count=66, max_threads_per_multi_processor=1536)
-    found = gpu.model_of(half)
+    found = compiled.model_of(half)
     assert found.sms == 66 and found.threads == 1536
     assert found.flops == pytest.approx(SM90.flops / 2)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import plait
-from plait.compiler.capture_tree import flatten
+from plait.compiler.capture.tree import flatten
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hf_models  # plain modules beside this file

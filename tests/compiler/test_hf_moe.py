@@ -14,8 +14,8 @@ import torch.fx as fx
 from torch import nn
 
 import plait
-from plait.compiler.capture_adapters import adapted
-from plait.compiler.capture_tree import flatten
+from plait.compiler.capture.adapters import adapted
+from plait.compiler.capture.tree import flatten
 from plait.kernels.ops import category
 from plait.runtime.plan import LibraryStep
 

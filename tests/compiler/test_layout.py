@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from plait.compiler import layout
-from plait.compiler.layout import dict_tag, read, tensor_layout
+from plait.compiler.guards import layout
+from plait.compiler.guards.layout import dict_tag, read, tensor_layout
 
 KINDS = [torch.float64, torch.float16, torch.uint8, torch.complex128, torch.int32]
 

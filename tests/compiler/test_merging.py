@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import plait
-from plait.compiler import merging
+from plait.compiler.measure import merging
 
 FORCED = "normalize,merge-parallel-ops{least_gain=-1e9},fuse-vertical"
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import plait
-from plait.compiler import bets, online
-from plait.compiler.drift import LiveLoads, drift
+from plait.compiler.measure import bets
+from plait.compiler.routing import online
+from plait.compiler.routing.drift import LiveLoads, drift
 
 CELLS = 12
 

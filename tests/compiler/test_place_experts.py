@@ -12,8 +12,8 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import plait
-from plait.compiler import cli
-from plait.compiler.experts_api import traffic_of
+from plait.compiler.cli import app
+from plait.compiler.placed.experts import traffic_of
 
 NAMES = ("first", "second")
 
@@ -129,7 +129,7 @@ def test_a_model_without_routers_has_nothing_to_place() -> None:
 def command(folder: Path, *options: str) -> Result:
     profiled().save(folder / "profile.json")
     words = ["place-experts", str(folder / "profile.json"), "-o", str(folder / "out.json")]
-    return CliRunner().invoke(cli.app, [*words, *options])
+    return CliRunner().invoke(app.app, [*words, *options])
 
 
 def test_the_command_writes_a_placement(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import plait
-from plait.compiler import cli, place_graph
+from plait.compiler.cli import app
+from plait.compiler.placed import graph as place_graph
 from plait.passes.placement.devices import KINDS, parse_bytes, parse_devices, parse_link
 from plait.passes.placement.errors import PlacementError
 from plait.passes.placement.problem import Link, Problem
@@ -169,7 +170,7 @@ def test_memory_over_time_peaks_where_the_simulator_says() -> None:
 def place(folder: Path, *options: str) -> Any:
     (folder / "models.py").write_text(MODEL)
     target = f"{folder / 'models.py'}:mlp"
-    return CliRunner().invoke(cli.app, ["place", target, "--budget", "0.3", *options])
+    return CliRunner().invoke(app.app, ["place", target, "--budget", "0.3", *options])
 
 
 def test_the_command_places_a_model_and_writes_all_files(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_the_command_places_a_model_and_writes_all_files(tmp_path: Path) -> None
     assert (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG"
     kinds = {e["ph"] for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"]}
     assert kinds == {"M", "X", "C"}
-    again = CliRunner().invoke(cli.app, ["place", str(tmp_path / "p.json"), "--budget", "0.3"])
+    again = CliRunner().invoke(app.app, ["place", str(tmp_path / "p.json"), "--budget", "0.3"])
     assert again.exit_code == 0, again.output
 
 

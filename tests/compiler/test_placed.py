@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import plait
-from plait.compiler import placed_units
-from plait.compiler.absent_weights import Checkpoint
-from plait.compiler.placed_capture import stand_ins
-from plait.compiler.placed_options import devices_here
-from plait.compiler.placed_part import segment_from_json, segment_to_json
+from plait.compiler.placed import units as placed_units
+from plait.compiler.placed.capture import stand_ins
+from plait.compiler.placed.options import devices_here
+from plait.compiler.placed.part import segment_from_json, segment_to_json
+from plait.compiler.weights.absent import Checkpoint
 
 FAST = {"budget": 0.3, "timeout": 120.0}
 
@@ -81,12 +81,13 @@ def test_a_model_divided_in_one_process_gives_the_same(net: nn.Module) -> None:
 
 def test_every_assignment_gives_the_same(net: nn.Module) -> None:
     """Placements at random: also those that no planner would choose."""
-    from plait.compiler import placed_plan, placed_segments
     from plait.compiler.options import Options
-    from plait.compiler.placed_part import SegmentRun
+    from plait.compiler.placed import plan
+    from plait.compiler.placed import segments as placed_segments
+    from plait.compiler.placed.part import SegmentRun
     from plait.runtime.pipeline import Inline
 
-    found = placed_plan.plan_model(net, example(), {}, devices_here("cpu"), options(), Options())
+    found = plan.plan_model(net, example(), {}, devices_here("cpu"), options(), Options())
     module = found.whole.captured.graph_module
     units = placed_units.Units(placed_segments.own_results(module))
     cpu = torch.device("cpu")
@@ -114,10 +115,10 @@ def test_every_assignment_gives_the_same(net: nn.Module) -> None:
 
 
 def test_segments_survive_text(net: nn.Module) -> None:
-    from plait.compiler import placed_plan
     from plait.compiler.options import Options
+    from plait.compiler.placed import plan
 
-    found = placed_plan.plan_model(net, example(), {}, devices_here(SMALL), options(), Options())
+    found = plan.plan_model(net, example(), {}, devices_here(SMALL), options(), Options())
     for captured in found.graphs.values():
         again, names = segment_from_json(segment_to_json(captured, found.whole.names))
         assert str(again.graph_module.graph) == str(captured.graph_module.graph)
@@ -207,7 +208,7 @@ def test_a_rank_ends_with_its_parent(net: nn.Module) -> None:
 
 def test_memory_short_at_load_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is the process's: the plan believes that there is more."""
-    from plait.compiler import placed_options
+    from plait.compiler.placed import options as placed_options
 
     here = placed_options._here
     tight = lambda *given: placed_options.Here(*vars(here(*given)).values())  # noqa: E731

@@ -9,7 +9,7 @@ from multiprocessing import Pipe
 import pytest
 import torch
 
-from plait.compiler import placed_pipe
+from plait.compiler.placed import pipe
 
 
 def test_tensors_of_any_type_arrive_as_they_were() -> None:
@@ -22,20 +22,20 @@ def test_tensors_of_any_type_arrive_as_they_were() -> None:
         "scalar": torch.tensor(7),
     }
     here, there = Pipe()
-    message = ("result", 3, placed_pipe.pack(tensors))
-    sender = threading.Thread(target=placed_pipe.send, args=(here, message))
+    message = ("result", 3, pipe.pack(tensors))
+    sender = threading.Thread(target=pipe.send, args=(here, message))
     sender.start()
-    kind, number, content = placed_pipe.receive(there)
+    kind, number, content = pipe.receive(there)
     sender.join()
     assert (kind, number) == ("result", 3)
-    found = placed_pipe.unpack(content)
+    found = pipe.unpack(content)
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
         found[name].zero_()  # memory of its own
 
 
 def test_memory_is_left_out_of_what_is_pickled() -> None:
-    packed = placed_pipe.pack({"x": torch.zeros(100_000)})
+    packed = pipe.pack({"x": torch.zeros(100_000)})
     buffers: list[pickle.PickleBuffer] = []
     assert len(pickle.dumps(packed, protocol=5, buffer_callback=buffers.append)) < 300
     assert [buffer.raw().nbytes for buffer in buffers] == [400_000]
@@ -45,6 +45,6 @@ def test_a_closed_end_is_an_error() -> None:
     here, there = Pipe()
     there.close()
     with pytest.raises(OSError):
-        placed_pipe.send(here, ("x", placed_pipe.pack({"x": torch.zeros(4)})))
+        pipe.send(here, ("x", pipe.pack({"x": torch.zeros(4)})))
     with pytest.raises((EOFError, OSError)):
-        placed_pipe.receive(here)
+        pipe.receive(here)

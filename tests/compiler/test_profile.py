@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import plait
-from plait.compiler.route_stats import Route, Statistics, Tally
+from plait.compiler.routing.stats import Route, Statistics, Tally
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hf_models  # a plain module beside this file

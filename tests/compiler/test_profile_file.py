@@ -15,8 +15,8 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import plait
-from plait.compiler import cli
-from plait.compiler.route_stats import Statistics
+from plait.compiler.cli import app
+from plait.compiler.routing.stats import Statistics
 
 
 class First(nn.Module):
@@ -218,7 +218,7 @@ def module(tmp_path: Path) -> str:
 
 
 def command(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli.app, ["profile", *map(str, arguments)], terminal_width=100)
+    return CliRunner().invoke(app.app, ["profile", *map(str, arguments)], terminal_width=100)
 
 
 def test_the_command_writes_a_profile(module: str, tmp_path: Path) -> None:

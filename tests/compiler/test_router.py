@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import Dim, export
 
 import plait
-from plait.compiler.router import HashScorer
+from plait.compiler.routing.router import HashScorer
 
 WIDTH, OUT = 6, 4
 

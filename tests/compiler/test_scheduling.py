@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import plait
-from plait.compiler import scheduling
+from plait.compiler.measure import scheduling
 from plait.runtime.plan import KernelStep
 
 PLAIN = "normalize,outline-branches,speculate-routes,fuse-vertical"

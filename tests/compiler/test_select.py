@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import plait
-from plait.compiler import select
-from plait.compiler.trial import Trial
+from plait.compiler.lowering import select
+from plait.compiler.lowering.trial import Trial
 from plait.kernels.database import Database
 from plait.runtime.plan import KernelStep, LibraryStep
 

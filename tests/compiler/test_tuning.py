@@ -10,8 +10,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import plait
-from plait.compiler import cli, tuning
-from plait.compiler.trial import Trial
+from plait.compiler.cli import app
+from plait.compiler.lowering.trial import Trial
+from plait.compiler.measure import tuning
 
 MODEL = """
 import torch
@@ -91,7 +92,7 @@ def test_command_line(tmp_path) -> None:
     path = tmp_path / "model_to_tune.py"
     path.write_text(MODEL, encoding="utf-8")
     arguments = ["tune", f"{path}:build", "--budget", "6", "--trials", "2"]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(app.app, arguments)
     assert result.exit_code == 0, result.output
     assert "linear" in result.output and "the whole model:" in result.output
 
@@ -100,7 +101,7 @@ def test_a_saved_program_can_be_tuned(tmp_path) -> None:
     compiled, x = compiled_model()
     compiled.save(tmp_path / "model.plait")
     arguments = ["tune", str(tmp_path / "model.plait"), "--budget", "4", "--trials", "2"]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(app.app, arguments)
     assert result.exit_code == 0, result.output
     assert "the whole model:" in result.output
 

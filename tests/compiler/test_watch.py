@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import plait
-from plait.compiler import quick, watch
-from plait.compiler.layout import dict_tag, tensor_layout
-from plait.compiler.watch import Structure, Watch, locate
+from plait.compiler.guards import quick, watch
+from plait.compiler.guards.layout import dict_tag, tensor_layout
+from plait.compiler.guards.watch import Structure, Watch, locate
 
 
 class Net(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import plait
-from plait.compiler import bets
+from plait.compiler.measure import bets
 from plait.kernels import routing
 from plait.runtime.executor import Executor
 from plait.runtime.plan import FetchStep
@@ -127,7 +127,7 @@ def test_a_plan_for_a_number_of_rows_fetches_too(model: Net) -> None:
 def test_a_bet_that_the_budget_has_no_room_for_is_refused(
     model: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from plait.compiler.weights import WeightStore
+    from plait.compiler.weights.budget import WeightStore
 
     asked: list[int] = []
     close = WeightStore.close

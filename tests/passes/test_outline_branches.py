@@ -8,7 +8,7 @@ import torch.fx as fx
 from torch import nn
 
 import plait
-from plait.compiler.capture import capture
+from plait.compiler.capture.export import capture
 from plait.kernels.routing import gather, scatter
 from plait.passes.base import Counter, counting
 from plait.passes.ir import branches_of

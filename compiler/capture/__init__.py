@@ -1,0 +1,1 @@
+"""Capture: from a Python call to a flat graph of ATen operators."""

@@ -1,0 +1,5 @@
+"""``python -m plait.compiler.cli``: the command line where no ``plait`` is installed."""
+
+from . import main
+
+main()

@@ -1,0 +1,59 @@
+"""``plait cache``: the kernel database on disk."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.prompt import Confirm
+from rich.table import Table
+
+from ...kernels.database import Database, cache_directory
+from .error import CliError
+
+
+def path() -> None:
+    """Prints the directory."""
+    print(cache_directory())
+
+
+def info() -> None:
+    """Prints counts and sizes."""
+    table = Table(show_header=False, box=None)
+    for name, value in Database().stats().items():
+        shown = f"{value / 2**20:.1f} MiB" if name == "bytes" else str(value)
+        table.add_row(name.replace("_", " "), shown)
+    Console().print(table, highlight=False)
+
+
+def verify() -> None:
+    """Checks every entry and says what was removed. Exits with 1 where something was damaged."""
+    database = Database()
+    report = database.verify()
+    for note in database.notes:
+        print(note)
+    print(f"{report.objects} libraries and {report.entries} kernels checked")
+    for title, names in (
+        ("damaged, removed", report.damaged),
+        ("entry without library, removed", report.dangling),
+        ("unused", report.orphans),
+    ):
+        for name in names:
+            print(f"{title}: {name}")
+    if not report.ok:
+        sys.exit(1)
+
+
+def clear(yes: bool) -> None:
+    """Empties the database, after a question where someone can answer it."""
+    where = cache_directory()
+    if not yes:
+        if not sys.stdin.isatty():
+            raise CliError("nobody can be asked whether to clear the cache", "add --yes")
+        if not Confirm.ask(f"Remove all kernels in {where}?", default=False):
+            return
+    database = Database()
+    before = database.stats()
+    database.clear()
+    size = before["bytes"] / 2**20
+    print(f"removed {before['libraries']} libraries, {size:.1f} MiB, from {where}")

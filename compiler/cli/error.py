@@ -1,0 +1,42 @@
+"""The error of the command line, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ...kernels.files import replacing
+
+
+class CliError(Exception):
+    """A fault of the call: what is wrong, and how to mend it."""
+
+    def __init__(self, cause: str, mend: str = "") -> None:
+        super().__init__(f"{cause}; {mend}" if mend else cause)
+
+
+def check_output(path: Path | None) -> None:
+    """Raises CliError if ``path`` cannot be written: before the work, so that none is lost."""
+    if path is None:
+        return
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise CliError(f"folder {folder} does not exist", "make it first")
+    if path.is_dir():
+        raise CliError(f"{path} is a folder", "name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise CliError(f"{path} cannot be written", "choose another place")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: to a temporary one beside it, which takes its place."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write_text` for bytes."""
+    try:
+        with replacing(path) as scratch:
+            scratch.write_bytes(data)
+    except OSError as error:
+        raise CliError(f"{path} cannot be written ({error})", "choose another place") from error

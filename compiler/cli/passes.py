@@ -1,0 +1,73 @@
+"""``plait passes``: what passes there are, and what each does to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+
+import torch
+import torch.fx as fx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ...passes import registry
+from ...passes.manager import PassManager, PassRecord
+from ...passes.printer import print_graph
+from ..capture.export import capture
+from ..pipeline import DEFAULT_PIPELINE
+from .error import CliError
+from .model import load
+
+
+def list_passes() -> None:
+    """Prints every pass with its options and defaults."""
+    console = Console()
+    table = Table("pass", "option", "default", "what it does", box=box.SIMPLE_HEAD)
+    for name in registry.names():
+        try:
+            cls = registry.lookup(name)
+        except registry.BrokenPass as error:
+            table.add_row(name, "", "", str(error), style="red")
+            continue
+        table.add_row(name, "", "", _first_sentence(cls))
+        for field in dataclasses.fields(cls):
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            table.add_row("", field.name, str(default), "")
+    console.print(table)
+    console.print(f"default pipeline: {DEFAULT_PIPELINE}", markup=False, highlight=False)
+
+
+def run_pipeline(model: str, inputs: Sequence[str], pipeline: str | None) -> None:
+    """Prints the graph of ``model`` as captured and after each pass."""
+    manager = PassManager(DEFAULT_PIPELINE if pipeline is None else pipeline, observers=[_Show()])
+    loaded = load(model, inputs)
+    if loaded.saved:
+        raise CliError(f"{model} is compiled already", "name the model that it was made from")
+    with torch.no_grad():
+        captured = capture(loaded.model, loaded.args, loaded.kwargs)
+        manager.run(captured.graph_module)
+
+
+class _Show:
+    """Prints every stage; a stage that changed nothing as "(unchanged)"."""
+
+    def start(self, graph_module: fx.GraphModule) -> None:
+        print("# captured")
+        print(print_graph(graph_module))
+
+    def after(self, record: PassRecord, graph_module: fx.GraphModule) -> None:
+        if record.changed:
+            print(print_graph(graph_module))
+        else:
+            print(f"# after {record.text} ({record.seconds * 1e3:.1f} ms)\n# (unchanged)\n")
+        for remark in record.remarks:
+            print(f"# {remark}")
+
+
+def _first_sentence(cls: type) -> str:
+    text = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
+    return text.split(". ")[0].rstrip(".")

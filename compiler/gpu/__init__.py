@@ -1,0 +1,1 @@
+"""Compilation for a GPU."""

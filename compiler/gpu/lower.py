@@ -1,0 +1,441 @@
+"""Lowering for a GPU: a graph cut into groups becomes a Plan of launches on streams.
+
+groups -> heavy operators to the library -> storage, kernels (as on the CPU, `lower`)
+       -> fuse-horizontal -> streams -> plan-memory, aware of what may run at once
+
+What is decided by the model of `passes.gpu_tasks` needs no GPU, so plans can be made, and their
+kernels compiled, where there is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ...kernels import cuda
+from ...kernels.build import BuildError
+from ...kernels.cuda import DeviceKernel
+from ...kernels.cuda_loader import GpuKernel
+from ...kernels.group import Unsupported
+from ...kernels.horizontal import Part, candidate, fuse
+from ...kernels.occupancy import Candidate
+from ...kernels.regions import Place
+from ...passes.base import copy_graph
+from ...passes.fuse_horizontal import FUSE, FuseHorizontal, Fusion, Node, done, merged
+from ...passes.fuse_vertical import groups_of
+from ...passes.gpu_tasks import GpuBounds, GpuTask, bounds, seconds
+from ...passes.ir import is_pure, is_random
+from ...passes.plan_memory import describe, plan_memory
+from ...passes.remarks import Remark
+from ...passes.streams import STREAMS, Streams, StreamsPass, assign, lifetimes
+from ...runtime.cuda_graph import ALIGNMENT
+from ...runtime.plan import (
+    BranchStep,
+    Buffer,
+    KernelStep,
+    Lane,
+    LibraryStep,
+    Plan,
+    Step,
+    TensorRef,
+    touched,
+)
+from ...runtime.spans import ITEMSIZE, span_of
+from ..lowering.lower import lower
+from ..lowering.lowered import Lowered
+from ..placed.graph import flops_of
+from .select import GpuKernels, Made, split_library
+
+_TILE = 4096  # elements of a product that one block of the library's makes, by assumption
+_ELEMENTS = 1024  # elements that one block of its other operators reads or makes, whichever is more
+
+
+@dataclass(frozen=True)
+class Launchable:
+    """A compiled kernel: its launches, the image they are in, and where among a step's arguments
+    the kernel's tensors and temporaries are.
+    """
+
+    kernel: GpuKernel
+    image: int
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What is known of a step before it runs; ``parts`` name the kernels that share its launch."""
+
+    task: GpuTask
+    variant: Candidate | None = None
+    launches: int = 0
+    parts: tuple[str, ...] = ()
+
+
+@dataclass
+class GpuLowered:
+    """A plan for a GPU, its kernels and what the model says of it.
+
+    ``kernels`` are by hash, their images and CUDA C in ``images`` and ``sources``; ``seconds`` is
+    the predicted time. ``graphable`` tells whether it may become a CUDA graph.
+    """
+
+    plan: Plan
+    constants: dict[str, torch.Tensor]
+    calls: dict[str, Callable[..., Any]]
+    kernels: dict[str, Launchable]
+    images: list[bytes]
+    sources: list[str]
+    steps: list[StepInfo]
+    seconds: float
+    bounds: GpuBounds
+    fused: int
+    graphable: bool
+    remarks: list[Remark] = field(default_factory=list)
+
+
+def lower_gpu(
+    graph_module: fx.GraphModule, kernels: GpuKernels, symbols: Mapping[str, Any], *, fused: bool
+) -> GpuLowered:
+    """Lowers a graph for the GPU of ``kernels``; kernels share launches only where ``fused``.
+
+    Raises NotImplementedError for sizes known only at run time and for branches that data chooses,
+    BuildError without nvcc.
+    """
+    if symbols:
+        names = ", ".join(symbols)
+        raise NotImplementedError(f"GPU kernels need sizes that are known, not {names}")
+    while True:
+        graph = copy_graph(graph_module)
+        known = len(kernels.heavy)
+        lowered = lower(graph, split_library(groups_of(graph), kernels), kernels, {})
+        if len(kernels.heavy) == known:
+            break  # else what follows a declined product becomes a kernel of its own
+    if any(isinstance(s, BranchStep) for s in lowered.plan.steps):
+        raise NotImplementedError("branches that data chooses are not launched on a GPU")
+    return _Planner(graph, lowered, kernels, fused).run()
+
+
+class _Planner:
+    def __init__(
+        self, graph_module: fx.GraphModule, lowered: Lowered, kernels: GpuKernels, fused: bool
+    ) -> None:
+        self.graph_module, self.lowered, self.kernels = graph_module, lowered, kernels
+        self.plan, self.gpu = lowered.plan, kernels.gpu
+        fuse_pass = graph_module.meta.get(FUSE)
+        self.how = fuse_pass if fused and fuse_pass is not None else FuseHorizontal(most=1)
+        self.streams_pass = graph_module.meta.get(STREAMS) or StreamsPass(most=1)
+        self.by_name = {n.name: n for n in graph_module.graph.nodes}
+        self.remarks = [r for r in lowered.remarks if r.pass_name != "plan-memory"]
+        self.found: dict[str, Launchable] = {}
+        self.images = [b.image for b in kernels.bundles]
+        self.sources = [b.source for b in kernels.bundles]
+        self.usage = dict(kernels.usage)
+        self.picked: dict[int, list[tuple[Made, DeviceKernel]]] = {}
+
+    def run(self) -> GpuLowered:
+        nodes = self._nodes()
+        fusions, refused = self.how.fusions(nodes, self.gpu)
+        self.remarks += refused
+        fusions, devices = self._build(nodes, fusions)
+        self.remarks += [done(f, nodes) for f in fusions]
+        tasks, members = merged(nodes, fusions)
+        steps, infos = [], []
+        owner = {f.tasks: k for k, f in enumerate(fusions)}
+        for node, group in zip(tasks, members, strict=True):
+            number = owner.get(tuple(group))
+            step, info = (
+                self._alone(group[0], node.task)
+                if number is None
+                else self._fused(fusions[number], devices[number], node.task)
+            )
+            steps.append(step)
+            infos.append(info)
+        return self._finish(steps, infos)
+
+    # -- tasks --------------------------------------------------------------------------------
+
+    def _nodes(self) -> list[Node]:
+        nodes = []
+        for number, (step, after) in enumerate(
+            zip(self.plan.steps, dependencies(self.plan.steps, self._impure()), strict=True)
+        ):
+            if isinstance(step, KernelStep):
+                made = self.kernels.made[step.kernel]
+                options = [(made, v) for v in _variants(step, made)]
+                self.picked[number] = options
+                candidates = tuple(self.kernels.candidate(m, v) for m, v in options)
+                first = candidates[0]
+                share = self.gpu.share(first.blocks)
+                task = GpuTask(step.name, first.seconds, share, made.definition.bytes, after)
+                nodes.append(Node(task, candidates))
+            else:
+                assert isinstance(step, LibraryStep)
+                nodes.append(Node(replace(self._library(step), after=after)))
+        return nodes
+
+    def _impure(self) -> set[str]:
+        calls = (n for n in self.by_name.values() if n.op == "call_function")
+        return {n.name for n in calls if not is_pure(n)}
+
+    def _library(self, step: LibraryStep) -> GpuTask:
+        """A library call, as if it were as good as the roofline of the blocks it can fill."""
+        node, gpu = self.by_name[step.name], self.gpu
+        made = sum(_elements(r) for r in step.results if r is not None)
+        refs = [r for r in touched(step) if r is not None]
+        nbytes = sum(_elements(r) * ITEMSIZE.get(r.dtype, 0) for r in refs)
+        known = made and isinstance(node.meta.get("val"), torch.Tensor)
+        flops = flops_of(node) if known else 0.0
+        is_product = flops > 2 * made
+        blocks = made / _TILE if is_product else max(map(_elements, refs), default=0) / _ELEMENTS
+        share = gpu.share(math.ceil(blocks))
+        return GpuTask(step.name, max(gpu.least, gpu.seconds(flops, nbytes, share)), share, nbytes)
+
+    # -- kernels ------------------------------------------------------------------------------
+
+    def _build(
+        self, nodes: Sequence[Node], fusions: Sequence[Fusion]
+    ) -> tuple[list[Fusion], list[DeviceKernel]]:
+        """Compiles fused launches; leaves out what may not or does not become one."""
+        made: list[tuple[Fusion, DeviceKernel]] = []
+        for fusion in fusions:
+            parts = [
+                self._part(k, pick) for k, pick in zip(fusion.tasks, fusion.picks, strict=True)
+            ]
+            names = tuple(nodes[k].task.name for k in fusion.tasks)
+            spelled = "|".join(p.name for p in parts)
+            name = f"plait_{hashlib.sha256(spelled.encode()).hexdigest()[:16]}_fused"
+            try:
+                made.append((fusion, fuse(name, parts, self.gpu)))
+            except Unsupported as error:
+                self._missed(error.remark, names, error.reason, error.hint)
+        if not made:
+            return [], []
+        devices = {device.kernel.name: device for _, device in made}
+        failed: dict[str, str] = {}
+        try:
+            bundle = cuda.build(devices, self.kernels.target, store=self.kernels.store)
+            failed = bundle.failed
+            self.images.append(bundle.image)
+            self.sources.append(bundle.source)
+            self.usage |= bundle.usage
+        except BuildError as error:
+            failed = dict.fromkeys(devices, str(error))
+        kept = []
+        for fusion, device in made:
+            if device.kernel.name in failed:
+                names = tuple(nodes[k].task.name for k in fusion.tasks)
+                why = f"code generation failed: {failed[device.kernel.name]}"
+                self._missed("PLT-KER-003", names, why, "")
+            else:
+                kept.append((fusion, device))
+        return [f for f, _ in kept], [d for _, d in kept]
+
+    def _missed(self, remark: str, names: tuple[str, ...], reason: str, hint: str) -> None:
+        self.remarks.append(Remark(remark, "missed", FuseHorizontal.name, names, reason, hint))
+
+    def _part(self, number: int, pick: int) -> Part:
+        made, variant = self.picked[number][pick]
+        step = self.plan.steps[number]
+        assert isinstance(step, KernelStep)
+        places = [Place(r.buffer, int(r.offset) * ITEMSIZE[r.dtype]) for r in step.args]
+        took = self.kernels.seconds(made, variant)
+        return Part.of(variant, made.definition, places, took, self.gpu)
+
+    def _alone(self, number: int, task: GpuTask) -> tuple[Step, StepInfo]:
+        step = self.plan.steps[number]
+        if not isinstance(step, KernelStep):
+            return step, StepInfo(task)
+        made, variant = self.picked[number][0]
+        kernel = variant.kernel
+        args, reads = self._with_temporaries(step.name, step.args, kernel), step.reads
+        hashed = f"{step.kernel}:{kernel.name}"
+        self.found[hashed] = self._launchable(kernel, range(len(args)))
+        chosen = self.kernels.candidate(made, variant)
+        info = StepInfo(task, chosen, len(kernel.launches))
+        return replace(step, kernel=hashed, args=args, reads=reads), info
+
+    def _fused(self, fusion: Fusion, device: DeviceKernel, task: GpuTask) -> tuple[Step, StepInfo]:
+        """The step of a fused launch: first what all parts read, then what they write."""
+        parts = [self.plan.steps[k] for k in fusion.tasks]
+        read: list[TensorRef] = []
+        written: list[TensorRef] = []
+        slots: list[tuple[bool, int]] = []  # of each tensor of the kernel: written? and where
+        for step in parts:
+            assert isinstance(step, KernelStep)
+            for position, ref in enumerate(step.args):
+                side = written if position >= step.reads else read
+                slots.append((side is written, len(side)))
+                side.append(ref)
+        name = "+".join(s.name for s in parts)
+        args = self._with_temporaries(name, (*read, *written), device.kernel)
+        tensors = len(read) + len(written)
+        order = [at + len(read) * is_written for is_written, at in slots]
+        order += range(tensors, len(args))
+        self.found[device.kernel.name] = self._launchable(device.kernel, order)
+        kernels = [s for s in parts if isinstance(s, KernelStep)]
+        step = KernelStep(
+            name=name,
+            kernel=device.kernel.name,
+            args=args,
+            reads=len(read),
+            flops=sum(int(s.flops) for s in kernels),
+            bytes=sum(int(s.bytes) for s in kernels),
+            group=kernels[0].group,
+        )
+        chosen = candidate(device, self.usage, fusion.seconds)
+        info = StepInfo(task, chosen, len(device.kernel.launches), tuple(s.name for s in parts))
+        return step, info
+
+    def _launchable(self, kernel: GpuKernel, order: Sequence[int]) -> Launchable:
+        function = kernel.launches[0].function
+        image = next(k for k, source in enumerate(self.sources) if f" {function}(" in source)
+        return Launchable(kernel, image, tuple(order))
+
+    def _with_temporaries(
+        self, name: str, args: Sequence[TensorRef], kernel: GpuKernel
+    ) -> tuple[TensorRef, ...]:
+        found = list(args)
+        for nbytes in kernel.temporaries:
+            number = len(self.plan.buffers)
+            buffer = f"temporary{number}:{name}"
+            self.plan.buffers[buffer] = Buffer(buffer, "arena", nbytes)
+            found.append(TensorRef(buffer, "uint8", (nbytes,), (1,)))
+        return tuple(found)
+
+    # -- streams and memory -------------------------------------------------------------------
+
+    def _finish(self, steps: list[Step], infos: list[StepInfo]) -> GpuLowered:
+        streams = assign(
+            [i.task.after for i in infos], [i.task.seconds for i in infos], self.streams_pass.most
+        )
+        ordered = _on_streams([i.task for i in infos], streams)
+        took, limits = seconds(ordered, self.gpu), bounds([i.task for i in infos], self.gpu)
+        buffers = self._memory(steps, streams)
+        plan = replace(
+            self.plan,
+            steps=steps,
+            buffers=buffers[0],
+            arena_bytes=buffers[1],
+            lanes=[Lane(s, w) for s, w in zip(streams.of, streams.waits, strict=True)],
+            urgent=tuple(s for s, urgent in enumerate(streams.critical) if urgent),
+        )
+        count = max(streams.of, default=-1) + 1
+        self.remarks.append(
+            Remark(
+                "PLT-GPU-005",
+                "done",
+                StreamsPass.name,
+                (),
+                f"{len(steps)} steps on {count} streams with {streams.events} events between them,"
+                f" {took * 1e6:.1f} us by the model; none can take less than"
+                f" {limits.best * 1e6:.1f} us",
+            )  # fmt: skip
+        )
+        graphable = self._graphable(steps)
+        fused = sum(bool(i.parts) for i in infos)
+        return GpuLowered(
+            plan, self.lowered.constants, self.lowered.calls, self.found, self.images,
+            self.sources, infos, took, limits, fused, graphable, self.remarks,
+        )  # fmt: skip
+
+    def _memory(self, steps: Sequence[Step], streams: Streams) -> tuple[dict[str, Buffer], int]:
+        users: dict[str, list[int]] = {}
+        for number, step in enumerate(steps):
+            for ref in touched(step):
+                if ref is not None and self.plan.buffers[ref.buffer].kind == "arena":
+                    users.setdefault(ref.buffer, []).append(number)
+        sizes = {name: int(self.plan.buffers[name].nbytes) for name in users}
+        lives = lifetimes(sizes, users, streams)
+        memory = plan_memory(lives)
+        if lives:
+            self.remarks.append(describe(lives, memory))
+        buffers = {n: b for n, b in self.plan.buffers.items() if b.kind != "arena" or n in users}
+        for name, offset in memory.offsets.items():
+            buffers[name] = replace(buffers[name], offset=offset)
+        return buffers, int(memory.total)
+
+    def _graphable(self, steps: Sequence[Step]) -> bool:
+        """Whether the same launches serve every call; says why not."""
+        for step in steps:
+            if not isinstance(step, LibraryStep):
+                continue
+            node = self.by_name[step.name]
+            reason = ""
+            if any(r is not None and not r.dtype for r in touched(step)):
+                reason = f"{step.target} depends on sizes that only data tell"
+            elif is_random(node):
+                reason = f"{step.target} draws random numbers"
+            if reason:
+                what = "so every call launches the plan's steps one by one"
+                self.remarks.append(
+                    Remark("PLT-GPU-004", "missed", "lower", (step.name,), f"{reason}, {what}")
+                )
+                return False
+        return True
+
+
+def dependencies(steps: Sequence[Step], impure: set[str]) -> list[tuple[int, ...]]:
+    """Which earlier steps each one must come after, by the memory that they touch.
+
+    Steps named in ``impure`` keep their order among each other.
+    """
+    seen: dict[str, list[tuple[int, Any, bool]]] = {}
+    found = []
+    last_impure = -1
+    for number, step in enumerate(steps):
+        after: set[int] = set()
+        if step.name in impure:
+            after |= {last_impure} if last_impure >= 0 else set()
+            last_impure = number
+        for ref, writes in _accesses(step):
+            span = span_of(ref, ref.buffer, 0, {}) if ref.dtype else None
+            known = seen.setdefault(ref.buffer, [])
+            after |= {
+                j
+                for j, other, written in known
+                if j != number
+                and (written or writes)
+                and (span is None or other is None or other.overlaps(span))
+            }
+            known.append((number, span, writes))
+        found.append(tuple(sorted(after)))
+    return found
+
+
+def _accesses(step: Step) -> list[tuple[TensorRef, bool]]:
+    if isinstance(step, KernelStep):
+        return [(ref, k >= step.reads) for k, ref in enumerate(step.args)]
+    assert isinstance(step, LibraryStep)
+    results = [(ref, True) for ref in step.results if ref is not None]
+    return [*((ref, False) for ref in step.refs), *results]
+
+
+def _variants(step: KernelStep, made: Made) -> list[DeviceKernel]:
+    """The variants that a step may use: only the plain one reads no vectors, which are aligned."""
+    before = made.variants[0].kernel.offsets  # how far memory begins before element 0
+    starts = [int(r.offset) * ITEMSIZE[r.dtype] for r in step.args]
+    if not any((start - b) % ALIGNMENT for start, b in zip(starts, before, strict=True)):
+        return made.variants
+    return made.variants[-1:]
+
+
+def _on_streams(tasks: Sequence[GpuTask], streams: Streams) -> list[GpuTask]:
+    """The tasks with the order that streams add."""
+    last: dict[int, int] = {}
+    found = []
+    for number, task in enumerate(tasks):
+        stream = streams.of[number]
+        before = {*task.after, *([last[stream]] if stream in last else [])}
+        found.append(replace(task, after=tuple(sorted(before))))
+        last[stream] = number
+    return found
+
+
+def _elements(ref: TensorRef) -> int:
+    return math.prod(int(d) for d in ref.shape) if ref.dtype else 0

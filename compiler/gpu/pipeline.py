@@ -1,0 +1,62 @@
+"""Compilation for a GPU on one page.
+
+capture -> normalize -> fuse-vertical -> fuse-horizontal, streams (what they are to do)
+        -> heavy operators to the library -> storage -> kernels (TVM, nvcc)
+        -> fused launches -> streams -> plan-memory -> Plan -> CUDA graph
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ...kernels import cuda
+from ...kernels.build import BuildError
+from ...kernels.occupancy import SM90, Gpu
+from ...kernels.target import Target
+from ...passes.fuse_horizontal import FUSE, FuseHorizontal
+from ...passes.manager import PassManager
+from ...passes.remarks import Remark
+from ...passes.schedule import SCHEDULE
+from ..capture.captured import Captured
+from ..lowering import select
+from ..pipeline import elsewhere
+from .lower import GpuLowered, lower_gpu
+from .select import GpuKernels
+
+GPU_PIPELINE = "normalize,fuse-vertical,fuse-horizontal,streams"
+
+
+class Planned:
+    """A captured graph after the passes for a GPU, to be lowered with or without fused launches."""
+
+    def __init__(self, captured: Captured, pipeline: str | None, target: Target, gpu: Gpu) -> None:
+        with torch.no_grad():
+            manager = PassManager(GPU_PIPELINE if pipeline is None else pipeline)
+            result = manager.run(captured.graph_module)
+        self.captured, self.graph = captured, result.graph_module
+        told = elsewhere(self.graph, {SCHEDULE: "the CPU"})
+        self.remarks: tuple[Remark, ...] = (*captured.remarks, *result.remarks, *told)
+        how = self.graph.meta.get(FUSE) or FuseHorizontal(most=1)
+        self.kernels = GpuKernels(target, select.database(), how.own_flops, gpu)
+
+    def lower(self, *, fused: bool = True) -> GpuLowered:
+        """The plan and its compiled kernels. Raises NotImplementedError and BuildError."""
+        with torch.no_grad():
+            return lower_gpu(self.graph, self.kernels, self.captured.symbols, fused=fused)
+
+
+def planned(
+    captured: Captured, pipeline: str | None = None, arch: str = "sm_90", gpu: Gpu = SM90
+) -> Planned:
+    """A captured graph on its way to a GPU of generation ``arch``.
+
+    Raises BuildError where nvcc is missing or does not know that.
+    """
+    if not cuda.available():
+        raise BuildError("nvcc is not on the PATH: install the CUDA toolkit to compile GPU kernels")
+    if arch not in cuda.architectures():
+        known = ", ".join(cuda.architectures())
+        raise BuildError(f"nvcc does not know {arch!r}, only {known}")
+    return Planned(captured, pipeline, replace(cuda.sm90(), arch=arch), gpu)

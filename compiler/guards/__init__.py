@@ -1,0 +1,1 @@
+"""Guards: what must not have changed since a program was made, asked quickly."""

@@ -1,0 +1,67 @@
+"""Sizes across layers: torch SymInts, sympy expressions, and the Plan's text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy import functions as F
+
+from ...kernels.abi import Dim
+
+
+def dim(value: int | torch.SymInt) -> Dim:
+    """A torch size as an int or a sympy expression."""
+    if isinstance(value, int):
+        return value
+    expr = value.node.expr
+    return int(expr) if expr.is_Integer else expr
+
+
+def text(value: Dim | torch.SymInt) -> int | str:
+    """A size for the Plan. Raises NotImplementedError for functions outside integer arithmetic."""
+    if isinstance(value, torch.SymInt):
+        value = dim(value)
+    if isinstance(value, int):
+        return value
+    if value.is_Integer:
+        return int(value)
+    return _print(value)
+
+
+def _print(e: Any) -> str:
+    if e.is_Integer:
+        return str(int(e)) if int(e) >= 0 else f"({int(e)})"
+    if e.is_Symbol:
+        return e.name
+    args = [_print(a) for a in e.args]
+    if e.is_Add:
+        return "(" + " + ".join(args) + ")"
+    if e.is_Mul:
+        return "(" + "*".join(args) + ")"
+    if isinstance(e, sympy.Pow) and e.args[1].is_Integer and e.args[1] > 0:
+        return f"({args[0]}**{args[1]})"
+    if isinstance(e, (F.FloorDiv, F.CleanDiv)):
+        return f"({args[0]}//{args[1]})"
+    if isinstance(e, F.CeilDiv):
+        return f"(-(-{args[0]}//{args[1]}))"
+    if isinstance(e, (F.Mod, F.PythonMod, sympy.Mod)):
+        return f"({args[0]}%{args[1]})"
+    if isinstance(e, (sympy.Max, F.Max)):
+        return f"max({', '.join(args)})"
+    if isinstance(e, (sympy.Min, F.Min)):
+        return f"min({', '.join(args)})"
+    raise NotImplementedError(f"size {e} uses {type(e).__name__}, which plans cannot hold")
+
+
+def symbols(value: Dim) -> set[str]:
+    """Names of the symbols in a size."""
+    return set() if isinstance(value, int) else {str(s) for s in value.free_symbols}
+
+
+def is_backed(value: Any) -> bool:
+    """Whether a size is known before the call runs (no data-dependent symbol in it)."""
+    if not isinstance(value, torch.SymInt):
+        return True
+    return not any(str(s).startswith(("u", "zuf")) for s in value.node.expr.free_symbols)

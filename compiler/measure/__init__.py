@@ -1,0 +1,1 @@
+"""Measurements that decide: schedules, merged operators, bets, tuned kernels."""

@@ -1,0 +1,285 @@
+"""Judges the bets of `speculate-routes` by measurement.
+
+A bet stays where its expected gain, ``p * gain - (1 - p) * loss``, is positive by more than
+`MARGIN`: ``p`` comes from the held-out batches of the profile, gain and loss from timing the plans
+themselves, on made-up inputs of the sizes at hand, while routers go where those batches went.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...passes.remarks import Remark
+from ...passes.route_odds import Key, Loads, Routes, fractions
+from ...passes.speculate_routes import Likely
+from ...runtime.executor import Executor
+from ...runtime.plan import BranchStep
+from ...runtime.rehearsal import Rehearsal, Script
+from ...runtime.trace import made_up
+from ..lowering.lowered import Lowered
+
+MARGIN = 0.05
+"""What a bet must gain at least, as a share of the time without it."""
+BATCHES = 4
+"""Held-out batches that a plan is timed on."""
+TIMES = 2
+"""How often a bet must win in being timed: what others do on the machine must not decide it."""
+ROUNDS, SECONDS = 15, 0.3
+"""Most rounds, and seconds after which no further round begins."""
+PASS = "speculate-routes"
+
+Build = Callable[[Lowered], Executor]
+
+
+def timed(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of each call: the least over rounds in which they take turns, for what else the
+    machine does only adds.
+    """
+    samples: list[list[float]] = [[] for _ in calls]
+    with torch.no_grad():
+        for call in calls:
+            call()  # the first call pays for what is made once
+        started = time.perf_counter()
+        for _ in range(ROUNDS):
+            for call, times in zip(calls, samples, strict=True):
+                begin = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - begin)
+            if time.perf_counter() - started > SECONDS:
+                break
+    return list(map(min, samples))
+
+
+class Speculation:
+    """Runs the plan for the likely routes first, and the general one where they were not taken.
+
+    Implements what a program calls of an `Executor`. ``gain`` and ``loss`` are the seconds that a
+    hit saves and a miss costs, as measured; ``hits`` and ``misses`` count calls.
+    """
+
+    def __init__(
+        self, likely: Executor, general: Executor, bet: Likely, gain: float, loss: float
+    ) -> None:
+        self.likely, self.general, self.bet = likely, general, bet
+        self.gain, self.loss = gain, loss
+        self.hits = self.misses = 0
+        self.monitor: Any = None
+
+    def run(
+        self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """See `Executor.run`."""
+        try:
+            *results, won = self.likely.run(tensors)
+            hit = bool(won)
+        except (RuntimeError, IndexError):
+            # A library operator met values that only the likely routes exclude; where it is the
+            # caller's error, the general plan raises it again.
+            hit, results = False, []
+        if hit:
+            self.hits += 1
+            if self.monitor is not None:
+                self.monitor.won(self.bet.assumed, self.bet.widths)
+            return results if into is None else [into.copy_(results[0])]
+        self.misses += 1
+        if self.monitor is not None:
+            self.monitor.lost()
+        return self.general.run(tensors, into)
+
+    def visits(self) -> list[str]:
+        """Hits and misses and what they cost, then how often each branch ran, as lines of text."""
+        text = (
+            f"likely routes: {self.hits} hits (each saves {_us(self.gain)}), {self.misses} misses "
+            f"(each costs {_us(self.loss)}), odds {self.bet.odds:.2f}"
+        )
+        general = [f"  {line}" for line in self.general.visits()]
+        return [text, *(f"  {line}" for line in self.likely.visits()), "general plan:", *general]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What plans are timed on: inputs, and the routes of some batches."""
+
+    tensors: list[torch.Tensor]
+    routes: Routes
+
+    def script(self, batch: int) -> Script:
+        """The routes of a held-out batch, by router."""
+        script: dict[str, Sequence[float] | None] = {}
+        for key, (_, held) in self.routes.items():
+            if held is not None and batch < len(held.cells):
+                script[name_of(key)] = fractions(held, batch)
+        return script
+
+
+def name_of(key: Key) -> str:
+    """A router as plans call it."""
+    return f"{key[0]}#{key[1]}"
+
+
+def refused(bet: Likely, why: str) -> Remark:
+    """The remark of a bet on likely routes that is not made."""
+    nodes = tuple(map(_label, (*bet.assumed, *bet.dense)))
+    return Remark("PLT-SPC-009", "missed", PASS, nodes, f"{_describe(bet)}: {why}")
+
+
+def judge_likely(
+    bet: Likely, general: Executor, likely: Executor, sample: Sample, remarks: list[Remark]
+) -> Executor | Speculation | None:
+    """What runs instead of ``general``: nothing new (None), the two, or the likely plan alone where
+    it needs no guard. Remarks say which and why.
+    """
+    batches = [b for b, won in enumerate(bet.held) if won] if bet.assumed else []
+    if not bet.assumed:
+        counts = [len(held.cells) for _, held in sample.routes.values() if held is not None]
+        batches = list(range(max(counts, default=0)))
+    nodes = tuple(map(_label, (*bet.assumed, *bet.dense)))
+    what = _describe(bet)
+    if not batches:
+        why = f"the bet is lost in each of {len(bet.held)} held-out batches"
+        remarks.append(refused(bet, why))
+        return None
+    slow, fast = Rehearsal(general, {}), Rehearsal(likely, {})
+    odds, expected = bet.odds, math.inf
+    gain = loss = time_general = time_likely = 0.0
+    for _ in range(TIMES):
+        usual, quick = [], []
+        for batch in _some(batches):
+            script = sample.script(batch)
+            slow.play(script)
+            fast.play(script)
+            a, b = timed([lambda: slow.run(sample.tensors), lambda: fast.run(sample.tensors)])
+            usual.append(a)
+            quick.append(b)
+        found = odds * (_mean(usual) - _mean(quick)) - (1 - odds) * _mean(quick)
+        if found < expected:
+            expected, time_general, time_likely = found, _mean(usual), _mean(quick)
+            gain, loss = time_general - time_likely, time_likely
+        if expected <= MARGIN * time_general:
+            break
+    figures = (
+        f"{what}: {_us(time_likely)} instead of {_us(time_general)}; odds {odds:.2f}, a miss "
+        f"costs {_us(loss if bet.assumed else 0.0)}: expected {expected * 1e6:+.1f} us a call"
+    )
+    if expected <= MARGIN * time_general:
+        remarks.append(Remark("PLT-SPC-009", "missed", PASS, nodes, figures))
+        return None
+    remarks.append(Remark("PLT-SPC-005", "done", PASS, nodes, figures, "", expected))
+    return Speculation(likely, general, bet, gain, loss) if bet.assumed else likely
+
+
+def judge_capacities(
+    lowered: Lowered, build: Build, routes: Routes, values: Mapping[str, int]
+) -> list[Remark]:
+    """Takes the plans for a number of rows that do not pay out of ``lowered``, which it changes."""
+    remarks: list[Remark] = []
+    keys = {name_of(key): pair for key, pair in routes.items()}
+    for number, step in enumerate(lowered.plan.steps):
+        if not isinstance(step, BranchStep):
+            continue
+        sized = []
+        for b, (rows, name) in enumerate(step.sized):
+            held = keys.get(step.router, (None, None))[1]
+            if not name or held is None:
+                sized.append((0, ""))
+                continue
+            kept = _judge_capacity(lowered, step, b, build, held, values, remarks)
+            sized.append((rows, name) if kept else (0, ""))
+            if not kept:
+                del lowered.parts[name], lowered.plan.parts[name]
+        if not any(rows for rows, _ in sized):
+            sized = []
+        lowered.plan.steps[number] = replace(step, sized=tuple(sized))
+    for part in lowered.parts.values():
+        remarks += judge_capacities(part, build, routes, values)
+    return remarks
+
+
+def _judge_capacity(
+    lowered: Lowered,
+    step: BranchStep,
+    b: int,
+    build: Build,
+    held: Loads,
+    values: Mapping[str, int],
+    remarks: list[Remark],
+) -> bool:
+    rows, name = step.sized[b]
+    general, special = build(lowered.parts[step.plans[b]]), build(lowered.parts[name])
+    counts = [load[b] for load in held.loads]
+    fits = [n >= rows for n in counts]
+    router, what = step.router.rpartition("#")[0], f"{rows} rows of branch {b}"
+    bound = {s: d for s, (i, d) in general.plan.symbols.items() if i == 0}
+    chosen = _some([n for n in counts if n]) if any(fits) else []
+    sizes = sorted({*chosen, *(n - rows for n in chosen if n > rows)})
+
+    calls: list[Callable[[], object]] = []
+    for executor, count in [*((general, n) for n in sizes), (special, rows)]:
+        tensors = made_up(general.plan, {**values, **dict.fromkeys(bound, count)})
+        calls.append(lambda e=executor, t=tensors: e.run(t))
+    if not chosen:
+        reason = f"router {router!r}, {what}: never as many in {len(counts)} held-out batches"
+        remarks.append(Remark("PLT-SPC-009", "missed", PASS, (step.name,), reason))
+        return False
+    before, after, fast = 0.0, -math.inf, 0.0
+    usual: dict[int, float] = {}
+    for _ in range(TIMES):
+        *times, special_time = timed(calls)
+        now = dict(zip(sizes, times, strict=True))
+        costs = [
+            now[n] if n < rows else special_time + (now[n - rows] if n > rows else 0.0)
+            for n in chosen
+        ]
+        without = _mean([now[n] for n in chosen])
+        if without - _mean(costs) < before - after:
+            before, after, fast, usual = without, _mean(costs), special_time, now
+        if before - after <= MARGIN * before:
+            break
+    spills = [usual[n - rows] for n in chosen if n > rows]
+    spill = f", a spill costs {_us(_mean(spills))}" if spills else ""
+    figures = (
+        f"router {router!r}, {what}: {_us(fast)}{spill}; expected {_us(after)} instead of "
+        f"{_us(before)} over {len(counts)} held-out batches, {sum(fits)} of them with as many"
+    )
+    nodes = (step.name,)
+    if before - after <= MARGIN * before:
+        remarks.append(Remark("PLT-SPC-009", "missed", PASS, nodes, figures))
+        return False
+    remarks.append(Remark("PLT-SPC-008", "done", PASS, nodes, figures, "", before - after))
+    return True
+
+
+def _describe(bet: Likely) -> str:
+    texts = []
+    if bet.assumed:
+        texts.append(f"{len(bet.assumed)} routers with likely routes")
+    if bet.dense:
+        texts.append(f"{len(bet.dense)} routers run on all cells")
+    return " and ".join(texts)
+
+
+def _label(key: Key) -> str:
+    """A router as remarks call it."""
+    return (key[0] or "(model)") + (f" #{key[1] + 1}" if key[1] else "")
+
+
+def _some(items: Sequence[int]) -> list[int]:
+    """At most `BATCHES` of ``items``, spread over them in order of size."""
+    items = sorted(items)
+    if len(items) <= BATCHES:
+        return items
+    return [items[round(k * (len(items) - 1) / (BATCHES - 1))] for k in range(BATCHES)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us"

@@ -1,0 +1,1 @@
+"""Placement: models divided over devices, and running them there."""

@@ -1,0 +1,60 @@
+"""`plait.Device`: a device to place ops on, named by what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ...passes.placement.devices import KINDS, Placed, parse_devices
+from ..errors import OptionError
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device such as ``"h100:80GB"``, ``"cpu"`` or ``"cuda:0"``, which looks at that GPU.
+
+    ``memory`` (bytes) replaces the kind's own, ``speed`` scales its times: 0.5 is half as fast.
+    Raises OptionError where the spec is not understood.
+    """
+
+    spec: str
+    memory: float | None = None
+    speed: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.speed > 0 or (self.memory is not None and not self.memory >= 0):
+            raise OptionError("PLT-PLC-003", f"{self} has no meaning", "memory >= 0, speed > 0")
+        if not self.spec.startswith("cuda") and len(parse_devices(self.spec)) != 1:
+            raise OptionError("PLT-PLC-003", f"{self.spec!r} is more than one device", "name one")
+
+    def placed(self, number: int) -> Placed:
+        """The device for a problem, named by its kind and ``number``."""
+        spec = self.spec
+        if spec.startswith("cuda"):
+            spec, memory = _cuda(spec)
+        else:
+            memory = None
+        (found,) = parse_devices(spec)
+        kind = found.device.name.partition(":")[0]
+        room = self.memory if self.memory is not None else memory
+        room = found.device.memory_bytes if room is None else room
+        named = replace(found.device, name=f"{kind}:{number}", memory_bytes=room, speed=self.speed)
+        return Placed(named, found.kind)
+
+
+def _cuda(spec: str) -> tuple[str, float]:
+    """Kind and bytes of a GPU of this machine."""
+    import torch
+
+    try:
+        found = torch.cuda.get_device_properties(torch.device(spec))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise OptionError(
+            "PLT-PLC-004", f"there is no {spec!r}: {reason}", "name a kind"
+        ) from error
+    name = found.name.lower()
+    kind = next((k for k in KINDS if k in name), None)
+    if kind is None:
+        known = ", ".join(KINDS)
+        raise OptionError("PLT-PLC-004", f"{spec!r} is a {found.name}, of no known kind", known)
+    return kind, float(found.total_memory)

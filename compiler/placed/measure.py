@@ -1,0 +1,79 @@
+"""What units cost on this machine: each is compiled and timed on the values it really gets.
+
+The model runs once, unit by unit, each with its weights alone in memory: data decide how much a
+routed product has to do, so made-up inputs would not tell.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ..options import Options
+from .capture import Whole
+from .part import SegmentRun
+from .segments import _segment, extract
+from .units import Units
+
+ROUNDS, SECONDS = 5, 0.05
+"""Least number of timed calls of a unit, and seconds after which there are no more than that."""
+_CACHES = 1 << 27
+"""Bytes written between calls: a step reads each weight once, so caches hold none of them."""
+
+
+def measure(
+    whole: Whole, units: Units, inputs: Mapping[str, torch.Tensor], options: Options, threads: int
+) -> dict[str, float]:
+    """Seconds of each unit by name, on ``threads`` threads: the median of a few calls."""
+    found: dict[str, float] = {}
+    values: dict[fx.Node, torch.Tensor] = {}
+    last = {x: u for u in units.units for n in u.nodes for x in n.all_input_nodes}
+    flush = torch.zeros(_CACHES, dtype=torch.uint8)
+    with on_threads(threads):
+        for unit in units.units:
+            for node in unit.nodes:
+                if node.op == "placeholder":
+                    values[node] = inputs[node.name]
+            nodes = [n for n in unit.nodes if n.op == "call_function"]
+            found[unit.name] = 0.0
+            if nodes:
+                segment = _segment(units, unit.name, 0, 0, nodes)
+                captured = extract(units.module, segment)
+                run = SegmentRun(captured, whole.names, whole.source, options, torch.device("cpu"))
+                given = [values[x] for x in segment.inputs]
+                results, found[unit.name] = _timed(run, given, flush)
+                values.update(zip(segment.outputs, results, strict=True))
+            for x in [x for x in values if last.get(x) is unit]:
+                del values[x]
+    return found
+
+
+def _timed(
+    run: SegmentRun, given: list[torch.Tensor], flush: torch.Tensor
+) -> tuple[list[torch.Tensor], float]:
+    results: Any = run(given)  # the first call pays for what is made once
+    times: list[float] = []
+    while len(times) < ROUNDS or (sum(times) < SECONDS and len(times) < 4 * ROUNDS):
+        flush.add_(1)
+        begin = time.perf_counter()
+        run(given)
+        times.append(time.perf_counter() - begin)
+        if sum(times) > 20 * SECONDS and len(times) > 1:
+            break
+    return results, sorted(times)[len(times) // 2]
+
+
+@contextmanager
+def on_threads(count: int) -> Any:
+    """Within it, torch and kernels run on ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,76 @@
+"""`plait.place`: devices for the ops of a problem or a model, and an order on each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...passes.placement import plan
+from ...passes.placement.devices import parse_devices, parse_link
+from ...passes.placement.placement import Placement
+from ...passes.placement.problem import Problem
+from ...passes.placement.problem_file import problem_from_dict, read_problem
+from ..errors import OptionError
+from .device import Device
+
+if TYPE_CHECKING:
+    from .graph import Graph
+
+
+def place(
+    problem: Problem | Graph | Mapping[str, Any] | str | Path | Any,
+    *,
+    algorithm: str = "best",
+    objective: str = "latency",
+    budget: float = 10.0,
+    seed: int = 0,
+    coarsen_to: int | None = None,
+    devices: str | Sequence[Device | str] | None = None,
+    link: str = "50GB/s,10us",
+    example_inputs: Any = (),
+    optimizer: str | None = None,
+) -> Placement:
+    """The best placement that ``budget`` seconds find; its ``report`` tells the proven gap.
+
+    ``problem`` is a placement problem (an object, its JSON values, or a file's path), or a
+    `torch.nn.Module` with its ``example_inputs`` (positional, or keywords in a mapping), which may
+    be on the meta device: nothing is run. A module needs ``devices`` ("4xh100:80GB", or a list of
+    `Device`) joined by equal links; with ``optimizer`` ("none", "sgd", "momentum" or "adam") a
+    whole training step is placed. ``algorithm`` is "best", "single", "min-cut", "m-topo", "m-etf",
+    "m-sct" or "heft"; ``objective`` "latency" (makespan of a step) or "throughput" (largest load of
+    a device or link per input in a pipeline). ``coarsen_to`` first joins ops, never into a cycle,
+    until about so many are left; the plan and its report are of the ops themselves.
+
+    Raises PlacementError (a ValueError) for a problem or option without meaning, InfeasibleError
+    where nothing fits, CaptureError where a module cannot be traced.
+    """
+    options: dict[str, Any] = {"algorithm": algorithm, "objective": objective, "budget": budget,
+                               "seed": seed, "coarsen_to": coarsen_to}  # fmt: skip
+    if isinstance(problem, str | Path):
+        began = time.perf_counter()
+        return plan.place(read_problem(problem), began=began, **options)
+    if isinstance(problem, Mapping):
+        return plan.place(problem_from_dict(problem), **options)
+    if isinstance(problem, Problem):
+        return plan.place(problem, **options)
+    if devices is None:
+        raise OptionError("PLT-PLC-003", "a model needs devices", 'devices="4xh100:80GB"')
+    from .graph import Graph, trace
+
+    graph = problem
+    if not isinstance(graph, Graph):
+        keywords = isinstance(example_inputs, Mapping)
+        args = () if keywords else _positional(example_inputs)
+        graph = trace(problem, args, example_inputs if keywords else {}, optimizer)
+    if isinstance(devices, str):
+        found = parse_devices(devices)
+    else:
+        specs = [x if isinstance(x, Device) else Device(x) for x in devices]
+        found = [x.placed(k) for k, x in enumerate(specs)]
+    return plan.place(graph.problem(found, parse_link(link)), **options)
+
+
+def _positional(inputs: Any) -> tuple[Any, ...]:
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)

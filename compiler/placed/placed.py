@@ -1,0 +1,317 @@
+"""`Placed`: what `plait.compile(model, devices=...)` returns, and the three ways it runs."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ...passes.placement.placement import Placement
+from ...passes.remarks import Remark, render
+from ...runtime.pipeline import Inline
+from ..capture.arguments import as_call, canonical, signature_of
+from ..capture.captured import check_tensors
+from ..capture.tree import flatten, unflatten
+from ..errors import InputError
+from ..guards.keys import FLOATS
+from ..options import Options
+from ..pipeline import prepare
+from .capture import check_plain
+from .device import Device
+from .local import START, Ranks
+from .options import Here, PlacementOptions, devices_here
+from .part import Memory, SegmentRun, check_range
+from .plan import Division, Planned, plan_model, threads_of
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Engine(Protocol):
+    """Runs a division."""
+
+    division: Division
+
+    def stream(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
+        """The results of each batch, in order."""
+        ...
+
+    def memory(self) -> list[Memory]:
+        """What each rank's process takes; nothing where ranks are no processes."""
+        ...
+
+    def close(self) -> None:
+        """Ends what was started."""
+        ...
+
+
+class Placed:
+    """A model divided among devices. Calling it gives the original's result.
+
+    It is divided at the first call, or right away with ``example_inputs``, for the shapes of that
+    call and its other arguments by value; other shapes raise InputError. Weights are copied: what
+    changes in the original afterwards is not seen. Results carry no gradients. One call runs at a
+    time; `map` keeps several batches in flight. `close` (or a ``with`` block) ends processes.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        devices: str | Sequence[Device | str],
+        placement: PlacementOptions,
+        options: Options,
+    ) -> None:
+        self.original, self.options = model, options
+        self.placement_options = placement
+        self.devices: list[Here] = devices_here(devices)
+        self._signature = signature_of(model)
+        self._engine: Engine | None = None
+        self._lock = threading.RLock()
+
+    # -- calling --------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's result. Raises InputError for arguments that it was not divided for, and
+        DistributedError where a rank fails, after which nothing runs any more.
+        """
+        with self._lock:
+            (result,) = self._stream([(args, kwargs)])
+            return result
+
+    def map(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Results of batches in order: each a tuple of positional or a dict of keyword arguments,
+        or one argument. As many batches are in flight as the pipeline has stages.
+        """
+        with self._lock:
+            yield from self._stream(as_call(batch) for batch in batches)
+
+    def _stream(self, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]) -> Iterator[Any]:
+        calls = iter(calls)
+        first = next(calls, None)
+        if first is None:
+            return
+        self.prepare(*first)
+        engine = self._engine
+        assert engine is not None
+
+        def given() -> Iterator[Tensors]:
+            yield self._inputs(*first)
+            for args, kwargs in calls:
+                yield self._inputs(args, kwargs)
+
+        kept: list[Tensors] = []  # batches whose inputs are results too
+
+        def noted() -> Iterator[Tensors]:
+            for inputs in given():
+                kept.append(inputs)
+                yield inputs
+
+        for results in engine.stream(noted()):
+            yield self._result({**kept.pop(0), **results})
+
+    def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Placed:
+        """Divides the model for these arguments, once. Returns itself."""
+        with self._lock:
+            if self._engine is None:
+                args, kwargs, _ = canonical(self._signature, tuple(args), dict(kwargs))
+                engines = {"inline": InlineEngine, "processes": LocalEngine}
+                how = self.placement_options.how()
+                if how == "torchrun":
+                    from .spmd import SpmdEngine
+
+                    engines["torchrun"] = SpmdEngine  # type: ignore[assignment]
+                self._engine = engines[how](self, args, kwargs)
+        return self
+
+    def _inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensors:
+        """A call's tensors by name. Raises InputError where they are not as compiled for."""
+        division = self.division
+        captured = division.call
+        args, kwargs, _ = canonical(self._signature, tuple(args), dict(kwargs))
+        leaves, tree = flatten((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        fixed = [None if isinstance(x, torch.Tensor) else (x,) for x in leaves]
+        if tree != captured.in_tree or not _same(fixed, captured.in_leaves):
+            raise InputError(
+                "PLT-INP-001", "arguments differ from those that the model was divided for",
+                f"it takes ({captured.signature()})",
+            )  # fmt: skip
+        wrong = check_tensors(captured, tensors)
+        if wrong:
+            text = "; ".join(f"argument {n!r}: {why}" for n, why in wrong.items())
+            raise InputError("PLT-INP-002", text, "compile the model again for other sizes")
+        check_plain(tensors)
+        for check, low, end in division.checks:
+            check_range(captured.inputs[check].name, tensors[check], low, end)
+        return dict(zip(division.names, [t.detach() for t in tensors], strict=True))
+
+    def _result(self, values: Tensors) -> Any:
+        captured, names = self.division.call, self.division.results
+        leaves = [
+            values[names[x]].to(captured_device) if type(x) is int else x[0]
+            for x in captured.out_leaves
+        ]
+        return unflatten(captured.out_tree, leaves)
+
+    # -- looking at it --------------------------------------------------------------------------
+
+    @property
+    def division(self) -> Division:
+        """Graphs, problem, placement and programs. Raises InputError before the first call."""
+        if self._engine is None:
+            raise InputError("PLT-DST-011", "nothing is divided yet", "call the model first")
+        return self._engine.division
+
+    @property
+    def placement(self) -> Placement:
+        """Where each unit runs; its report has makespan, bound, gap and planned peaks."""
+        return self.division.placement
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """What was done, or not done and why."""
+        return () if self._engine is None else tuple(self._engine.division.remarks)
+
+    def memory(self) -> list[Memory]:
+        """Bytes of each rank's process: base, after loading, peak; empty when run inline."""
+        with self._lock:
+            return [] if self._engine is None else self._engine.memory()
+
+    def explain(self) -> str:
+        """A text for people: the prediction, what each rank runs, and remarks."""
+        if self._engine is None:
+            return "nothing divided yet: the first call divides"
+        division = self.division
+        what = "result" if self.placement_options.objective == "throughput" else "step"
+        lines = [f"predicted: {division.predicted_s * 1e3:.3g} ms a {what}"]
+        peaks = division.placement.report["peak_bytes"]
+        for device, program in zip(self.devices, division.programs, strict=True):
+            planned = peaks[device.placed.device.name] / 1e6
+            lines.append(f"{device.placed.device.name} on {device.torch}: {planned:.1f} MB planned")
+            lines += [f"  {line}" for line in str(program).splitlines()]
+        return "\n".join([*lines, render(self.remarks)])
+
+    def close(self) -> None:
+        """Ends the processes that were started for it."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def __enter__(self) -> Placed:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        names = ", ".join(d.placed.device.name for d in self.devices)
+        return f"Placed({type(self.original).__name__} on {names})"
+
+
+captured_device = torch.device("cpu")
+"""Models are captured on the CPU, so that is where their results are."""
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether leaves of calls are equal; 0.0 and -0.0 differ, nan equals itself."""
+    key = [(type(x[0]), repr(x[0]) if isinstance(x[0], FLOATS) else x[0]) if x else x for x in a]
+    other = [(type(x[0]), repr(x[0]) if isinstance(x[0], FLOATS) else x[0]) if x else x for x in b]
+    return key == other
+
+
+class InlineEngine:
+    """All devices in this process."""
+
+    def __init__(self, placed: Placed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        planned = plan_model(
+            placed.original, args, kwargs, placed.devices, placed.placement_options, placed.options
+        )
+        self.division, whole = planned.division, planned.whole
+        runs = {
+            s.name: SegmentRun(
+                planned.graphs[s.name], whole.names, whole.source, placed.options,
+                placed.devices[s.rank].torch,
+            )
+            for s in planned.segments
+        }  # fmt: skip
+        self.division.remarks += [r for run in runs.values() for r in run.remarks]
+        devices = [d.torch for d in placed.devices]
+        self.player = Inline(self.division.programs, runs, devices)
+
+    def stream(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
+        """See `Engine.stream`."""
+        with torch.no_grad():
+            for inputs in batches:
+                yield self.player.run(inputs)
+
+    def memory(self) -> list[Memory]:
+        """See `Engine.memory`."""
+        return []
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+
+
+class LocalEngine:
+    """One process for each device, started here."""
+
+    def __init__(self, placed: Placed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        options, devices = placed.placement_options, placed.devices
+        self.ranks = Ranks(len(devices), options.timeout, threads_of(options, devices))
+        try:
+            self._load(placed, args, kwargs)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, placed: Placed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        options, ranks = placed.placement_options, self.ranks
+        how = {"pipeline": placed.options.pipeline, "tune": placed.options.tune}
+        ranks.join()
+        link = ranks.measure_link if len(placed.devices) > 1 else None
+        planned = plan_model(
+            placed.original, args, kwargs, placed.devices, options, placed.options, link
+        )
+        self.division = division = planned.division
+        for captured in planned.graphs.values():  # once here, instead of in each process
+            prepare(captured, placed.options)
+        with tempfile.TemporaryDirectory(prefix="plait-weights-") as folder:
+            for rank, device in enumerate(placed.devices):
+                weights = options.weights or _shard(planned, rank, Path(folder))
+                if not planned.weights(rank):
+                    weights = ""
+                ranks.send(
+                    rank, "load", division.programs[rank].to_json(), planned.payload(rank),
+                    str(weights), how, device.limit,
+                )  # fmt: skip
+            loaded = ranks.gather("loaded", START)
+        division.remarks += [r for _, remarks in loaded for r in remarks]
+        self._inputs = [p.inputs for p in division.programs]
+        self._owners = [p.rank for p in division.programs if p.results]
+
+    def stream(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
+        """See `Engine.stream`."""
+        ahead = self.division.programs[0].stages + 1
+        return self.ranks.stream(batches, self._inputs, self._owners, ahead)
+
+    def memory(self) -> list[Memory]:
+        """See `Engine.memory`."""
+        for rank in range(self.ranks.count):
+            self.ranks.send(rank, "memory")
+        return [m[0] for m in self.ranks.gather("memory")]
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self.ranks.close()
+
+
+def _shard(planned: Planned, rank: int, folder: Path) -> Path:
+    """A file with the weights of one rank, written from the model's own."""
+    from safetensors.torch import save_file
+
+    source, names = planned.whole.source, planned.weights(rank)
+    file = folder / f"rank{rank}.safetensors"
+    save_file({n: source.get(n).clone(memory_format=torch.contiguous_format) for n in names}, file)
+    return file

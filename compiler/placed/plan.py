@@ -1,0 +1,191 @@
+"""From a model to what each device runs: capture, units, costs, placement, segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ...kernels.ops.bounds import index_checks
+from ...passes.manager import PassManager
+from ...passes.placement import plan
+from ...passes.placement.devices import parse_link
+from ...passes.placement.placement import Placement
+from ...passes.placement.problem import Link, Problem
+from ...passes.remarks import Remark
+from ...runtime.pipeline import RankProgram
+from ..capture.captured import Captured
+from ..capture.tree import flatten
+from ..options import Options
+from .capture import Whole, capture_whole
+from .measure import measure
+from .options import Here, PlacementOptions
+from .part import cores, segment_to_json
+from .segments import Segment, divide, extract, own_results, programs
+from .units import Unit, Units, work
+
+_LINKS = {"inline": "10GB/s,5us", "processes": "1GB/s,100us", "torchrun": "1GB/s,100us"}
+"""What transfers are assumed to cost where nothing was said or measured."""
+
+
+@dataclass
+class Division:
+    """How a model is divided, as plain data. ``predicted_s`` is a step's time (latency) or the time
+    from one result to the next (throughput), in seconds.
+
+    ``call`` describes arguments and results of the captured call; its graph is gone. ``names`` are
+    the call's tensors, ``results`` its results in order, ``owners`` the rank, type and shape of
+    each tensor that a rank makes for the caller. ``checks`` are (input, smallest index, one past
+    the largest) of inputs that are indices.
+    """
+
+    call: Captured
+    problem: Problem
+    placement: Placement
+    programs: list[RankProgram]
+    names: list[str]
+    results: list[str]
+    owners: dict[str, tuple[int, str, tuple[int, ...]]]
+    checks: list[tuple[int, int, int]]
+    predicted_s: float
+    remarks: list[Remark]
+
+    @property
+    def segments(self) -> int:
+        """How many graphs the model became."""
+        return sum(len(p.steps) for p in self.programs)
+
+
+@dataclass
+class Planned:
+    """A division with the graphs that it is of, and where their weights come from."""
+
+    division: Division
+    whole: Whole
+    segments: list[Segment]
+    graphs: dict[str, Captured]
+
+    def payload(self, rank: int) -> dict[str, Any]:
+        """A rank's segments as plain values and constants."""
+        mine = [s.name for s in self.segments if s.rank == rank]
+        return {n: segment_to_json(self.graphs[n], self.whole.names) for n in mine}
+
+    def weights(self, rank: int) -> set[str]:
+        """The source's names of the weights that a rank holds."""
+        held = [self.graphs[s.name].constants() for s in self.segments if s.rank == rank]
+        return {self.whole.names[t] for part in held for t in part if t in self.whole.names}
+
+
+def plan_model(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    devices: Sequence[Here],
+    options: PlacementOptions,
+    compile_options: Options,
+    measured_link: Callable[[], tuple[float, float]] | None = None,
+) -> Planned:
+    """Divides one call of ``model``, whose arguments are examples for costs.
+
+    ``measured_link`` tells latency (seconds) and bandwidth (bytes/s) between ranks. Raises
+    CaptureError, OptionError, FileError, InfeasibleError or PlacementError.
+    """
+    whole = capture_whole(model, args, kwargs, options.weights)
+    with torch.no_grad():
+        result = PassManager("normalize").run(whole.captured.graph_module)
+        module = own_results(result.graph_module)
+        units = Units(module)
+    tensors = [x for x in flatten((tuple(args), dict(kwargs)))[0] if isinstance(x, torch.Tensor)]
+    holders = [n.name for n in module.graph.find_nodes(op="placeholder")]
+    how, threads = options.how(), threads_of(options, devices)
+    seconds: dict[str, float] = {}
+    if options.costs == "measured" and any(d.torch.type == "cpu" for d in devices):
+        inputs = dict(zip(holders, tensors, strict=True))
+        seconds = measure(whole, units, inputs, compile_options, threads)
+    if options.link is None and options.costs == "measured" and measured_link is not None:
+        link = Link(*measured_link())
+    else:
+        link = parse_link(options.link or _LINKS[how])
+    price = _price(devices, seconds)
+    name = type(model).__name__
+    problem = units.problem(name, tuple(d.placed.device for d in devices), link, price)
+    placement = plan.place(
+        problem, algorithm=options.algorithm, objective=options.objective,
+        budget=options.budget, seed=options.seed,
+    )  # fmt: skip
+    ranks = {op: problem.device_index[d] for op, d in placement.assign.items()}
+    segments = divide(units, ranks)
+    last: Any = next(iter(module.graph.find_nodes(op="output")))
+    flat = list(last.args[0])
+    made = programs(units, segments, len(devices), flat)
+    graphs = {s.name: extract(module, s) for s in segments}
+    predicted = _predicted(placement, options, how, threads, devices)
+    reason = (
+        f"{len(units.units)} units became {len(segments)} segments on {len(devices)} devices, "
+        f"{sum(len(s.sends) for p in made for s in p.steps)} tensors move"
+    )
+    remarks = [Remark("PLT-DST-012", "done", "place", (), reason)]
+    for d, program in zip(devices, made, strict=True):
+        if d.torch.type != "cpu" and program.steps:
+            note = f"{len(program.steps)} segments on {d.torch} run by torch's own operators"
+            remarks.append(Remark("PLT-DST-009", "note", "place", (), note))
+    nothing: Any = None
+    division = Division(
+        replace(whole.captured, graph_module=nothing), problem, placement, made, holders,
+        [x.name for x in flat], _owners(segments, flat),
+        [(c.input, int(c.low), int(c.end)) for c in index_checks(module.graph)], predicted, remarks,
+    )  # fmt: skip
+    return Planned(division, whole, segments, graphs)
+
+
+def _owners(
+    segments: Sequence[Segment], results: Sequence[fx.Node]
+) -> dict[str, tuple[int, str, tuple[int, ...]]]:
+    owners = {}
+    for segment in segments:
+        for x in segment.outputs:
+            if x in results:
+                value = x.meta["val"]
+                shape = tuple(int(d) for d in value.shape)
+                owners[x.name] = segment.rank, str(value.dtype)[6:], shape
+    return owners
+
+
+def threads_of(options: PlacementOptions, devices: Sequence[Here]) -> int:
+    """Threads of each CPU process."""
+    if options.threads is not None:
+        return options.threads
+    if options.how() == "inline":
+        return torch.get_num_threads()
+    return max(1, cores() // max(1, sum(d.torch.type == "cpu" for d in devices)))
+
+
+def _price(devices: Sequence[Here], seconds: Mapping[str, float]) -> Callable[[Unit], Any]:
+    def price(unit: Unit) -> Any:
+        flops, nbytes, width = work(unit)
+        times = []
+        for d in devices:
+            if d.torch.type == "cpu" and unit.name in seconds:
+                times.append(seconds[unit.name] / d.placed.device.speed)
+            elif not flops and not nbytes:
+                times.append(0.0)
+            else:
+                rate = d.placed.kind.seconds(flops, nbytes, width)
+                times.append(rate / d.placed.device.speed)
+        return tuple(times)
+
+    return price
+
+
+def _predicted(
+    placement: Placement, options: PlacementOptions, how: str, threads: int, devices: Sequence[Here]
+) -> float:
+    """What a step takes where CPU processes have no more cores than there are."""
+    report = placement.report
+    busy = report["busy_s"]
+    work = [busy[d.placed.device.name] for d in devices if d.torch.type == "cpu"]
+    shared = sum(work) * (1.0 if how == "inline" else threads / cores())
+    return max(report["load_s" if options.objective == "throughput" else "makespan_s"], shared)

@@ -1,0 +1,1 @@
+"""Routing: routers, profiles of their routes, and what watches live ones."""

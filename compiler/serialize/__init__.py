@@ -1,0 +1,1 @@
+"""Saved programs: one file without pickle or code."""

@@ -1,0 +1,1 @@
+"""Weights: named but not held, mapped from files, kept under a budget."""

@@ -1,0 +1,331 @@
+"""A compiled model's weights under a budget: what lies in files, and how much may be resident.
+
+One `WeightStore` serves all programs of a model, so they share banks and budget. With it
+
+* packed weights of routed products are written to a file, unit by unit, and become a `Bank`;
+* the tensors they were made from, the model's own parameters, move into a file, too: they keep
+  their values, their names and their place in the module, and come into memory when they are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import hashlib
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+import torch
+import torch.fx as fx
+from torch import nn
+
+from ...kernels.abi import Pack
+from ...kernels.ops import argument
+from ...passes.prefetch_weights import Tiered
+from ...runtime.bank import Bank, BankError, Mapped, PrivateFile, raw_bytes, release
+from ...runtime.tier import Tier
+from ..capture.captured import Captured
+from ..errors import FileError, OptionError
+
+if TYPE_CHECKING:
+    from ...runtime.executor import Executor
+    from ..routing.profile import Profile
+
+
+@dataclass
+class _Filed:
+    """A tensor that lies in a file: what keeps its memory, its version then, and hashes of it.
+
+    ``fresh`` is itself while nobody can have written to it, not even unseen.
+    """
+
+    space: weakref.ref[Any]
+    version: int
+    fresh: torch.Tensor | None
+    digests: dict[Any, bytes] = field(default_factory=dict)
+
+
+class WeightStore:
+    """Banks, files and the tier of one compiled model. ``budget`` is what `plait.compile` takes."""
+
+    def __init__(self, budget: int | str) -> None:
+        self.budget = budget
+        self.tier: Tier | None = None
+        self._cached = True
+        self._banks: weakref.WeakValueDictionary[Any, Bank] = weakref.WeakValueDictionary()
+        self._files: dict[int, _Filed] = {}  # by address
+        folder = os.environ.get("PLAIT_CACHE_DIR") or platformdirs.user_cache_dir("plait")
+        self._folder = Path(folder)
+
+    # -- the budget -------------------------------------------------------------------------------
+
+    def open(self, tiered: Tiered) -> None:
+        """Gets ready for a program's weights."""
+        self._cached = tiered.cached
+        if self.tier is None:
+            self.tier = Tier(tiered.budget, tiered.ahead, tiered.evict)  # type: ignore[arg-type]
+
+    def close(self, tiered: Tiered, banks: Iterable[Bank], stayed: int) -> None:
+        """Fixes what the tier may hold: the budget less what is always resident.
+
+        ``stayed`` are bytes that were meant for the tier, but could not go there. Raises
+        OptionError where that leaves no room for the largest unit.
+        """
+        always = tiered.total - tiered.tiered + stayed
+        largest = max((bank.unit_bytes for bank in banks), default=0)
+        capacity = tiered.budget - always
+        if tiered.total > tiered.budget and (capacity < largest or not largest):
+            detail = (
+                f"{_mib(always)} outside of routed products are always resident, the largest "
+                f"expert's weights are {_mib(largest)}"
+                if largest
+                else "there are no routed products with kernels, whose weights could lie in a file"
+            )
+            least = (always + largest) if largest else tiered.total
+            raise OptionError(
+                "PLT-OPT-006",
+                f"weight_budget={self.budget!r} is {_mib(tiered.budget)}: {detail}",
+                f"give at least {least} bytes",
+            )
+        if self.tier is not None:
+            self.tier.capacity = min(self.tier.capacity, capacity)
+
+    def trying(self) -> AbstractContextManager[None]:
+        """What is fetched within it, to time plans, counts for nothing."""
+        return contextlib.nullcontext() if self.tier is None else self.tier.trying()
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def bank(self, source: torch.Tensor, pack: Pack) -> Bank:
+        """``source`` ``[units, ...]`` packed, as a bank; the same one for the same contents.
+
+        Raises FileError where it cannot be written.
+        """
+        from ...kernels import packing
+
+        filed = self._filed(source)
+        key = source.data_ptr(), source.shape, source.stride(), source._version, pack
+        digest = filed.digests.get(key) if filed else None
+        if digest is None:
+            digest = self._digest(source, pack)
+            if filed:
+                filed.digests[key] = digest
+        bank = self._banks.get(digest)
+        if bank is None:
+
+            def packed() -> Iterator[torch.Tensor]:
+                for unit in self._units(source):
+                    yield packing.apply(pack, unit)[0]
+                    _trim()  # what packing needed meanwhile
+
+            with self.reported():
+                bank = Bank(self._folder, packed(), self._cached)
+            self._banks[digest] = bank
+        return bank
+
+    def _digest(self, source: torch.Tensor, pack: Pack) -> bytes:
+        digest = hashlib.sha256(repr((source.dtype, source.shape, pack)).encode())
+        for unit in self._units(source):
+            digest.update(raw_bytes(unit.contiguous()))
+        return digest.digest()
+
+    def _units(self, source: torch.Tensor) -> Iterator[torch.Tensor]:
+        """One after the other; what it brought of a file into memory is given back behind it."""
+        filed = self._filed(source)
+        for unit in source.split(1):
+            yield unit
+            if filed and filed.fresh is not None:
+                release(unit)
+
+    def file(self) -> PrivateFile:
+        """An empty file. Raises FileError."""
+        with self.reported():
+            return PrivateFile(self._folder)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def reported() -> Iterator[None]:
+        """Within it, a file that cannot be written is a FileError."""
+        try:
+            yield
+        except BankError as error:
+            hint = "make room, or set PLAIT_CACHE_DIR to a folder of another disk"
+            raise FileError("PLT-PRE-005", str(error), hint) from error
+
+    def filed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor like ``tensor`` that lies in a file; itself if it already does, or cannot.
+
+        Raises FileError where it cannot be written.
+        """
+        if self._filed(tensor) or not tensor.numel() or not _dense(tensor):
+            return tensor
+        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+        file = self.file()
+        with self.reported():
+            file.write(raw_bytes(flat))
+            mapped = file.map()
+        result = mapped.tensor(0, flat.shape, tensor.dtype)
+        self.note(result, mapped)
+        return result.as_strided(tensor.shape, tensor.stride())
+
+    def note(self, tensor: torch.Tensor, mapped: Mapped) -> None:
+        """Remembers that ``tensor`` lies in a file."""
+        space = weakref.ref(mapped.space)
+        self._files[tensor.data_ptr()] = _Filed(space, tensor._version, tensor)
+
+    def _filed(self, tensor: torch.Tensor) -> _Filed | None:
+        """What is known of the memory of ``tensor``, if it still is what it was in its file."""
+        found = self._files.get(tensor.untyped_storage().data_ptr())
+        if found is None or found.space() is None or found.version != tensor._version:
+            return None
+        return found
+
+    @contextlib.contextmanager
+    def moved(self, captured: Captured, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Moves the parameters that routed products read into files, to be compiled within it.
+
+        The parameters of ``modules`` stay the objects they are. Raises FileError.
+        """
+        try:
+            module = captured.graph_module
+            holders = _holders(modules)
+            for attribute in sorted(_routed_constants(module)):
+                tensor = getattr(module, attribute)
+                found = holders.get(tensor.untyped_storage().data_ptr(), [])
+                if all(_same_memory(tensor, parameter) for parameter in found):
+                    setattr(module, attribute, self._move(tensor, found))
+            yield
+        finally:
+            self.settle()
+
+    def _move(self, tensor: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        moved = self.filed(tensor)
+        if moved is tensor:
+            return tensor
+        for parameter in parameters:
+            parameter.data = moved
+            self._files[moved.data_ptr()].version = parameter._version
+        return parameters[0].detach() if parameters else moved
+
+    def settle(self) -> None:
+        """Call when a program is made or was not, before anybody else has its weights: gives back
+        what making it has brought into memory.
+        """
+        for address, filed in list(self._files.items()):  # others may be added meanwhile
+            if filed.fresh is not None:
+                release(filed.fresh)
+                filed.fresh = None
+            if filed.space() is None and self._files.get(address) is filed:
+                del self._files[address]
+        gc.collect()  # graphs are cycles, and hold tensors
+        _trim()
+
+    def forget(self) -> None:
+        """Weights may have changed unseen."""
+        for filed in list(self._files.values()):
+            filed.digests.clear()
+
+    # -- forecasts --------------------------------------------------------------------------------
+
+    def learn(self, executor: Executor, profile: Profile) -> None:
+        """Starts the forecasts of an executor's sites from a profile."""
+        fetching = executor.fetching
+        if fetching is None:
+            return
+        forecast = fetching.tier.forecast
+        sites: dict[str, int] = {}
+        for step in executor.plan.steps:
+            if getattr(step, "router", "") and step.name in fetching.sites:
+                sites[step.router] = fetching.sites[step.name].number
+        for router in profile.total:
+            site = sites.get(f"{router.name}#{router.call}")
+            if site is not None:
+                forecast.prior(site, router.load)
+        for pair, table in profile.total.pairs.items():
+            before, after = (sites.get(f"{name}#{call}") for name, call in pair)
+            if before is not None and after is not None:
+                forecast.prior_pair(before, after, table)
+
+
+def _trim() -> None:
+    """Gives free memory of the allocator back to the system."""
+    with contextlib.suppress(AttributeError):  # an allocator of another kind
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"
+
+
+def reading(run: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
+    """``run`` of an executable, which raises FileError where weights cannot be read back."""
+
+    def told(*args: Any) -> list[torch.Tensor]:
+        try:
+            return run(*args)
+        except BankError as error:
+            hint = "see to the disk, or set PLAIT_CACHE_DIR to another; the next call tries again"
+            raise FileError("PLT-PRE-005", str(error), hint) from error
+
+    return told
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a piece of memory without gaps, in whatever order."""
+    reach = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda d: d[1]):
+        if size != 1 and stride != reach:
+            return False
+        reach *= size
+    return True
+
+
+def _holders(modules: Sequence[nn.Module]) -> dict[int, list[torch.Tensor]]:
+    """The parameters and buffers of modules by the address of their storage, each once."""
+    found: dict[int, dict[int, torch.Tensor]] = {}
+    for module in (m for root in modules for m in root.modules()):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None or type(tensor) not in (torch.Tensor, nn.Parameter):
+                continue
+            if tensor.layout == torch.strided:
+                address = tensor.untyped_storage().data_ptr()
+                found.setdefault(address, {})[id(tensor)] = tensor
+    return {address: list(tensors.values()) for address, tensors in found.items()}
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are one, of all that their storage holds."""
+    whole = a.untyped_storage().nbytes() == a.nbytes
+    same = a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+    return whole and same and a.data_ptr() == b.data_ptr()
+
+
+def _routed_constants(module: fx.GraphModule) -> set[str]:
+    """Attributes that matrices of routed products are made of."""
+    found: set[str] = set()
+    for node in module.graph.nodes:
+        if str(node.target) == "plait.routed_linear.default":
+            found |= _sources(argument(node, "weight")) or set()
+    return found
+
+
+def _sources(node: Any) -> set[str] | None:
+    """The attributes that ``node`` is computed from; None where an input is among its sources."""
+    if node.op == "get_attr":
+        return {str(node.target)}
+    if node.op != "call_function":
+        return None
+    found: set[str] = set()
+    for source in node.all_input_nodes:
+        inner = _sources(source)
+        if inner is None:
+            return None
+        found |= inner
+    return found
