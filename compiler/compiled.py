@@ -86,6 +86,8 @@ class Compiled(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The original's result for these arguments."""
+        if len(args) == 1 and not kwargs:
+            return self._dispatcher.one(args[0])
         return self._dispatcher(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -100,15 +100,23 @@ class Dispatcher:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The result of ``target(*args, **kwargs)``."""
-        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and not _autocast():
-            leaf = args[0]
-            try:
-                key: Any = (leaf.shape, leaf.dtype, leaf.device)
-            except RuntimeError:  # a nested tensor has no shape
-                return self._original(args, kwargs)
-            return self._dispatch(key, [leaf], leaf.requires_grad, args, kwargs)
+        if len(args) == 1 and not kwargs:
+            return self.one(args[0])
+        return self._call(args, kwargs)
+
+    def one(self, leaf: Any) -> Any:
+        """The result of ``target(leaf)``: the shortest way for the most frequent kind of call."""
+        if type(leaf) is not Tensor or _autocast():
+            return self._call((leaf,), {})
+        try:
+            key = (leaf.shape, leaf.dtype, leaf.device)
+        except RuntimeError:  # a nested tensor has no shape
+            return self._original((leaf,), {})
+        return self._dispatch(key, [leaf], leaf.requires_grad, (leaf,), {})
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors: list[Tensor] = []
-        key = [len(args), *kwargs]
+        key: list[Any] = [len(args), *kwargs]
         grad = False
         for leaf in (*args, *kwargs.values()) if kwargs else args:
             kind = type(leaf)
@@ -218,7 +226,7 @@ class Dispatcher:
             tensors = [tensors[i] for i in order.tensors]
             objects = [objects[i] for i in order.objects]
         try:
-            return program(tensors, objects)
+            return program.run(tensors, objects)
         except Unfit as unfit:
             return self._unfit(unfit, args, kwargs)
         except RuntimeError:

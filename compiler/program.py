@@ -31,7 +31,7 @@ class Unfit(Exception):
 
 
 class Program:
-    """Call it with the user's tensors; it returns the user's result.
+    """`run` it on the user's tensors; it returns the user's result.
 
     ``modules`` are where weights are watched for changes (none for a loaded program).
     """
@@ -62,13 +62,14 @@ class Program:
         where = self._places()
         self.watch = Watch(where) if where else None
 
-    def __call__(self, tensors: list[Tensor], objects: Sequence[Any] = ()) -> Any:
+    def run(self, tensors: list[Tensor], objects: Sequence[Any] = ()) -> Any:
         """The result for ``tensors``, whose sizes satisfy `matches`, and the state ``objects`` of
         the call. Raises Unfit.
         """
         self._calls += 1
-        if self._simple and not (_inference() or _autocast() or any(map(_is_neg, tensors))):
-            return self._run(tensors)[0]
+        if self._simple and not (_inference() or _autocast()):
+            if not (_is_neg(tensors[0]) if len(tensors) == 1 else any(map(_is_neg, tensors))):
+                return self._run(tensors)[0]
         given = tensors
         if any(map(_is_neg, tensors)) or any(map(_is_conj, tensors)):
             tensors = [t.resolve_conj().resolve_neg() for t in tensors]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +60,8 @@ class Workspace:
             for b in plan.buffers.values()
             if b.kind == "static"
         }
-        self.ext = (ctypes.c_int64 * max(1, len(instance.ext)))()
-        self.ext_address = ctypes.addressof(self.ext)
+        self.ext = array("q", [0] * max(1, len(instance.ext)))  # quicker to store into than ctypes
+        self.ext_address = self.ext.buffer_info()[0]
         addresses: dict[str, Address] = {}
         for buffer in plan.buffers.values():
             if buffer.name in instance.ext:

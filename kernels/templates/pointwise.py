@@ -30,13 +30,21 @@ from ..value import Context, Value
 from .pointwise_axes import Axis, Probe, initial_axes, output_index
 
 _GRAIN = 32768
+_ABREAST = 4
 MOST_LOADS = 512  # joins of joins double their code each time
 
 
 def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
-    """Configurations worth trying: ``grain`` is the number of bytes a task touches."""
-    del group, io, target
-    return [{"grain": _GRAIN}, {"grain": 8192}, {"grain": 131072}]
+    """Configurations worth trying: ``grain`` is the number of bytes a task touches, ``abreast`` how
+    many vectors go through the operators together. A chain of operators waits for each result; other
+    vectors fill that time, as long as there are registers for them.
+    """
+    del target
+    choices = [(_GRAIN, _ABREAST), (_GRAIN, 1), (8192, _ABREAST), (131072, _ABREAST)]
+    if _all_wide([io[n].dtype for n in (*group.inputs, *group.outputs)]):
+        # In float64 most functions are calls, one for each element, and keep nothing in registers.
+        choices.sort(key=lambda choice: choice[1])
+    return [{"grain": grain, "abreast": abreast} for grain, abreast in choices]
 
 
 def lower(
@@ -52,7 +60,8 @@ def lower(
     outputs = tuple(io[n] for n in group.outputs)
     symbols = symbols_of(group, [*inputs, *outputs])
     emitter = Emitter(name, inputs, outputs, symbols)
-    builder = _Builder(group, outputs, target, int(config.get("grain", _GRAIN)))
+    grain, abreast = int(config.get("grain", _GRAIN)), int(config.get("abreast", 1))
+    builder = _Builder(group, outputs, target, grain, abreast)
     try:
         with emitter.function() as task:
             tasks = builder.emit(emitter, task)
@@ -124,6 +133,7 @@ class _Builder:
     outputs: tuple[TensorArg, ...]
     target: Target
     grain: int
+    abreast: int
     places: dict[Expr, Expr] = field(default_factory=dict)
     loads: list[Expr] = field(default_factory=list)  # offsets, of the element looked at last
     simplify: Callable[[Expr], Expr] = lambda offset: offset
@@ -253,7 +263,7 @@ class _Builder:
 
         def run(row: Expr, start: Expr, size: Any) -> None:
             place = unravel(row, [emitter.dim(a.extent) for a in outer])
-            for column in _columns(start, size, lanes):
+            for column in _columns(start, size, lanes, self.abreast):
                 with column as c:
                     element(place, c)
 
@@ -338,21 +348,25 @@ def _even(total: int, chunk: int, multiple: int) -> int:
     return min(-(-each // multiple) * multiple, total)
 
 
-def _columns(start: Expr, size: Any, lanes: int) -> Iterator[Any]:
+def _columns(start: Expr, size: Any, lanes: int, abreast: int) -> Iterator[Any]:
     """Loops that together visit ``size`` columns from ``start``; each yields the column."""
+    wide = lanes * abreast
     if isinstance(size, int):
-        if size == 1:
-            yield _constant(start)
-        elif size < lanes or lanes == 1:
-            yield _serial(start, size) if lanes == 1 else _vector(start, size)
-        elif size == lanes:
-            yield _vector(start, lanes)
-        else:
-            yield _vectors(start, size, lanes)
+        done = size // wide * wide if lanes > 1 and abreast > 1 else 0
+        if done:
+            yield _vectors(start, done, wide)
+        rest = size - done
+        if rest and lanes == 1:
+            yield _constant(start) if size == 1 else _serial(start, size)
+        elif rest and size < lanes:
+            yield _constant(start) if size == 1 else _vector(start, size)
+        elif rest:
+            yield _vectors(start, size, lanes, done)
         return
-    if lanes > 1:
-        yield _vectors(start, size, lanes)
-    done = tir.floordiv(size, i64(lanes)) * i64(lanes)
+    done: Any = i64(0)
+    for width in dict.fromkeys((wide, lanes)) if lanes > 1 else ():
+        yield _vectors(start + done, size - done, width)
+        done = tir.floordiv(size, i64(width)) * i64(width)
     yield _serial(start + done, size - done)
 
 
@@ -374,13 +388,15 @@ def _vector(start: Expr, lanes: int) -> Iterator[Expr]:
 
 
 @contextmanager
-def _vectors(start: Expr, size: Any, lanes: int) -> Iterator[Expr]:
-    """Whole vectors; for a known size that is no multiple, the last one overlaps."""
+def _vectors(start: Expr, size: Any, lanes: int, done: int = 0) -> Iterator[Expr]:
+    """Whole vectors of what is not ``done``; for a known size that is no multiple, the last one
+    overlaps.
+    """
     known = isinstance(size, int)
-    count = i64(-(-size // lanes)) if known else tir.floordiv(size, i64(lanes))
+    count = i64(-(-(size - done) // lanes)) if known else tir.floordiv(size, i64(lanes))
     with T.serial(i64(0), count) as v:
-        first = v * i64(lanes)
-        if known and size % lanes:
+        first = v * i64(lanes) + i64(done)
+        if known and (size - done) % lanes:
             first = tir.min(first, i64(size - lanes))
         with T.vectorized(i64(0), i64(lanes)) as j:
             yield start + first + j

@@ -26,6 +26,7 @@ def lower(
     outputs: dict[int, TensorArg] | None = None,
     grain: int = 32768,
     name: str = "kernel",
+    abreast: int = 4,
 ) -> Kernel:
     """The kernel of a call, all its results in one group; contiguous outputs unless given."""
     module = trace(function, tensors)
@@ -36,7 +37,7 @@ def lower(
     for i, node in enumerate(results):
         empty = torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype)
         io[node] = (outputs or {}).get(i, tensor_arg(empty))
-    return pointwise.lower(group, io, host(), {"grain": grain}, name)
+    return pointwise.lower(group, io, host(), {"grain": grain, "abreast": abreast}, name)
 
 
 def compare(function, tensors, kernel, symbols=None) -> None:
@@ -49,10 +50,11 @@ def compare(function, tensors, kernel, symbols=None) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 2, 15, 16, 17, 31, 100, 1000, 5001, 70000])
 @pytest.mark.parametrize("grain", [64, 4096, 1 << 20])
-def test_any_size_and_grain(size: int, grain: int) -> None:
+@pytest.mark.parametrize("abreast", [1, 4])
+def test_any_size_and_grain(size: int, grain: int, abreast: int) -> None:
     tensors = [torch.randn(size), torch.randn(size)]
     function = lambda a, b: torch.relu(a) * b + 1  # noqa: E731
-    compare(function, tensors, lower(function, tensors, grain=grain))
+    compare(function, tensors, lower(function, tensors, grain=grain, abreast=abreast))
 
 
 def test_small_work_is_one_task_and_large_work_several() -> None:
@@ -192,7 +194,8 @@ SYMBOLIC = {
 
 
 @pytest.mark.parametrize("name", SYMBOLIC)
-def test_sizes_known_at_run_time(name: str) -> None:
+@pytest.mark.parametrize("abreast", [1, 4])
+def test_sizes_known_at_run_time(name: str, abreast: int) -> None:
     function, dims = SYMBOLIC[name]
     example = torch.randn([7 if d == "n*" else d for d in dims])
     module = _exported(
@@ -205,10 +208,10 @@ def test_sizes_known_at_run_time(name: str) -> None:
     (given,) = group.inputs
     shapes = {n: tuple(_size(s) for s in n.meta["val"].shape) for n in (given, out)}
     io = {n: TensorArg(n.meta["val"].dtype, s, _contiguous(s)) for n, s in shapes.items()}
-    kernel = pointwise.lower(group, io, host(), {"grain": 512})
+    kernel = pointwise.lower(group, io, host(), {"grain": 512, "abreast": abreast})
     (symbol,) = kernel.symbols
     batch = Batch([kernel])
-    for size in (2, 7, 16, 33, 300):
+    for size in (2, 7, 16, 33, 64, 100, 300):
         x = torch.randn([size if d == "n*" else d for d in dims])
         (got,) = batch.run(kernel.name, [x], {symbol: size})
         torch.testing.assert_close(got, function(x), check_stride=False)
