@@ -36,8 +36,10 @@ MOST_LOADS = 512  # joins of joins double their code each time
 
 def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
     """Configurations worth trying: ``grain`` is the number of bytes a task touches, ``abreast`` how
-    many vectors go through the operators together. A chain of operators waits for each result; other
-    vectors fill that time, as long as there are registers for them.
+    many vectors go through the operators together.
+
+    A chain of operators waits for each result; other vectors fill that time, as long as there are
+    registers for them.
     """
     del target
     choices = [(_GRAIN, _ABREAST), (_GRAIN, 1), (8192, _ABREAST), (131072, _ABREAST)]
