@@ -1,0 +1,247 @@
+"""`best` where activations may be recomputed or offloaded: which, chosen together with devices.
+
+Two plans are looked for first: one that keeps everything (which need not fit), and one that only
+has to make room for parameters, so that it knows what could be won. From both, choices of what to
+recompute or offload are made by several rules (`choices`), then changed at random in blocks, and
+taken over where the simulated plan gets better. The problem with the best choices is annealed like
+any other; what that finds is once more a plan to choose from. An answer with copies is given only
+where the plan that keeps everything does not fit, or is slower.
+
+As in `best`, the work is counted, not timed, unless the clock ends it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from . import feasible
+from .alternatives import Alternative, Rewritten, rewrite
+from .best import Found, Progress, Search, search
+from .bounds import lower_bounds
+from .choices import Allowed, Chooser
+from .errors import InfeasibleError
+from .min_cut import min_cut
+from .played import Choices, Played
+from .problem import Ints, Problem
+from .starts import depth_first, lean_order
+
+_SEGMENTS = (8, 1, 16, 4, 2, 32)
+_DEAR = (0.0, 0.2)
+"""Seconds of an op that a second on a link counts as, where both kinds of copies are allowed."""
+
+_RELIEFS = 24
+"""Times that the worst instants are looked at for one set of choices, at most."""
+
+_NEARLY = 5.0
+"""How much slower a plan may be for each share of a device's memory that it does not overrun."""
+
+_SHARES = {"plain": 0.3, "roomy": 0.1, "choose": 0.2, "anneal": 0.15}
+"""Of the budget; there are two of the last."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A plan: which problem it is of, and the alternatives that make that of the original."""
+
+    found: Found
+    rewritten: Rewritten
+    alternatives: tuple[Alternative, ...] = ()
+
+
+def best_with_alternatives(
+    problem: Problem,
+    allowed: Allowed,
+    objective: str = "latency",
+    budget: float = 10.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+    began: float | None = None,
+) -> Answer:
+    """The best plan found in about ``budget`` seconds since ``began``, with or without copies.
+
+    Its bounds hold for all choices of copies. Raises InfeasibleError where nothing that fits was
+    found, with a proof if there is one: what proves that a problem cannot fit (parameters, or one
+    op alone) proves it for copies, too.
+    """
+    began = time.perf_counter() if began is None else began
+    feasible.refuse_hopeless(problem)
+    return _Alternatives(problem, allowed, objective, seed, budget, progress, began).run()
+
+
+class _Alternatives:
+    def __init__(
+        self, problem: Problem, allowed: Allowed, objective: str, seed: int, budget: float,
+        progress: Progress | None, began: float,
+    ) -> None:  # fmt: skip
+        self.problem, self.allowed, self.objective, self.seed = problem, allowed, objective, seed
+        self.budget, self.progress = budget, progress
+        self.deadline = began + 0.92 * budget - 0.15
+        self.bounds = lower_bounds(problem.arrays, objective == "throughput", copies=True)
+        self.rng = np.random.default_rng(seed)
+        # About the seconds that one simulated choice takes on the machine this was written on.
+        size = len(problem.ops) + len(problem.edges)
+        self.plays = int(_SHARES["choose"] * budget / (1e-3 + 2e-6 * size))
+        self.used = 0.0
+        self.least = np.inf
+
+    def run(self) -> Answer:
+        plain = self._attempt("plain", self.problem)
+        answers = [Answer(plain, Rewritten(self.problem, self.problem, {}))]
+        if not self._enough(plain):
+            roomy = self._attempt("roomy", _roomy(self.problem))
+            if plain.fits and not roomy.cost < plain.cost:  # memory costs no time
+                again = self._attempt("anneal", self.problem, (plain.assign, plain.sequence))
+                answers.append(replace(answers[0], found=again))
+            else:
+                answers += self._with_copies(plain, roomy)
+        fitting = [x for x in answers if x.found.fits]
+        best = min(fitting, key=lambda x: (x.found.cost, len(x.alternatives)), default=None)
+        best = best or self._insist(answers[-1])
+        return replace(best, found=replace(best.found, bounds=self.bounds))
+
+    def _with_copies(self, plain: Found, roomy: Found) -> list[Answer]:
+        """Copies chosen for either plan, or one like them, and plans searched with the copies."""
+        played = self._chosen([self._chooser(*plan) for plan in self._plans(plain, roomy)])
+        answers = [_answer(self.problem, played)]
+        for _ in range(2):
+            chosen = answers[-1]
+            given = chosen.found.assign, chosen.found.sequence
+            found = self._attempt("anneal", chosen.rewritten.problem, given)
+            answers.append(replace(chosen, found=found))
+            if self._enough(found):
+                break
+            ops = found.sequence[found.sequence < len(self.problem.ops)]
+            chooser = self._chooser(found.assign[: len(ops)], ops)
+            grown = chooser.grow(played.copies.choices, frozenset(), _DEAR[-1], 8)
+            played = self._improved(chooser, grown, self.plays // 3)
+            answers.append(_answer(self.problem, played))
+        return answers
+
+    def _chooser(self, assign: Ints, sequence: Ints) -> Chooser:
+        return Chooser(self.problem, assign, sequence, self.objective, self.allowed)
+
+    def _attempt(
+        self, share: str, problem: Problem, given: tuple[Ints, Ints] | None = None
+    ) -> Found:
+        """A search that takes its share of the budget and need not find anything that fits."""
+        seconds = _SHARES[share] * self.budget
+        options = problem, self.objective, self.seed
+        if given is None:
+            found = search(*options, seconds, self._shown(share)).attempt()
+        else:
+            end = min(time.perf_counter() + seconds, self.deadline)
+            found = Search(*options, end, seconds, self._shown(share), given).attempt()
+        self.used += _SHARES[share]
+        if found.fits and share != "roomy":
+            self.least = min(self.least, found.cost)
+        return found
+
+    def _shown(self, share: str) -> Progress | None:
+        """The progress of a part as that of the whole."""
+        if self.progress is None:
+            return None
+        report, first = self.progress, self.used
+
+        def part(used: float, cost: float, _: float) -> None:
+            cost = np.inf if share == "roomy" else cost
+            report(first + used * _SHARES[share], min(cost, self.least), self.bounds["best"])
+
+        return part
+
+    def _enough(self, found: Found) -> bool:
+        """Whether nothing can be better, or the time is over."""
+        optimal = found.fits and found.cost <= self.bounds["best"] * (1 + 1e-9)
+        return optimal or (found.fits and time.perf_counter() >= self.deadline)
+
+    def _plans(self, plain: Found, roomy: Found) -> list[tuple[Ints, Ints]]:
+        """Plans to choose copies for, as devices and order; those that take less memory first."""
+        found = [(roomy.assign, roomy.sequence)]
+        if not plain.fits:
+            found += [(plain.assign, plain.sequence), *_contiguous(self.problem)]
+        lean = [(assign, lean_order(self.problem.arrays, order)) for assign, order in found]
+        return [*reversed(lean), *found]
+
+    def _chosen(self, choosers: list[Chooser]) -> Played:
+        """The best choices for any of the plans by any of the rules, then improved.
+
+        What nearly fits may be much faster than what does, so it is improved, too.
+        """
+        tried = [(x.plain, x) for x in choosers]
+        both = self.allowed.recompute and self.allowed.host is not None
+        plays = self.plays // 3
+        for segments in _SEGMENTS if self.allowed.recompute else _SEGMENTS[:1]:
+            for chooser in choosers:
+                kept = chooser.checkpoints(segments) if segments > 1 else frozenset()
+                for dear in _DEAR if both else _DEAR[:1]:
+                    fits = any(not played.over for played, _ in tried)
+                    spent = sum(x.plays for x in choosers)
+                    if self._late() or spent > (plays if fits else 3 * plays):
+                        break
+                    tried.append((chooser.grow({}, kept, dear, _RELIEFS), chooser))
+        rules = (lambda x: x.rank, lambda x: (x.cost * (1 + _NEARLY * x.over), x.over, 0))
+        finalists = {id(x[0]): x for x in (min(tried, key=lambda x: r(x[0])) for r in rules)}
+        improved = [
+            self._improved(chooser, played, plays // len(finalists))
+            for played, chooser in finalists.values()
+        ]
+        return min(improved, key=lambda x: x.rank)
+
+    def _improved(self, chooser: Chooser, played: Played, plays: int) -> Played:
+        """Drops blocks of choices at random and chooses anew; keeps what is better."""
+        limit = chooser.plays + plays
+        while played.copies.choices and chooser.plays < limit and not self._late():
+            ops = sorted(played.copies.choices, key=lambda u: chooser.place[u])
+            length = min(int(self.rng.geometric(0.1)), len(ops))
+            first = int(self.rng.integers(len(ops) - length + 1))
+            dropped = frozenset(ops[first : first + length])
+            rest: Choices = {u: c for u, c in played.copies.choices.items() if u not in dropped}
+            kept = dropped if self.rng.random() < 0.5 else frozenset()
+            dear = _DEAR[int(self.rng.integers(len(_DEAR)))]
+            played = min(played, chooser.grow(rest, kept, dear, 4), key=lambda x: x.rank)
+        return played
+
+    def _late(self) -> bool:
+        return time.perf_counter() >= self.deadline
+
+    def _insist(self, nearest: Answer) -> Answer:
+        """Nothing fits yet: what `best` does then, past the budget, with copies and without."""
+        seconds = _SHARES["anneal"] * self.budget
+        problem = nearest.rewritten.problem
+        end = time.perf_counter() + seconds
+        given = nearest.found.assign, nearest.found.sequence
+        try:
+            found = Search(problem, self.objective, self.seed, end, seconds, None, given).run()
+            return replace(nearest, found=found)
+        except InfeasibleError as error:
+            if error.proven:
+                raise
+            try:
+                found = search(self.problem, self.objective, self.seed, seconds, None).run()
+            except InfeasibleError:
+                raise error from None
+        return Answer(found, Rewritten(self.problem, self.problem, {}))
+
+
+def _roomy(problem: Problem) -> Problem:
+    """The same with room for parameters alone, as the static memory model counts it."""
+    ops = tuple(replace(op, temp_bytes=0, output_bytes=0) for op in problem.ops)
+    return replace(problem, memory_model="static", ops=ops)
+
+
+def _contiguous(problem: Problem) -> list[tuple[Ints, Ints]]:
+    """The cheapest split into one run a device, with its ops in depth-first order, if one fits."""
+    try:
+        listed = min_cut(_roomy(problem), balanced=True)
+    except InfeasibleError:
+        return []
+    return [(listed.assign, np.argsort(depth_first(problem.arrays)))]
+
+
+def _answer(problem: Problem, played: Played) -> Answer:
+    alternatives = played.copies.alternatives(problem)
+    found = Found(played.assign, played.sequence, played.cost, {}, "choices", 0, "moves",
+                  not played.over)  # fmt: skip
+    return Answer(found, rewrite(problem, alternatives), alternatives)
