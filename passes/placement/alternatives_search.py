@@ -38,8 +38,8 @@ _RELIEFS = 24
 _NEARLY = 5.0
 """How much slower a plan may be for each share of a device's memory that it does not overrun."""
 
-_SHARES = {"plain": 0.3, "roomy": 0.1, "choose": 0.2, "anneal": 0.15}
-"""Of the budget; there are two of the last."""
+_SHARES = {"plain": 0.3, "roomy": 0.1, "again": 0.5, "choose": 0.2, "anneal": 0.15}
+"""Of the budget; after "roomy" comes either "again", or "choose" and "anneal" twice."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Alternatives:
         if not self._enough(plain):
             roomy = self._attempt("roomy", _roomy(self.problem))
             if plain.fits and not roomy.cost < plain.cost:  # memory costs no time
-                again = self._attempt("anneal", self.problem, (plain.assign, plain.sequence))
+                again = self._attempt("again", self.problem, (plain.assign, plain.sequence))
                 answers.append(replace(answers[0], found=again))
             else:
                 answers += self._with_copies(plain, roomy)

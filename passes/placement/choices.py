@@ -177,7 +177,7 @@ class Chooser:
         n = len(self.sequence)
         there = (held.start <= instant) & (held.end > instant) & (held.owner >= 0)
         alive = set(held.owner[there].tolist())
-        mine = there & (held.device == device) & (held.owner < n)
+        mine = there & (held.device == device) & (held.owner < n) & (held.size > 0)
         sizes: dict[int, float] = {}
         for u, size in zip(held.owner[mine].tolist(), held.size[mine].tolist(), strict=True):
             sizes[u] = sizes.get(u, 0.0) + size

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .alternatives_search import best_with_alternatives
+from .alternatives_search import Answer, best_with_alternatives
 from .best import Progress, best
 from .bounds import lower_bounds
 from .choices import Allowed
@@ -116,10 +116,22 @@ def _with_alternatives(
     answer = best_with_alternatives(problem, allowed, objective, budget, seed, progress, began)
     found, whole = answer.found, answer.rewritten.problem
     report.update(start=found.start, moves=found.moves, stopped=found.stopped)
-    kinds = [item.kind for item in answer.alternatives]
-    report.update(recomputed=kinds.count("recompute"), offloaded=kinds.count("offload"))
+    report.update(_copied(answer))
     placement = placement_of(whole, found.assign, found.sequence, report)
     return replace(placement, alternatives=answer.alternatives), found.bounds, whole
+
+
+def _copied(answer: Answer) -> dict[str, float]:
+    """How much is recomputed (ops, seconds) and offloaded (ops, bytes)."""
+    p, n = answer.rewritten.problem.arrays, len(answer.rewritten.original.ops)
+    offloaded = np.array([x.kind == "offload" for x in answer.alternatives], bool)
+    seconds = p.time[np.arange(len(p.time)), answer.found.assign][n:]
+    return {
+        "recomputed": int((~offloaded).sum()),
+        "recompute_s": float(seconds[~offloaded].sum()),
+        "offloaded": int(offloaded.sum()),
+        "offload_bytes": float(p.out[n:][offloaded].sum()),
+    }
 
 
 def _planned(
