@@ -1,11 +1,12 @@
 """`best` where activations may be recomputed or offloaded: which, chosen together with devices.
 
-Two plans are looked for first: one that keeps everything (which need not fit), and one that only
-has to make room for parameters, so that it knows what could be won. From both, choices of what to
-recompute or offload are made by several rules (`choices`), then changed at random in blocks, and
-taken over where the simulated plan gets better. The problem with the best choices is annealed like
-any other; what that finds is once more a plan to choose from. An answer with copies is given only
-where the plan that keeps everything does not fit, or is slower.
+Plans are looked for first: one that keeps everything (which need not fit), one that only has to
+make room for parameters, so that it shows what could be won, and one for outputs of a quarter of
+their size. From these, choices of what to recompute or offload are made by several rules
+(`choices`), then changed at random in blocks, and taken over where the simulated plan gets better.
+The problem with the best choices is annealed like any other; what that finds is once more a plan to
+choose from. An answer with copies is given only where the plan that keeps everything does not fit,
+or is slower.
 
 As in `best`, the work is counted, not timed, unless the clock ends it.
 """
@@ -29,7 +30,7 @@ from .problem import Ints, Problem
 from .starts import depth_first, lean_order
 
 _SEGMENTS = (8, 1, 16, 4, 2, 32)
-_DEAR = (0.0, 0.2)
+_DEAR = (0.2, 5.0, 0.0)
 """Seconds of an op that a second on a link counts as, where both kinds of copies are allowed."""
 
 _RELIEFS = 24
@@ -38,8 +39,8 @@ _RELIEFS = 24
 _NEARLY = 5.0
 """How much slower a plan may be for each share of a device's memory that it does not overrun."""
 
-_SHARES = {"plain": 0.3, "roomy": 0.1, "again": 0.5, "choose": 0.2, "anneal": 0.15}
-"""Of the budget; after "roomy" comes either "again", or "choose" and "anneal" twice."""
+_SHARES = {"plain": 0.25, "roomy": 0.08, "slim": 0.08, "again": 0.5, "choose": 0.2, "anneal": 0.12}
+"""Of the budget; after "roomy" comes "again", or else "slim", "choose" and "anneal" twice."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class _Alternatives:
             end = min(time.perf_counter() + seconds, self.deadline)
             found = Search(*options, end, seconds, self._shown(share), given).attempt()
         self.used += _SHARES[share]
-        if found.fits and share != "roomy":
+        if found.fits and share not in ("roomy", "slim"):
             self.least = min(self.least, found.cost)
         return found
 
@@ -146,7 +147,7 @@ class _Alternatives:
         report, first = self.progress, self.used
 
         def part(used: float, cost: float, _: float) -> None:
-            cost = np.inf if share == "roomy" else cost
+            cost = np.inf if share in ("roomy", "slim") else cost
             report(first + used * _SHARES[share], min(cost, self.least), self.bounds["best"])
 
         return part
@@ -157,12 +158,17 @@ class _Alternatives:
         return optimal or (found.fits and time.perf_counter() >= self.deadline)
 
     def _plans(self, plain: Found, roomy: Found) -> list[tuple[Ints, Ints]]:
-        """Plans to choose copies for, as devices and order; those that take less memory first."""
-        found = [(roomy.assign, roomy.sequence)]
-        if not plain.fits:
-            found += [(plain.assign, plain.sequence), *_contiguous(self.problem)]
-        lean = [(assign, lean_order(self.problem.arrays, order)) for assign, order in found]
-        return [*reversed(lean), *found]
+        """Plans to choose copies for, as devices and order."""
+        found = self._attempt("slim", _slim(self.problem))
+        slim = found.assign, found.sequence
+        plans = [slim, self._lean(*slim), (roomy.assign, roomy.sequence)]
+        if plain.fits:
+            return plans
+        contiguous = [self._lean(*x) for x in _contiguous(self.problem)]
+        return [*contiguous, *plans, (plain.assign, plain.sequence)]
+
+    def _lean(self, assign: Ints, sequence: Ints) -> tuple[Ints, Ints]:
+        return assign, lean_order(self.problem.arrays, sequence)
 
     def _chosen(self, choosers: list[Chooser]) -> Played:
         """The best choices for any of the plans by any of the rules, then improved.
@@ -171,7 +177,7 @@ class _Alternatives:
         """
         tried = [(x.plain, x) for x in choosers]
         both = self.allowed.recompute and self.allowed.host is not None
-        plays = self.plays // 3
+        plays = self.plays // 2
         for segments in _SEGMENTS if self.allowed.recompute else _SEGMENTS[:1]:
             for chooser in choosers:
                 kept = chooser.checkpoints(segments) if segments > 1 else frozenset()
@@ -229,6 +235,15 @@ def _roomy(problem: Problem) -> Problem:
     """The same with room for parameters alone, as the static memory model counts it."""
     ops = tuple(replace(op, temp_bytes=0, output_bytes=0) for op in problem.ops)
     return replace(problem, memory_model="static", ops=ops)
+
+
+def _slim(problem: Problem) -> Problem:
+    """The same with outputs and temporaries of a quarter their size."""
+    ops = tuple(
+        replace(op, temp_bytes=op.temp_bytes / 4, output_bytes=op.output_bytes / 4)
+        for op in problem.ops
+    )
+    return replace(problem, ops=ops)
 
 
 def _contiguous(problem: Problem) -> list[tuple[Ints, Ints]]:
