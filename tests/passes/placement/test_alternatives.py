@@ -49,10 +49,7 @@ def drawn(seed: int, ops: int, devices: int) -> tuple[Problem, Copies]:
         ends += [first[v] for v in readers[u] if v in first and choices[v].kind == "recompute"]
         first[u] = min(ends, default=ops)
     choices = {u: choice for u, choice in choices.items() if first[u] < ops}  # that are read
-    after = [
-        int(p.topo[rng.randrange(first[u])]) if rng.random() < 0.7 else -1
-        for u in choices
-    ]
+    after = [int(p.topo[rng.randrange(first[u])]) if rng.random() < 0.7 else -1 for u in choices]
     return problem, Copies(choices, after, "d0")
 
 
