@@ -30,7 +30,7 @@ from .problem import Ints, Problem
 from .starts import depth_first, lean_order
 
 _SEGMENTS = (8, 1, 16, 4, 2, 32)
-_DEAR = (0.2, 5.0, 0.0)
+_DEAR = (0.2, np.inf, 0.0)
 """Seconds of an op that a second on a link counts as, where both kinds of copies are allowed."""
 
 _RELIEFS = 24
@@ -39,8 +39,17 @@ _RELIEFS = 24
 _NEARLY = 5.0
 """How much slower a plan may be for each share of a device's memory that it does not overrun."""
 
-_SHARES = {"plain": 0.25, "roomy": 0.08, "slim": 0.08, "again": 0.5, "choose": 0.2, "anneal": 0.12}
-"""Of the budget; after "roomy" comes "again", or else "slim", "choose" and "anneal" twice."""
+_SHARES = {
+    "plain": 0.25,
+    "roomy": 0.08,
+    "slim": 0.08,
+    "again": 0.5,
+    "choose": 0.2,
+    "anneal": 0.12,
+    "insist": 0.1,
+}
+"""Of the budget; after "roomy" comes "again", or else "slim", "choose", "anneal" twice and "insist"
+where nothing fits without copies."""
 
 
 @dataclass(frozen=True)
@@ -90,36 +99,46 @@ class _Alternatives:
 
     def run(self) -> Answer:
         plain = self._attempt("plain", self.problem)
-        answers = [Answer(plain, Rewritten(self.problem, self.problem, {}))]
-        if not self._enough(plain):
+        self.answers = [Answer(plain, Rewritten(self.problem, self.problem, {}))]
+        if not self._enough():
             roomy = self._attempt("roomy", _roomy(self.problem))
             if plain.fits and not roomy.cost < plain.cost:  # memory costs no time
-                again = self._attempt("again", self.problem, (plain.assign, plain.sequence))
-                answers.append(replace(answers[0], found=again))
+                self._anneal("again", self.answers[0])
             else:
-                answers += self._with_copies(plain, roomy)
-        fitting = [x for x in answers if x.found.fits]
-        best = min(fitting, key=lambda x: (x.found.cost, len(x.alternatives)), default=None)
-        best = best or self._insist(answers[-1])
+                self._with_copies(plain, roomy)
+        best = self._best()
+        if not plain.fits:  # it must not be given up sooner than without copies
+            best = self._insist(best)
         return replace(best, found=replace(best.found, bounds=self.bounds))
 
-    def _with_copies(self, plain: Found, roomy: Found) -> list[Answer]:
-        """Copies chosen for either plan, or one like them, and plans searched with the copies."""
+    def _best(self) -> Answer:
+        """The fastest answer that fits, with few copies; else the last."""
+        fitting = [x for x in self.answers if x.found.fits]
+        rank = lambda x: (x.found.cost, len(x.alternatives))  # noqa: E731
+        return min(fitting, key=rank, default=self.answers[-1])
+
+    def _with_copies(self, plain: Found, roomy: Found) -> None:
+        """Copies chosen for plans that leave memory out of account, or part of it, and refined."""
         played = self._chosen([self._chooser(*plan) for plan in self._plans(plain, roomy)])
-        answers = [_answer(self.problem, played)]
+        self.answers.append(_answer(self.problem, played))
         for _ in range(2):
-            chosen = answers[-1]
-            given = chosen.found.assign, chosen.found.sequence
-            found = self._attempt("anneal", chosen.rewritten.problem, given)
-            answers.append(replace(chosen, found=found))
-            if self._enough(found):
-                break
+            best = self._best()
+            found = self._anneal("anneal", best)
+            if self._enough():
+                return
             ops = found.sequence[found.sequence < len(self.problem.ops)]
             chooser = self._chooser(found.assign[: len(ops)], ops)
-            grown = chooser.grow(played.copies.choices, frozenset(), _DEAR[-1], 8)
-            played = self._improved(chooser, grown, self.plays // 3)
-            answers.append(_answer(self.problem, played))
-        return answers
+            choices = played.copies.choices if best.alternatives else {}
+            played = chooser.grow(choices, frozenset(), _DEAR[0], _RELIEFS)
+            played = self._improved(chooser, played, self.plays // 3)
+            self.answers.append(_answer(self.problem, played))
+
+    def _anneal(self, share: str, answer: Answer) -> Found:
+        """One more search from an answer, for the same copies."""
+        given = answer.found.assign, answer.found.sequence
+        found = self._attempt(share, answer.rewritten.problem, given)
+        self.answers.append(replace(answer, found=found))
+        return found
 
     def _chooser(self, assign: Ints, sequence: Ints) -> Chooser:
         return Chooser(self.problem, assign, sequence, self.objective, self.allowed)
@@ -152,10 +171,10 @@ class _Alternatives:
 
         return part
 
-    def _enough(self, found: Found) -> bool:
-        """Whether nothing can be better, or the time is over."""
-        optimal = found.fits and found.cost <= self.bounds["best"] * (1 + 1e-9)
-        return optimal or (found.fits and time.perf_counter() >= self.deadline)
+    def _enough(self) -> bool:
+        """Whether something fits, and nothing can be better or the time is over."""
+        best = self._best().found
+        return best.fits and (self._late() or best.cost <= self.bounds["best"] * (1 + 1e-9))
 
     def _plans(self, plain: Found, roomy: Found) -> list[tuple[Ints, Ints]]:
         """Plans to choose copies for, as devices and order."""
@@ -176,12 +195,12 @@ class _Alternatives:
         What nearly fits may be much faster than what does, so it is improved, too.
         """
         tried = [(x.plain, x) for x in choosers]
-        both = self.allowed.recompute and self.allowed.host is not None
+        dears = _DEAR if self.allowed.recompute and self.allowed.host is not None else _DEAR[:1]
         plays = self.plays // 2
         for segments in _SEGMENTS if self.allowed.recompute else _SEGMENTS[:1]:
             for chooser in choosers:
                 kept = chooser.checkpoints(segments) if segments > 1 else frozenset()
-                for dear in _DEAR if both else _DEAR[:1]:
+                for dear in dears:
                     fits = any(not played.over for played, _ in tried)
                     spent = sum(x.plays for x in choosers)
                     if self._late() or spent > (plays if fits else 3 * plays):
@@ -205,29 +224,34 @@ class _Alternatives:
             dropped = frozenset(ops[first : first + length])
             rest: Choices = {u: c for u, c in played.copies.choices.items() if u not in dropped}
             kept = dropped if self.rng.random() < 0.5 else frozenset()
-            dear = _DEAR[int(self.rng.integers(len(_DEAR)))]
+            dear = _DEAR[int(self.rng.integers(len(_DEAR)))] if self.allowed.recompute else 0.0
             played = min(played, chooser.grow(rest, kept, dear, 4), key=lambda x: x.rank)
         return played
 
     def _late(self) -> bool:
         return time.perf_counter() >= self.deadline
 
-    def _insist(self, nearest: Answer) -> Answer:
-        """Nothing fits yet: what `best` does then, past the budget, with copies and without."""
-        seconds = _SHARES["anneal"] * self.budget
-        problem = nearest.rewritten.problem
+    def _insist(self, best: Answer) -> Answer:
+        """What `best` does where nothing fits: with the copies if they do not, and without."""
+        seconds = _SHARES["insist"] * self.budget
         end = time.perf_counter() + seconds
-        given = nearest.found.assign, nearest.found.sequence
-        try:
-            found = Search(problem, self.objective, self.seed, end, seconds, None, given).run()
-            return replace(nearest, found=found)
-        except InfeasibleError as error:
-            if error.proven:
-                raise
+        failed = None
+        if not best.found.fits:
+            given = best.found.assign, best.found.sequence
+            again = Search(best.rewritten.problem, self.objective, self.seed, end, seconds, None,
+                           given)  # fmt: skip
             try:
-                found = search(self.problem, self.objective, self.seed, seconds, None).run()
-            except InfeasibleError:
-                raise error from None
+                return replace(best, found=again.run())
+            except InfeasibleError as error:
+                failed = error
+        try:
+            found = search(self.problem, self.objective, self.seed, seconds, None).run()
+        except InfeasibleError as error:
+            if best.found.fits:
+                return best
+            raise (error if error.proven else failed or error) from None
+        if best.found.fits and best.found.cost <= found.cost:
+            return best
         return Answer(found, Rewritten(self.problem, self.problem, {}))
 
 

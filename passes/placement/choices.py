@@ -35,34 +35,34 @@ class Allowed:
 
 
 class Chooser:
-    """Chooses copies for one plan (devices by op, ops in starting order) of a problem."""
+    """Chooses copies for one plan of a problem: devices by op, and ops in order of priority."""
 
     def __init__(
         self, problem: Problem, assign: Ints, sequence: Ints, objective: str, allowed: Allowed
     ) -> None:
         self.problem, self.p, self.allowed = problem, problem.arrays, allowed
-        self.assign, self.sequence = assign, sequence
         self.throughput = objective == "throughput"
         self.host = 0 if allowed.host is None else problem.device_index[allowed.host]
         p = self.p
         n = len(sequence)
-        self.place = np.empty(n, np.int64)
-        self.place[sequence] = np.arange(n)
+        self.plays = 0  # simulations so far
+        none = Copies({}, (), allowed.host)
+        self.plain = play(p, none, assign, sequence, self.host, self.throughput)
+        self.begin, self.end = self.plain.start.tolist(), self.plain.end.tolist()
+        # As the ops started, so that sources come first, whatever order was asked for.
+        self.assign, self.sequence = assign, self.plain.sequence
+        self.place = np.argsort(self.sequence)
         self.place_of: list[int] = self.place.tolist()
         self.sources = [p.tensor_src[p.pair_tensor[p.in_pair[a:b]]].tolist()
                         for a, b in zip(p.in_ptr, p.in_ptr[1:], strict=False)]  # fmt: skip
         first = p.tensor_ptr[p.out_ptr]
         self.readers = [p.pair_dst[a:b].tolist() for a, b in zip(first, first[1:], strict=False)]
         self.lines: list[list[int]] = [[] for _ in p.cap]  # ops of each device, in order
-        for i in sequence.tolist():
+        for i in self.sequence.tolist():
             self.lines[assign[i]].append(i)
         self.before = np.full(n, -1, np.int64)
         for line in self.lines:
             self.before[line[1:]] = line[:-1]
-        self.plays = 0  # simulations so far
-        self.begin, self.end = [0.0] * n, [0.0] * n  # without copies, seconds
-        self.plain = self.play({})
-        self.begin, self.end = self.plain.start.tolist(), self.plain.end.tolist()
 
     def play(self, choices: Choices) -> Played:
         """The plan with these choices, simulated; copies that nothing reads are left out."""
@@ -153,7 +153,8 @@ class Chooser:
     def grow(self, choices: Choices, kept: frozenset[int], dear: float, steps: int) -> Played:
         """Adds choices until everything fits, or nothing more helps; the best on the way.
 
-        Ops in ``kept`` are not recomputed; a second on a link counts as ``dear`` seconds of an op.
+        Ops in ``kept`` are not recomputed; a second on a link counts as ``dear`` seconds of an op,
+        and nothing is offloaded where that is infinite.
         """
         played = best = self.play(choices)
         for _ in range(steps):
@@ -192,7 +193,7 @@ class Chooser:
                 seconds, ops, extra = cone
                 if size > extra:
                     offers.append((seconds / (size - extra), u, size - extra, "recompute", ops))
-            if self.allowed.host is not None and device != self.host:
+            if self.allowed.host is not None and device != self.host and dear < np.inf:
                 seconds = self._offloading(played, u, device, instant, dear)
                 offers.append((seconds / size, u, size, "offload", {u}))
         freed: set[int] = set()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .alternatives import Alternative
-from .engine import Engine
+from .engine import DONE, Engine
 from .problem import Arrays, Floats, Ints, Problem, rows
 
 
@@ -167,7 +167,8 @@ def play(
     rank = np.empty(len(sequence))
     rank[sequence] = -np.arange(len(sequence), dtype=float)
     devices = assign.astype(np.int32)
-    _, cost = engine.simulate(devices, rank)
+    code, cost = engine.simulate(devices, rank)
+    assert code == DONE, "the copies make a cycle"
     if throughput:
         cost = engine.pipeline_load(devices)
     w = engine.work

@@ -143,7 +143,12 @@ def test_random_problems_never_get_worse(seed: int, ops: int, host: bool) -> Non
             return
         plain = np.inf
     try:
-        placement = place(problem, budget=0.6, recompute=True, offload="d1" if host else None)
+        with pytest.MonkeyPatch.context() as patch:  # the work is counted, not timed
+            still = SimpleNamespace(perf_counter=lambda: 0.0)
+            patch.setattr(best, "time", still)
+            patch.setattr(alternatives_search, "time", still)
+            host_name = "d1" if host else None
+            placement = place(problem, budget=1.0, recompute=True, offload=host_name)
     except InfeasibleError:
         assert plain == np.inf
         return
@@ -248,6 +253,36 @@ def test_files_tell_what_was_recomputed(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(json.dumps({**data, "alternatives": {}}))
     with pytest.raises(PlacementError, match="field 'alternatives' must be a list"):
         read_placement(tmp_path / "p.json")
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(0, 100_000), st.integers(1, 16), st.booleans(), st.booleans())
+def test_choices_for_any_plan_free_memory_and_make_no_cycle(
+    seed: int, ops: int, recompute: bool, host: bool
+) -> None:
+    rng = random.Random(seed)
+    raw = rules.random_problem(rng, ops, 3, tight=True)
+    for device in raw["devices"]:
+        device["memory_bytes"] *= 0.4
+    problem = problem_from_dict({**raw, "memory_model": "dynamic"})
+    p = problem.arrays
+    assign = np.array([rng.choice(np.flatnonzero(row)) for row in p.allowed])[p.unit]
+    order = np.array(rng.sample(range(ops), ops), np.int64)  # sources need not come first
+    chooser = Chooser(problem, assign, order, "latency", Allowed(recompute, "d0" if host else None))
+    played = chooser.plain
+    for segments in (1, 2):
+        kept = chooser.checkpoints(segments)
+        grown = chooser.grow(played.copies.choices, kept, 0.2, 8)
+        assert grown.over <= played.over
+        played = grown
+    whole = rewrite(problem, played.copies.alternatives(problem))
+    names = [op.name for op in whole.problem.ops]
+    placed = {n: problem.devices[d].name for n, d in zip(names, played.assign, strict=True)}
+    sequence: dict[str, list[str]] = {}
+    for i in played.sequence.tolist():
+        sequence.setdefault(placed[names[i]], []).append(names[i])
+    schedule = simulate(whole.problem, Placement(placed, sequence))
+    assert (schedule.makespan, schedule.peak.tolist()) == (played.cost, played.peak.tolist())
 
 
 def test_what_is_freed_is_gone_at_the_peak() -> None:
