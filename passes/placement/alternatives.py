@@ -84,6 +84,8 @@ def rewrite(problem: Problem, alternatives: Sequence[Alternative]) -> Rewritten:
     A recomputed op that has parameters stays with its copy, which shares them. Raises
     PlacementError for an alternative that is none of the problem.
     """
+    if not alternatives:
+        return Rewritten(problem, problem, {})
     chosen: dict[str, Alternative] = {}
     for item in alternatives:
         if item.op in chosen:

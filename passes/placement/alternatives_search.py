@@ -37,16 +37,16 @@ _RELIEFS = 24
 """Times that the worst instants are looked at for one set of choices, at most."""
 
 _NEARLY = 5.0
-"""How much slower a plan may be for each share of a device's memory that it does not overrun."""
+"""What an overrun by a whole device counts in a plan that nearly fits, in its own costs."""
 
 _SHARES = {
     "plain": 0.25,
     "roomy": 0.08,
     "slim": 0.08,
     "again": 0.5,
-    "choose": 0.2,
-    "anneal": 0.12,
-    "insist": 0.1,
+    "choose": 0.17,
+    "anneal": 0.1,
+    "insist": 0.05,
 }
 """Of the budget; after "roomy" comes "again", or else "slim", "choose", "anneal" twice and "insist"
 where nothing fits without copies."""
@@ -99,7 +99,7 @@ class _Alternatives:
 
     def run(self) -> Answer:
         plain = self._attempt("plain", self.problem)
-        self.answers = [Answer(plain, Rewritten(self.problem, self.problem, {}))]
+        self.answers = [Answer(plain, rewrite(self.problem, ()))]
         if not self._enough():
             roomy = self._attempt("roomy", _roomy(self.problem))
             if plain.fits and not roomy.cost < plain.cost:  # memory costs no time
@@ -252,7 +252,7 @@ class _Alternatives:
             raise (error if error.proven else failed or error) from None
         if best.found.fits and best.found.cost <= found.cost:
             return best
-        return Answer(found, Rewritten(self.problem, self.problem, {}))
+        return Answer(found, rewrite(self.problem, ()))
 
 
 def _roomy(problem: Problem) -> Problem:
