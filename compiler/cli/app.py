@@ -290,8 +290,19 @@ def place(
     coarsen: Annotated[
         int | None, typer.Option(metavar="OPS", help="Join ops first, down to about so many.")
     ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Let activations be freed and computed again.")
+    ] = False,
+    offload: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help="Let activations wait on this device, such as cpu:0."),
+    ] = None,
     problem_output: Annotated[
         Path | None, typer.Option("--problem", help="Write a model's problem to this file.")
+    ] = None,
+    rewritten: Annotated[
+        Path | None,
+        typer.Option(help="Write the problem with what is recomputed and offloaded to this file."),
     ] = None,
     device_map: Annotated[
         Path | None, typer.Option(help="Write a model's device_map, as accelerate takes it.")
@@ -308,9 +319,9 @@ def place(
     with reported():
         from . import place as cli_place
 
-        files = cli_place.Files(output, problem_output, device_map, gantt, trace)
+        files = cli_place.Files(output, problem_output, rewritten, device_map, gantt, trace)
         options = {"algorithm": algorithm, "objective": objective, "budget": budget, "seed": seed,
-                   "coarsen_to": coarsen}  # fmt: skip
+                   "coarsen_to": coarsen, "recompute": recompute, "offload": offload}  # fmt: skip
         cli_place.run(problem, files, options, quiet, cli_place.Model(devices, link, train))
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ...passes.placement.alternatives import rewrite
 from ...passes.placement.devices import parse_devices, parse_link
 from ...passes.placement.placement import write_text
 from ...passes.placement.plan import place
@@ -35,6 +36,7 @@ class Files:
 
     placement: Path | None
     problem: Path | None
+    rewritten: Path | None
     device_map: Path | None
     gantt: Path | None
     trace: Path | None
@@ -67,15 +69,17 @@ def run(target: str, files: Files, options: dict[str, Any], quiet: bool, model: 
         graph, problem = _from_model(target, model)
         began = time.perf_counter()  # the budget is for planning, tracing comes on top
     placement = plan(problem, options, quiet, began)
+    whole = rewrite(problem, placement.alternatives).problem
     if not quiet:
-        show(problem, placement)
-    schedule = simulate(problem, placement)
+        show(whole, placement)
+    schedule = simulate(whole, placement)
     if files.gantt is not None:
-        write_gantt(problem, schedule, files.gantt)
+        write_gantt(whole, schedule, files.gantt)
     if files.trace is not None:
-        write_trace(problem, schedule, files.trace)
-    if files.problem is not None:
-        write_text(files.problem, json.dumps(problem_to_dict(problem)) + "\n")
+        write_trace(whole, schedule, files.trace)
+    for path, shown in ((files.problem, problem), (files.rewritten, whole)):
+        if path is not None:
+            write_text(path, json.dumps(problem_to_dict(shown)) + "\n")
     if files.device_map is not None and graph is not None:
         write_text(files.device_map, json.dumps(graph.device_map(placement), indent=1) + "\n")
     if files.placement is not None:
@@ -134,6 +138,11 @@ def show(problem: Problem, placement: Placement) -> None:
         f"{what}: {_seconds(report[cost])}, lower bound {_seconds(report['lower_bound_s'])}, "
         f"gap {report['gap']:.1%} ({report['algorithm']}, {report['seconds']:.1f} s)"
     )
+    if placement.alternatives:
+        console.print(
+            f"{report['recomputed']} ops recomputed in {_seconds(report['recompute_s'])}, "
+            f"outputs of {report['offloaded']} offloaded, {_bytes(report['offload_bytes'])}"
+        )
     table = Table("device", box=box.SIMPLE_HEAD)
     for column in ("ops", "busy", "peak memory", "of it"):
         table.add_column(column, justify="right")

@@ -7,6 +7,7 @@ What the graph says becomes the problem as follows.
   holds no memory and takes no time.
 - A parameter or buffer stays with all its readers, which therefore are one colocation group, with
   its gradient and its optimizer's state.
+- Inputs, random ops, and ops that write in place or read what is written may not be recomputed.
 - A tensor is an edge to each reader; inputs of the program are ops without time.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ...passes.ir import is_pure, mutated_arguments
 from ...passes.placement.devices import Placed, times
 from ...passes.placement.placement import Placement
 from ...passes.placement.problem import Edge, Link, Op, Problem
@@ -83,8 +85,7 @@ class Graph:
             if not work.nbytes and not work.flops:
                 seconds = tuple(0.0 for _ in devices)
             time: Any = seconds[0] * devices[0].device.speed if same else seconds
-            ops.append(Op(op.name, time, op.param_bytes, op.temp_bytes, op.output_bytes,
-                          op.group, op.keep))  # fmt: skip
+            ops.append(replace(op, time_s=time))
         found = tuple(x.device for x in devices)
         return Problem(self.name, "dynamic", found, link, {}, tuple(ops), tuple(self.edges))
 
@@ -210,6 +211,7 @@ class _Builder:
         self.parent: dict[str, str] = {}  # union-find of colocated ops and states
         self.bytes: dict[str, float] = {}  # state -> bytes
         self.items: dict[str, dict[str, Any]] = {}
+        self.written: set[str] = set()  # ops and states whose values change in place
 
     def graph(self) -> Graph:
         for node in self.traced.graph.nodes:
@@ -217,7 +219,7 @@ class _Builder:
                 self._state(node, *self.traced.states[node.name])
             elif node.op == "placeholder" and _has_tensor(node):
                 self.home[node] = (node.name, "")
-                self._add(node.name, Work(), bytes_of(node))
+                self._add(node.name, Work(), bytes_of(node), recompute=False)
             elif node.op == "call_function":
                 self._call(node)
             elif node.op == "get_attr" and _has_tensor(node):
@@ -261,7 +263,10 @@ class _Builder:
         widths = [width_of(x) for x in inputs if _floating(x)]
         work = Work(flops_of(node), sum(sizes) + made, min(widths, default=width))
         self.home[node] = (node.name, "")
-        self._add(node.name, work, made)
+        self._add(node.name, work, made, recompute=is_pure(node))
+        for x in mutated_arguments(node):
+            home = self.home.get(x)
+            self.written.add(home[0] if home is not None else "/" + self.state_of.get(x, ""))
         for x, size in zip(inputs, sizes, strict=True):
             home = self.home[x]
             if home is not None:
@@ -282,8 +287,8 @@ class _Builder:
             elif not home[1]:
                 self.items[home[0]]["keep"] = True
 
-    def _add(self, name: str, work: Work, made: float) -> None:
-        self.items[name] = {"output_bytes": made, "keep": False}
+    def _add(self, name: str, work: Work, made: float, recompute: bool) -> None:
+        self.items[name] = {"output_bytes": made, "keep": False, "recompute": recompute}
         self.out.work[name] = work
         self.parent.setdefault(name, name)
 
@@ -309,6 +314,14 @@ class _Builder:
         group = {
             n: names[0] if len(names) > 1 else None for names in members.values() for n in names
         }
+        # What is written to has another value later: neither it nor its readers can run again.
+        again = {*self.written}
+        again.update(edge.dst for edge in self.out.edges if edge.src in self.written)
+        for name, states in self.out.weights.items():
+            if not self.written.isdisjoint("/" + x for x in states):
+                again.add(name)
+        for name in again.intersection(self.items):
+            self.items[name]["recompute"] = False
         for name, item in self.items.items():
             self.out.ops.append(Op(name, 0.0, held[name], 0.0, group=group[name], **item))
         return self.out

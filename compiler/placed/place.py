@@ -27,6 +27,8 @@ def place(
     budget: float = 10.0,
     seed: int = 0,
     coarsen_to: int | None = None,
+    recompute: bool = False,
+    offload: str | None = None,
     devices: str | Sequence[Device | str] | None = None,
     link: str = "50GB/s,10us",
     example_inputs: Any = (),
@@ -41,13 +43,17 @@ def place(
     whole training step is placed. ``algorithm`` is "best", "single", "min-cut", "m-topo", "m-etf",
     "m-sct" or "heft"; ``objective`` "latency" (makespan of a step) or "throughput" (largest load of
     a device or link per input in a pipeline). ``coarsen_to`` first joins ops, never into a cycle,
-    until about so many are left; the plan and its report are of the ops themselves.
+    until about so many are left; the plan and its report are of the ops themselves. With
+    ``recompute`` activations may be freed and computed again for late readers, with ``offload``
+    they may wait on the device of that name, where the plan gets better by it or only fits so;
+    `Placement.alternatives` tells which.
 
     Raises PlacementError (a ValueError) for a problem or option without meaning, InfeasibleError
     where nothing fits, CaptureError where a module cannot be traced.
     """
     options: dict[str, Any] = {"algorithm": algorithm, "objective": objective, "budget": budget,
-                               "seed": seed, "coarsen_to": coarsen_to}  # fmt: skip
+                               "seed": seed, "coarsen_to": coarsen_to, "recompute": recompute,
+                               "offload": offload}  # fmt: skip
     if isinstance(problem, str | Path):
         began = time.perf_counter()
         return plan.place(read_problem(problem), began=began, **options)

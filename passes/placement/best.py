@@ -49,6 +49,7 @@ class Found:
     start: str
     moves: int
     stopped: str
+    fits: bool = True
 
 
 class Search:
@@ -84,22 +85,32 @@ class Search:
 
     def run(self) -> Found:
         """Searches. Raises InfeasibleError where nothing that fits was found."""
+        found = self.attempt()
+        if not found.fits:
+            self._insist()
+            found = self._found()
+        if not found.fits:
+            self._give_up()
+        return found
+
+    def attempt(self) -> Found:
+        """Searches within the budget; what it ends at where nothing fits."""
         if not self.n:
             empty = np.zeros(0, np.int64)
             return Found(empty, empty, 0.0, self.bounds, "", 0, "done")
-        ranked = self._ranked_starts()
-        self._anneal_rounds(ranked)
-        if not np.isfinite(self.engine.state.cost[1]):
-            self._insist()
+        self._anneal_rounds(self._ranked_starts())
+        return self._found()
+
+    def _found(self) -> Found:
         s, w = self.engine.state, self.engine.work
-        if not np.isfinite(s.cost[1]):
-            self._give_up()
-        s.assign[:], s.offset[:] = s.best_assign, s.best_offset
+        fits = bool(np.isfinite(s.cost[1]))
+        if fits:
+            s.assign[:], s.offset[:] = s.best_assign, s.best_offset
         cost = self.engine.settle(0.0)
         out_of_time = self.hurried or time.perf_counter() >= self.deadline
         return Found(
             s.assign.astype(np.int64), w.sequence.astype(np.int64), cost, self.bounds, self.start,
-            int(s.counts[1]), "clock" if out_of_time else "moves",
+            int(s.counts[1]), "clock" if out_of_time else "moves", fits,
         )  # fmt: skip
 
     def _ranked_starts(self) -> list[tuple[float, Ints, Floats]]:
@@ -280,12 +291,19 @@ def best(
     now = time.perf_counter()
     deadline = began + 0.92 * budget - 0.15
     left = max(deadline - now, 0.05 * budget)
+    return search(problem, objective, seed, left, progress).run()
+
+
+def search(
+    problem: Problem, objective: str, seed: int, budget: float, progress: Progress | None
+) -> Search:
+    """A search for ``budget`` seconds, less what one on a coarser graph has taken by now."""
     given = None
     if len(problem.ops) in _MANY:
-        given = _coarse_start(problem, objective, seed, _COARSE_SHARE * left, progress)
-        left *= 1 - _COARSE_SHARE  # whatever the clock says: the work is what the seed decides
-    end = time.perf_counter() + left
-    return Search(problem, objective, seed, end, left, progress, given).run()
+        given = _coarse_start(problem, objective, seed, _COARSE_SHARE * budget, progress)
+        budget *= 1 - _COARSE_SHARE  # whatever the clock says: the work is what the seed decides
+    end = time.perf_counter() + budget
+    return Search(problem, objective, seed, end, budget, progress, given)
 
 
 def _coarse_start(

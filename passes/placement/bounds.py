@@ -18,8 +18,12 @@ from .engine import heads
 from .problem import Arrays, Floats, Ints
 
 
-def lower_bounds(p: Arrays, throughput: bool = False) -> dict[str, float]:
+def lower_bounds(p: Arrays, throughput: bool = False, copies: bool = False) -> dict[str, float]:
     """Bounds by name, seconds; "best" is the largest.
+
+    With ``copies`` they hold even if ops are recomputed or offloaded in any way (`alternatives`):
+    a copy can spare a transfer, so bounds by transfers are left out; of each op, it or its copy has
+    all its readers behind it, and both have all it reads before them, so the others hold.
 
     - ``work``: all work shared out perfectly, each op at its own speed on each device (an LP);
     - ``group``: a colocation group runs on one device;
@@ -37,11 +41,14 @@ def lower_bounds(p: Arrays, throughput: bool = False) -> dict[str, float]:
     if not throughput and n:
         head, tail = depths(p)
         bounds["path"] = float((head + least + tail).max())
-        late, early = _with_transfers(p, least)
-        bounds["communication"] = float((late + least + early).max())
+        late, early = head, tail
+        if not copies:
+            late, early = _with_transfers(p, least)
+            bounds["communication"] = float((late + least + early).max())
+            bounds["cut"] = _forced_cut(p, head, tail, least)
+            biases = (0.0, 0.03, 0.1, 0.3, 1.0, 10.0)
+            bounds["memory"] = max(_memory_path(p, least, x) for x in biases)
         bounds["window"] = _window(p, np.maximum(head, late), np.maximum(tail, early), least)
-        bounds["cut"] = _forced_cut(p, head, tail, least)
-        bounds["memory"] = max(_memory_path(p, least, x) for x in (0.0, 0.03, 0.1, 0.3, 1.0, 10.0))
     bounds["best"] = max(bounds.values(), default=0.0)
     return bounds
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.files import replacing
+from .alternatives import Alternative, alternative_from_dict
 from .errors import PlacementError
 from .problem import Problem
 from .problem_file import read_json
@@ -20,21 +21,25 @@ class Placement:
 
     In ``mode`` "priority" an idle device starts its ready op that comes first in ``order``; in
     "strict" it runs exactly ``order``. ``report`` tells makespan (seconds), peak bytes per device,
-    lower bound, gap, algorithm, seconds and seed.
+    lower bound, gap, algorithm, seconds and seed. With ``alternatives`` it is a placement of the
+    problem that `alternatives.rewrite` makes of them: ops and their copies.
     """
 
     assign: Mapping[str, str]
     order: Mapping[str, list[str]] | None = None
     mode: str = "priority"
     report: Mapping[str, Any] = field(default_factory=dict)
+    alternatives: tuple[Alternative, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The placement as JSON values."""
         order = {} if self.order is None else {"order": dict(self.order)}
+        taken = [item.to_dict() for item in self.alternatives]
         return {
             "format": "placement v1",
             "assign": dict(self.assign),
             **order,
+            **({"alternatives": taken} if taken else {}),
             "mode": self.mode,
             "report": dict(self.report),
         }
@@ -59,7 +64,15 @@ def read_placement(path: str | Path) -> Placement:
     if mode not in ("priority", "strict"):
         raise PlacementError(f"{path}: mode {mode!r} is unknown; write 'priority' or 'strict'")
     report = data.get("report", {})
-    return Placement(data["assign"], order, mode, report if isinstance(report, Mapping) else {})
+    taken = data.get("alternatives", [])
+    if not isinstance(taken, list):
+        raise PlacementError(f"{path}: field 'alternatives' must be a list, is {taken!r:.60}")
+    try:
+        alternatives = tuple(map(alternative_from_dict, taken))
+    except PlacementError as error:
+        raise PlacementError(f"{path}: {error}") from None
+    report = report if isinstance(report, Mapping) else {}
+    return Placement(data["assign"], order, mode, report, alternatives)
 
 
 def check(problem: Problem, placement: Placement) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
+from .alternatives_search import Answer, best_with_alternatives
 from .best import Progress, best
 from .bounds import lower_bounds
+from .choices import Allowed
 from .coarsen import coarsen
 from .errors import InfeasibleError, PlacementError
 from .feasible import refuse_hopeless
@@ -29,6 +32,8 @@ def place(
     budget: float = 10.0,
     seed: int = 0,
     coarsen_to: int | None = None,
+    recompute: bool = False,
+    offload: str | None = None,
     progress: Progress | None = None,
     began: float | None = None,
 ) -> Placement:
@@ -38,6 +43,10 @@ def place(
     device or link per input, in a pipeline). ``budget`` is in seconds of wall clock since ``began``
     (``time.perf_counter()``; now) and only "best" spends it. With ``coarsen_to`` ops are joined
     until about so many are left (`coarsen`) and those placed; the report is of the ops themselves.
+    With ``recompute`` ops may run again for late readers, and with ``offload`` outputs may wait for
+    theirs on that device, where that makes the plan better; the placement is then one of
+    ``rewrite(problem, placement.alternatives).problem``, and so is its report, but the lower bound
+    is one for all such choices.
 
     Raises PlacementError for options without meaning, InfeasibleError where nothing fits or the
     algorithm finds nothing that does.
@@ -55,7 +64,16 @@ def place(
         raise PlacementError(f"coarsen_to must be a number of ops, is {coarsen_to!r}")
     report: dict[str, object] = {"algorithm": algorithm, "objective": objective, "seed": seed}
     bounds: dict[str, float] | None = None
-    if coarsen_to is None:
+    if recompute or offload is not None:
+        if coarsen_to is not None:
+            raise PlacementError(
+                "coarsen_to cannot be used with recompute or offload; leave one out"
+            )
+        allowed = Allowed(recompute, offload)
+        placement, bounds, problem = _with_alternatives(
+            problem, allowed, report, budget, progress, started
+        )
+    elif coarsen_to is None:
         placement, bounds = _planned(problem, report, budget, progress, started)
     else:
         placement = _coarsely(problem, int(coarsen_to), report, budget, progress, started)
@@ -73,7 +91,47 @@ def place(
         )
     report.update(_report(problem, schedule, bounds, objective))
     report["seconds"] = time.perf_counter() - started
-    return Placement(placement.assign, placement.order, placement.mode, report)
+    return replace(placement, report=report)
+
+
+def _with_alternatives(
+    problem: Problem,
+    allowed: Allowed,
+    report: dict[str, object],
+    budget: float,
+    progress: Progress | None,
+    began: float,
+) -> tuple[Placement, dict[str, float], Problem]:
+    """A placement by `best_with_alternatives`, bounds, and the problem of which it is one."""
+    if report["algorithm"] != "best":
+        raise PlacementError("only algorithm 'best' can recompute and offload; leave one out")
+    if problem.memory_model != "dynamic":
+        raise PlacementError(
+            "recompute and offload free nothing where memory_model is 'static'; leave them out"
+        )
+    if allowed.host is not None and allowed.host not in problem.device_index:
+        names = ", ".join(device.name for device in problem.devices)
+        raise PlacementError(f"offload: there is no device {allowed.host!r}; use one of {names}")
+    objective, seed = str(report["objective"]), int(str(report["seed"]))
+    answer = best_with_alternatives(problem, allowed, objective, budget, seed, progress, began)
+    found, whole = answer.found, answer.rewritten.problem
+    report.update(start=found.start, moves=found.moves, stopped=found.stopped)
+    report.update(_copied(answer))
+    placement = placement_of(whole, found.assign, found.sequence, report)
+    return replace(placement, alternatives=answer.alternatives), found.bounds, whole
+
+
+def _copied(answer: Answer) -> dict[str, float]:
+    """How much is recomputed (ops, seconds) and offloaded (ops, bytes)."""
+    p, n = answer.rewritten.problem.arrays, len(answer.rewritten.original.ops)
+    offloaded = np.array([x.kind == "offload" for x in answer.alternatives], bool)
+    seconds = p.time[np.arange(len(p.time)), answer.found.assign][n:]
+    return {
+        "recomputed": int((~offloaded).sum()),
+        "recompute_s": float(seconds[~offloaded].sum()),
+        "offloaded": int(offloaded.sum()),
+        "offload_bytes": float(p.out[n:][offloaded].sum()),
+    }
 
 
 def _planned(

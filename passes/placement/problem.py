@@ -36,6 +36,7 @@ class Op:
 
     ``time_s`` is seconds on a device of speed 1, or seconds for each device (None: not allowed
     there). Ops of one ``group`` run on one device. ``keep``: the output stays until the end.
+    ``recompute``: whether running it again gives the same and does nothing else.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Op:
     output_bytes: float = 0
     group: str | None = None
     keep: bool = False
+    recompute: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,12 @@ class Problem:
     def device_index(self) -> dict[str, int]:
         """Devices by name."""
         return {device.name: i for i, device in enumerate(self.devices)}
+
+    @cached_property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The name of each tensor, in the order of `Arrays.tensor_src`."""
+        first = dict.fromkeys((self.op_index[edge.src], edge.tensor) for edge in self.edges)
+        return tuple(tensor for _, tensor in sorted(first, key=lambda key: key[0]))
 
     @cached_property
     def arrays(self) -> Arrays:

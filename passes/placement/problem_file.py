@@ -62,6 +62,8 @@ def problem_to_dict(problem: Problem) -> dict[str, Any]:
             item["group"] = op.group
         if op.keep:
             item["keep"] = True
+        if not op.recompute:
+            item["recompute"] = False
         ops.append(item)
     return {
         "format": FORMAT,
@@ -121,13 +123,15 @@ def _op(item: Any, index: int, devices: int) -> Op:
             raise PlacementError(f"{what}: time_s allows it on no device; give one a time")
     else:
         time = _number(item, "time_s", what)
-    group, keep = item.get("group"), item.get("keep", False)
+    group = item.get("group")
     if not (group is None or isinstance(group, str | int)) or isinstance(group, bool):
         raise PlacementError(f"{what}: group must be text, is {group!r}")
-    if not isinstance(keep, bool):
-        raise PlacementError(f"{what}: keep must be true or false, is {keep!r}")
+    flags = {"keep": item.get("keep", False), "recompute": item.get("recompute", True)}
+    for field, value in flags.items():
+        if not isinstance(value, bool):
+            raise PlacementError(f"{what}: {field} must be true or false, is {value!r}")
     sizes = [_number(item, k, what, 0) for k in ("param_bytes", "temp_bytes", "output_bytes")]
-    return Op(name, time, *sizes, group=None if group is None else str(group), keep=keep)
+    return Op(name, time, *sizes, group=None if group is None else str(group), **flags)
 
 
 def _edge(item: Any, index: int) -> Edge:

@@ -11,6 +11,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from plait.compiler.cli import app
+from plait.passes.placement.placement import read_placement
+from plait.passes.placement.problem_file import read_problem
+from plait.passes.placement.simulator import simulate
 
 PROBLEM: dict[str, Any] = {
     "format": "placement-problem v1",
@@ -45,6 +48,45 @@ def test_throughput_reports_the_largest_load(tmp_path: Path) -> None:
     assert "seconds per input: 1.5 s" in result.output
 
 
+TIGHT: dict[str, Any] = {
+    "format": "placement-problem v1",
+    "memory_model": "dynamic",
+    "devices": [{"name": "gpu", "memory_bytes": 4}, {"name": "host", "memory_bytes": 99}],
+    "default_link": {"latency_s": 0, "bandwidth_Bps": 100},
+    "ops": [{"name": x, "time_s": [1, None], "output_bytes": 1}
+            for x in ("f0", "f1", "f2", "f3", "b3", "b2", "b1", "b0")],
+    "edges": [{"src": x[:2], "dst": x[3:], "bytes": 1}
+              for x in ("f0 f1", "f1 f2", "f2 f3", "f3 b3", "b3 b2", "b2 b1", "b1 b0", "f0 b0",
+                        "f1 b1", "f2 b2")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "told"),
+    [
+        (["--recompute"], "recompute", "1 ops recomputed in 1 s, outputs of 0 offloaded"),
+        (["--offload", "host"], "offload", "0 ops recomputed in 0 us, outputs of 1 offloaded, 1 B"),
+    ],
+)
+def test_activations_make_room(tmp_path: Path, options: list[str], kind: str, told: str) -> None:
+    assert place(tmp_path, TIGHT).exit_code == 2
+    whole = tmp_path / "whole.json"
+    gantt, trace = tmp_path / "step.svg", tmp_path / "step.json"
+    result = place(tmp_path, TIGHT, *options, "--rewritten", str(whole), "--gantt", str(gantt),
+                   "--trace", str(trace), "--budget", "1")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert told in result.output
+    placement = json.loads((tmp_path / "out.json").read_text())
+    (item,) = placement["alternatives"]
+    assert item["kind"] == kind and item["op"].startswith("f")
+    written = read_problem(whole)
+    schedule = simulate(written, read_placement(tmp_path / "out.json"))
+    assert not schedule.shortfall(written)
+    assert schedule.makespan == placement["report"]["makespan_s"]
+    assert f"{item['op']}@{kind}" in trace.read_text()
+    assert gantt.stat().st_size
+
+
 def test_quiet_prints_nothing(tmp_path: Path) -> None:
     result = place(tmp_path, PROBLEM, "--quiet")
     assert (result.exit_code, result.output) == (0, "")
@@ -70,6 +112,11 @@ def test_quiet_prints_nothing(tmp_path: Path) -> None:
         ({"devices": [{"name": "a"}]}, [], "device 'a': memory_bytes is missing"),
         ({"ops": [{"time_s": 1}], "edges": []}, [], "ops[0]: name"),
         ({}, ["--coarsen", "0"], "coarsen_to must be a number of ops"),
+        ({}, ["--recompute"], "free nothing where memory_model is 'static'"),
+        ({"memory_model": "dynamic"}, ["--offload", "disk"], "there is no device 'disk'"),
+        ({"memory_model": "dynamic"}, ["--recompute", "--algorithm", "heft"], "only algorithm"),
+        ({"ops": [{"name": "p", "time_s": 1, "recompute": 1}], "edges": []}, [],
+         "op 'p': recompute must be true or false, is 1"),
         ({}, ["--algorithm", "single"], "no device holds the whole problem"),
         ({}, ["--algorithm", "magic"], "algorithm 'magic' is unknown"),
         ({}, ["--objective", "joy"], "objective 'joy' is unknown"),

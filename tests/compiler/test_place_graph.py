@@ -15,7 +15,7 @@ import plait
 from plait.compiler.cli import app
 from plait.compiler.placed import graph as place_graph
 from plait.passes.placement.devices import KINDS, parse_bytes, parse_devices, parse_link
-from plait.passes.placement.errors import PlacementError
+from plait.passes.placement.errors import InfeasibleError, PlacementError
 from plait.passes.placement.problem import Link, Problem
 from plait.passes.placement.schedule_trace import memory_over_time
 from plait.passes.placement.simulator import simulate
@@ -206,3 +206,40 @@ def test_faults_exit_with_2(tmp_path: Path, options: list[str], message: str) ->
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert not out.exists()
+
+
+def test_what_may_not_run_twice_is_marked() -> None:
+    class Noisy(nn.Module):
+        """Draws random numbers, and writes to a buffer."""
+
+        seen: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+            self.register_buffer("seen", torch.zeros(16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.layer(x) + self.seen)
+            self.seen.add_(1.0)
+            return torch.nn.functional.dropout(y, 0.5, True).sum()
+
+    problem = problem_of(Noisy(), torch.zeros(8, 16), optimizer="sgd")
+    marks = {op.name: op.recompute for op in problem.ops}
+    assert not any(v for k, v in marks.items() if k.startswith(("args", "x", "arg")))
+    random_ops = [k for k in marks if "dropout" in k or "bernoulli" in k or "rand" in k]
+    assert random_ops and not any(marks[k] for k in random_ops)
+    assert marks["relu"] and not marks["add"]  # the sum reads what is written later
+
+
+def test_a_training_step_fits_with_recompute() -> None:
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(8)]
+    with torch.device("meta"):
+        x = torch.zeros(4096, 64)
+    model = nn.Sequential(*layers).to("meta")
+    options: dict[str, Any] = {"example_inputs": (x,), "devices": "1xh100:11MB", "link": "1GB/s"}
+    with pytest.raises(InfeasibleError):
+        plait.place(model, optimizer="sgd", budget=1.0, **options)
+    placement = plait.place(model, optimizer="sgd", budget=2.0, recompute=True, **options)
+    assert placement.report["recomputed"]
+    assert all(x.kind == "recompute" for x in placement.alternatives)
