@@ -7,7 +7,6 @@ call in flight, so any number of Python threads may call at once.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -16,10 +15,10 @@ import torch
 
 from . import driver, library
 from .bank import Bank
+from .bound import Bound
 from .fetching import Fetching
 from .plan import (
     BranchStep,
-    Buffer,
     FetchStep,
     KernelStep,
     LibraryStep,
@@ -29,7 +28,7 @@ from .plan import (
     check_guards,
 )
 from .sizes import evaluate
-from .spans import ITEMSIZE, Span, span_of
+from .spans import ITEMSIZE
 from .tier import Tier
 from .workspace import Arena, Workspace
 
@@ -189,8 +188,8 @@ class Executor:
         return instance
 
 
-class Instance:
-    """A plan with its symbols bound. A ``stamped`` one notes when each part of a kernel ran."""
+class Instance(Bound):
+    """A plan with its symbols bound, and the memory of its calls in flight."""
 
     def __init__(
         self,
@@ -199,42 +198,12 @@ class Instance:
         workers: int,
         stamped: bool = False,
     ) -> None:
-        self.stamped = stamped
-        self.executor, self.plan, self.values = executor, executor.plan, values
-        self.workers = workers
-        self.segments: list[list[KernelStep] | LibraryStep | BranchStep | FetchStep] = []
-        for step in self.plan.steps:
-            if not isinstance(step, KernelStep):
-                self.segments.append(step)
-            elif self.segments and isinstance(self.segments[-1], list):
-                self.segments[-1].append(step)
-            else:
-                self.segments.append([step])
-        self.ext: dict[str, int] = {}
-        for buffer in self.plan.buffers.values():
-            if buffer.kind in ("input", "output", "library"):
-                self.ext[buffer.name] = len(self.ext)
-        self.windows = False  # an output shows only a part of its buffer
-        self._inputs = [(self.ext.get(ref.buffer, -1), ref.buffer) for ref in self.plan.inputs]
-        self._fresh = [
-            (self.ext[b.name], b.name, *self._fresh_spec(b))
-            for b in self.plan.buffers.values()
-            if b.kind == "output"
-        ]
-        self._slots = [slot for slot, _ in self._inputs]
-        self._made = [(slot, tuple(geometry)) for slot, _, *geometry in self._fresh]
+        super().__init__(executor.plan, values, workers, stamped)
+        self.executor = executor
+        self._slots = [slot for slot, _ in self.inputs]
+        self._made = [(slot, tuple(geometry)) for slot, _, *geometry in self.fresh]
         self._launch = executor._launch
         self._free: list[Workspace] = []
-        # The common case: every output is its own fresh tensor, no library step.
-        self._simple = (
-            not self.windows
-            and all(isinstance(s, list) for s in self.segments)
-            and [r.buffer for r in self.plan.outputs] == [name for _, name, *_ in self._fresh]
-            and all(
-                self.geometry(r) == (f[2], f[3])
-                for r, f in zip(self.plan.outputs, self._fresh, strict=True)
-            )
-        )
         self.on_step = None
 
     @property
@@ -247,41 +216,17 @@ class Instance:
         self._on_step = call
         # One input, one result, one launch: worth a path without loops.
         counts = (len(self._slots), len(self._made), len(self.segments))
-        self._lean = self._simple and call is None and counts == (1, 1, 1) and self._slots[0] >= 0
+        self._lean = self.simple and call is None and counts == (1, 1, 1) and self._slots[0] >= 0
 
-    def _fresh_spec(self, buffer: Buffer) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
-        """Shape, strides and type of a fresh buffer: those of an output that is all of it, else
-        flat.
-        """
-        refs = [r for r in self.plan.outputs if r.buffer == buffer.name]
-        nbytes = evaluate(buffer.nbytes, self.values)
-        for ref in refs:
-            shape, strides = self.geometry(ref)
-            if evaluate(ref.offset, self.values) == 0:
-                if math.prod(shape) * ITEMSIZE[ref.dtype] == nbytes and ref.dtype:
-                    return shape, strides, getattr(torch, ref.dtype)
-        if not refs:
-            raise PlanError(f"output buffer {buffer.name!r} is not part of any output")
-        self.windows = True
-        return (nbytes // ITEMSIZE[refs[0].dtype],), (1,), getattr(torch, refs[0].dtype)
-
-    def geometry(self, ref: TensorRef) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (
-            tuple(evaluate(d, self.values) for d in ref.shape),
-            tuple(evaluate(s, self.values) for s in ref.strides),
-        )
-
-    def span(self, ref: TensorRef) -> Span:
-        buffer = self.plan.buffers[ref.buffer]
-        if buffer.kind == "arena":
-            return span_of(ref, "arena", evaluate(buffer.offset, self.values), self.values)
-        return span_of(ref, buffer.name, 0, self.values)
+    def _workspace(self) -> Workspace:
+        executor = self.executor
+        return Workspace(self, executor.functions, executor.constants, executor.arena)
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         try:
             workspace = self._free.pop()
         except IndexError:
-            workspace = Workspace(self)
+            workspace = self._workspace()
         ext = workspace.ext
         if self._lean and tensors[0].is_contiguous():
             slot, (shape, strides, dtype) = self._made[0]
@@ -303,7 +248,7 @@ class Instance:
             out = _empty(*geometry)
             ext[slot] = out.data_ptr()
             fresh.append(out)
-        if self._simple and self.on_step is None:
+        if self.simple and self.on_step is None:
             for address in workspace.launches:
                 self._launch(address, workspace.ext_address)
             self._free.append(workspace)
@@ -321,7 +266,7 @@ class Instance:
         try:
             workspace = self._free.pop()
         except IndexError:
-            workspace = Workspace(self)
+            workspace = self._workspace()
         workspace.ext[self._slots[0]] = tensors[0].data_ptr()
         workspace.ext[self._made[0][0]] = into.data_ptr()
         self._launch(workspace.launches[0], workspace.ext_address)
@@ -336,9 +281,9 @@ class Instance:
         fresh: list[torch.Tensor],
     ) -> list[torch.Tensor]:
         live: dict[str, torch.Tensor] = {}
-        for (_, name), tensor in zip(self._inputs, tensors, strict=True):
+        for (_, name), tensor in zip(self.inputs, tensors, strict=True):
             live[name] = tensor if tensor.is_contiguous() else tensor.contiguous()
-        for (_, name, *_), tensor in zip(self._fresh, fresh, strict=True):
+        for (_, name, *_), tensor in zip(self.fresh, fresh, strict=True):
             live[name] = tensor
         waves: Callable[[int], None] | None = None  # what was fetched last does not fit at once
         for number, (segment, table) in enumerate(
@@ -485,7 +430,7 @@ class Instance:
             if base.shape == shape and base.stride() == strides and base.storage_offset() == offset:
                 return base
             return base.as_strided(shape, strides, offset)
-        storage = workspace.storage(self, self.plan.buffers[ref.buffer])
+        storage = workspace.storage(self.plan.buffers[ref.buffer])
         shape, strides = self.geometry(ref)
         dtype = getattr(torch, ref.dtype)
         if storage.dtype != dtype:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 from array import array
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from .bound import Bound
 from .plan import Buffer
 from .sizes import evaluate
 from .table import Address, Table, build_table
-
-if TYPE_CHECKING:
-    from .executor import Instance
 
 ALIGNMENT = 64
 
@@ -49,39 +48,50 @@ class Arena:
 
 
 class Workspace:
-    """Memory and tables for one call in flight of an instance."""
+    """Memory and tables for one call in flight of a bound plan.
 
-    def __init__(self, instance: Instance) -> None:
-        plan, values = instance.plan, instance.values
-        shared, nbytes = instance.executor.arena, evaluate(plan.arena_bytes, values)
+    ``functions`` maps kernel hashes to addresses, ``constants`` names to tensors; ``shared`` is an
+    arena to work in instead of one of its own.
+    """
+
+    def __init__(
+        self,
+        bound: Bound,
+        functions: Mapping[str, int],
+        constants: Mapping[str, torch.Tensor],
+        shared: Arena | None = None,
+    ) -> None:
+        plan, values = bound.plan, bound.values
+        self._values, self._constants = values, constants
+        nbytes = evaluate(plan.arena_bytes, values)
         self.arena = aligned_empty(nbytes) if shared is None else shared.take(nbytes)
         self.static = {
             b.name: torch.zeros(evaluate(b.nbytes, values) + ALIGNMENT, dtype=torch.uint8)
             for b in plan.buffers.values()
             if b.kind == "static"
         }
-        self.ext = array("q", [0] * max(1, len(instance.ext)))  # quicker to store into than ctypes
+        self.ext = array("q", [0] * max(1, len(bound.ext)))  # quicker to store into than ctypes
         self.ext_address = self.ext.buffer_info()[0]
         addresses: dict[str, Address] = {}
         for buffer in plan.buffers.values():
-            if buffer.name in instance.ext:
-                addresses[buffer.name] = Address(0, instance.ext[buffer.name])
+            if buffer.name in bound.ext:
+                addresses[buffer.name] = Address(0, bound.ext[buffer.name])
             else:
-                addresses[buffer.name] = Address(self.storage(instance, buffer).data_ptr())
+                addresses[buffer.name] = Address(self.storage(buffer).data_ptr())
         self.tables: list[Table | None] = [
             build_table(
                 steps,
-                [[instance.span(a) for a in s.args] for s in steps],
+                [[bound.span(a) for a in s.args] for s in steps],
                 addresses,
-                instance.executor.functions,
+                functions,
                 values,
-                instance.workers,
-                placed=instance.workers == plan.workers,
-                stamped=instance.stamped,
+                bound.workers,
+                placed=bound.workers == plan.workers,
+                stamped=bound.stamped,
             )
             if isinstance(steps, list)
             else None
-            for steps in instance.segments
+            for steps in bound.segments
         ]
         self.addresses = addresses
         self.launches = [table.address for table in self.tables if table is not None]
@@ -94,10 +104,11 @@ class Workspace:
         """Whether ``tensor`` lies in this memory, which later steps and calls write again."""
         return tensor.untyped_storage().data_ptr() in self._memory
 
-    def storage(self, instance: Instance, buffer: Buffer) -> torch.Tensor:
+    def storage(self, buffer: Buffer) -> torch.Tensor:
+        """The memory of a buffer that calls do not bring."""
         if buffer.kind == "arena":
-            return self.arena[evaluate(buffer.offset, instance.values) :]
+            return self.arena[evaluate(buffer.offset, self._values) :]
         if buffer.kind == "static":
             raw = self.static[buffer.name]
             return raw[-raw.data_ptr() % ALIGNMENT :]
-        return instance.executor.constants[buffer.name]
+        return self._constants[buffer.name]
