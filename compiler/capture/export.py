@@ -127,6 +127,8 @@ class _Traced(nn.Module):
         args, kwargs = unflatten(tree, given)
         tracked = Tracked((args, kwargs))
         before, _ = flatten((args, kwargs), marks=tracked.given)
+        if self.attributes is not None:
+            self.attributes.begin()
         out = self.target(*args, **kwargs)
         after, tree_after = flatten((args, kwargs), marks=tracked.given)
         same = len(after) == len(before) and all(
@@ -142,7 +144,7 @@ class _Traced(nn.Module):
             raise CaptureError(
                 "PLT-CAP-019",
                 f"the program changes the attribute {changed!r} of a module",
-                "make it a buffer, or return it",
+                "make it a buffer that is written in place, or return it",
             )
         flat, out_tree = flatten(out, objects=True, marks=tracked.given)
         changes = list(tracked.changes())
