@@ -24,6 +24,7 @@ from ...kernels.abi import Dim
 from ...passes.remarks import Remark
 from ..errors import CaptureError
 from ..guards.watch import Attributes, modules_of
+from ..lowering.sizes import is_backed, text
 from . import ops
 from .arguments import distinct, is_plain
 from .captured import Captured, InputSpec, Mutation
@@ -79,7 +80,21 @@ def capture(
         raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
     captured = _Flat(program, traced, tree, leaves).captured()
     captured.remarks += remarks
+    _check_sizes(captured)
     return captured
+
+
+def _check_sizes(captured: Captured) -> None:
+    """Raises CaptureError for a size that no plan can hold, such as 1.5 times another."""
+    for node in captured.graph_module.graph.nodes if captured.symbols else ():
+        value = node.meta.get("val")
+        for part in value if isinstance(value, tuple | list) else (value,):
+            for size in part.shape if isinstance(part, torch.Tensor) else (part,):
+                if isinstance(size, torch.SymInt) and is_backed(size):
+                    try:
+                        text(size)
+                    except NotImplementedError as error:
+                        raise CaptureError("PLT-CAP-001", str(error)) from None
 
 
 def _export(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+import plait
 from plait.compiler.capture.captured import check_tensors
 from plait.compiler.capture.export import capture
 from plait.compiler.capture.tree import Record, flatten, from_json, leaf_names, to_json, unflatten
@@ -137,6 +138,29 @@ def test_symbols_ranges_and_guards() -> None:
 def test_declared_range_is_kept() -> None:
     captured = capture(torch.relu, (torch.randn(4, 3),), {}, dynamic=[{0: Dim("n", min=3, max=9)}])
     assert list(captured.ranges.values()) == [(3, 9)]
+
+
+def test_size_that_no_plan_can_hold_is_refused() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(x, scale_factor=1.5)
+
+    args = (torch.randn(2, 3, 8, 8),)
+    capture(function, args, {}, [{0: Dim.AUTO}])
+    with pytest.raises(CaptureError, match="which plans cannot hold") as caught:
+        capture(function, args, {}, [{2: Dim.AUTO}])
+    assert caught.value.remark == "PLT-CAP-001"
+
+
+@pytest.mark.parametrize("name", ["inv", "cholesky", "lu_factor", "ldl_factor", "matrix_power"])
+def test_linear_algebra_is_captured_and_still_checks_its_arguments(name: str) -> None:
+    function: Any = getattr(torch.linalg, name)
+    given = (-3,) if name == "matrix_power" else ()
+    compiled = plait.compile(lambda x: function(x, *given), tune="off")
+    good, bad = torch.eye(3) * 2, torch.zeros(3, 3)
+    torch.testing.assert_close(compiled(good), function(good, *given))
+    assert compiled.plan is not None
+    with pytest.raises(RuntimeError, match="linalg"):
+        compiled(bad)
 
 
 def test_size_in_the_result_is_an_expression() -> None:
