@@ -24,7 +24,7 @@ from ...kernels.abi import Dim
 from ...passes.remarks import Remark
 from ..errors import CaptureError
 from ..guards.watch import Attributes, modules_of
-from ..lowering.sizes import is_backed, text
+from ..lowering.sizes import check_sizes
 from . import ops
 from .arguments import distinct, is_plain
 from .captured import Captured, InputSpec, Mutation
@@ -71,6 +71,7 @@ def capture(
     try:
         with EXCLUSIVE, quiet():
             program, remarks = _export(target, traced, tuple(tensors), shapes, roots)
+            check_sizes(program.graph)
             # Autocast's conversions appear only when the program is traced through again.
             if torch._C._is_any_autocast_enabled() or ops.needs_decomposition(program):
                 program = program.run_decompositions(ops.decompositions())
@@ -80,21 +81,7 @@ def capture(
         raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
     captured = _Flat(program, traced, tree, leaves).captured()
     captured.remarks += remarks
-    _check_sizes(captured)
     return captured
-
-
-def _check_sizes(captured: Captured) -> None:
-    """Raises CaptureError for a size that no plan can hold, such as 1.5 times another."""
-    for node in captured.graph_module.graph.nodes if captured.symbols else ():
-        value = node.meta.get("val")
-        for part in value if isinstance(value, tuple | list) else (value,):
-            for size in part.shape if isinstance(part, torch.Tensor) else (part,):
-                if isinstance(size, torch.SymInt) and is_backed(size):
-                    try:
-                        text(size)
-                    except NotImplementedError as error:
-                        raise CaptureError("PLT-CAP-001", str(error)) from None
 
 
 def _export(

@@ -6,9 +6,37 @@ from typing import Any
 
 import sympy
 import torch
+import torch.fx as fx
 from torch.utils._sympy import functions as F
 
 from ...kernels.abi import Dim
+
+MAX_NESTING = 3
+"""Divisions and remainders within each other in a size, beyond which torch's reasoning about the
+sizes of a graph takes minutes (a length that is padded to chunks and cut into them has four)."""
+_DIVISIONS = (F.FloorDiv, F.CleanDiv, F.CeilDiv, F.Mod, F.PythonMod, sympy.Mod)
+
+
+def check_sizes(graph: fx.Graph) -> None:
+    """Raises NotImplementedError for a size in an exported graph that no plan can hold, such as 1.5
+    times another, or that torch would be busy with for minutes. Sizes that data tell are not asked.
+    """
+    found: dict[Any, torch.SymInt] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            for size in part.shape if isinstance(part, torch.Tensor) else (part,):
+                if isinstance(size, torch.SymInt) and is_backed(size):
+                    found[size.node.expr] = size
+    for expr, size in found.items():
+        text(size)
+        if _nesting(expr) > MAX_NESTING:
+            raise NotImplementedError(f"size {expr} divides more than {MAX_NESTING} times over")
+
+
+def _nesting(expr: Any) -> int:
+    inner = max(map(_nesting, expr.args), default=0)
+    return inner + isinstance(expr, _DIVISIONS)
 
 
 def dim(value: int | torch.SymInt) -> Dim:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import Dim
 
 import plait
+from plait.compiler import dispatch
 from plait.compiler.capture.captured import check_tensors
 from plait.compiler.capture.export import capture
 from plait.compiler.capture.tree import Record, flatten, from_json, leaf_names, to_json, unflatten
@@ -140,15 +141,40 @@ def test_declared_range_is_kept() -> None:
     assert list(captured.ranges.values()) == [(3, 9)]
 
 
-def test_size_that_no_plan_can_hold_is_refused() -> None:
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.interpolate(x, scale_factor=1.5)
+def larger(x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.interpolate(x[:, None], scale_factor=1.5)
 
-    args = (torch.randn(2, 3, 8, 8),)
-    capture(function, args, {}, [{0: Dim.AUTO}])
-    with pytest.raises(CaptureError, match="which plans cannot hold") as caught:
-        capture(function, args, {}, [{2: Dim.AUTO}])
+
+def chunks(x: torch.Tensor) -> torch.Tensor:
+    batch, length = x.shape[:2]
+    padded = nn.functional.pad(x, (0, 0, 0, (4 - length % 4) % 4))
+    return padded.reshape(batch, padded.shape[1] // 4, -1, x.shape[2]).sum(1)
+
+
+SIZES = {"which plans cannot hold": larger, "divides more than 3 times over": chunks}
+
+
+@pytest.mark.parametrize("reason", SIZES)
+def test_some_sizes_are_refused_and_become_constants(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, asked = SIZES[reason], []
+
+    def counting(*args: Any) -> Any:
+        asked.append(args[-1])
+        return capture(*args)
+
+    capture(function, (torch.randn(2, 8, 6),), {}, [{0: Dim.AUTO}])
+    with pytest.raises(CaptureError, match=reason) as caught:
+        capture(function, (torch.randn(2, 8, 6),), {}, [{1: Dim.AUTO}])
     assert caught.value.remark == "PLT-CAP-001"
+    monkeypatch.setattr(dispatch, "capture", counting)
+    compiled = plait.compile(function, tune="off")
+    for length in (8, 9, 10):
+        x = torch.randn(2, length, 6)
+        torch.testing.assert_close(compiled(x), function(x))
+    assert [r.id for r in compiled.remarks if r.pass_name == "capture"] == ["PLT-CAP-004"]
+    assert [bool(dims) for dims in asked] == [False, True, False, False], "it was tried once"
 
 
 @pytest.mark.parametrize("name", ["inv", "cholesky", "lu_factor", "ldl_factor", "matrix_power"])
