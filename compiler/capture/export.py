@@ -24,11 +24,11 @@ from ...kernels.abi import Dim
 from ...passes.remarks import Remark
 from ..errors import CaptureError
 from ..guards.watch import Attributes, modules_of
-from ..lowering.sizes import check_sizes
 from . import ops
 from .arguments import distinct, is_plain
 from .captured import Captured, InputSpec, Mutation
 from .experts import routed_experts
+from .limits import CheckedSizes
 from .quiet import quiet
 from .state import Given, Tracked, Update
 from .tree import Tree, flatten, leaf_names, unflatten
@@ -71,7 +71,6 @@ def capture(
     try:
         with EXCLUSIVE, quiet():
             program, remarks = _export(target, traced, tuple(tensors), shapes, roots)
-            check_sizes(program.graph)
             # Autocast's conversions appear only when the program is traced through again.
             if torch._C._is_any_autocast_enabled() or ops.needs_decomposition(program):
                 program = program.run_decompositions(ops.decompositions())
@@ -131,7 +130,8 @@ class _Traced(nn.Module):
         before, _ = flatten((args, kwargs), marks=tracked.given)
         if self.attributes is not None:
             self.attributes.begin()
-        out = self.target(*args, **kwargs)
+        with CheckedSizes():
+            out = self.target(*args, **kwargs)
         after, tree_after = flatten((args, kwargs), marks=tracked.given)
         same = len(after) == len(before) and all(
             a is b or (not isinstance(a, torch.Tensor) and a == b)

@@ -6,7 +6,6 @@ from typing import Any
 
 import sympy
 import torch
-import torch.fx as fx
 from torch.utils._sympy import functions as F
 
 from ...kernels.abi import Dim
@@ -17,21 +16,13 @@ sizes of a graph takes minutes (a length that is padded to chunks and cut into t
 _DIVISIONS = (F.FloorDiv, F.CleanDiv, F.CeilDiv, F.Mod, F.PythonMod, sympy.Mod)
 
 
-def check_sizes(graph: fx.Graph) -> None:
-    """Raises NotImplementedError for a size in an exported graph that no plan can hold, such as 1.5
-    times another, or that torch would be busy with for minutes. Sizes that data tell are not asked.
+def check(size: torch.SymInt) -> None:
+    """Raises NotImplementedError for a size that no plan can hold, such as 1.5 times another, or
+    that torch would be busy with for minutes.
     """
-    found: dict[Any, torch.SymInt] = {}
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        for part in value if isinstance(value, (tuple, list)) else (value,):
-            for size in part.shape if isinstance(part, torch.Tensor) else (part,):
-                if isinstance(size, torch.SymInt) and is_backed(size):
-                    found[size.node.expr] = size
-    for expr, size in found.items():
-        text(size)
-        if _nesting(expr) > MAX_NESTING:
-            raise NotImplementedError(f"size {expr} divides more than {MAX_NESTING} times over")
+    text(size)
+    if _nesting(size.node.expr) > MAX_NESTING:
+        raise NotImplementedError(f"size {size} divides more than {MAX_NESTING} times over")
 
 
 def _nesting(expr: Any) -> int:
