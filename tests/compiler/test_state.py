@@ -94,7 +94,7 @@ def test_changed_weights_are_seen(change: Callable[[nn.Module], Any]) -> None:
 class Recurrent(nn.Module):
     """A module that keeps its weights in attributes, too: nn.LSTM or nn.GRU."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
         super().__init__()
         self.cells = kind(4, 5, num_layers=2, bidirectional=True, batch_first=True)
 
