@@ -63,6 +63,7 @@ class Bucket:
 
     programs: list[Program] = field(default_factory=list)
     seen: list[list[torch.Size]] = field(default_factory=list)
+    closed: list[Any] = field(default_factory=list)  # dimensions that could not be left open
     hopeless: bool = False
 
 
@@ -370,9 +371,8 @@ class Dispatcher:
         if any(declared) or any(automatic):
             attempts.append([{**a, **d.dims} for a, d in zip(automatic, declared, strict=True)])
             attempts.append([dict.fromkeys(dims, Dim.AUTO) for dims in attempts[0]])
-            if attempts[0] == attempts[1]:
-                attempts.pop()
-        attempts.append([])
+        attempts = [dims for i, dims in enumerate(attempts) if dims not in attempts[:i]]
+        attempts = [*(dims for dims in attempts if dims not in bucket.closed), []]
         failure: CaptureError | None = None
         for dims in attempts:
             try:
@@ -380,6 +380,7 @@ class Dispatcher:
             except CaptureError as error:
                 failure = error
                 if dims and error.remark == "PLT-CAP-001":
+                    bucket.closed.append(dims)
                     self._note("PLT-CAP-004", f"a dimension could not be left open: {error.reason}")
                     continue
                 break

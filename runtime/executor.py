@@ -381,8 +381,9 @@ class Instance(Bound):
                 continue
             buffer = self.plan.buffers[ref.buffer]
             if buffer.kind == "library":
-                if isinstance(result, torch.Tensor):
-                    if result.layout == torch.strided and workspace.holds(result):
+                # Others (sparse ones) have no address, and only library operators read them.
+                if isinstance(result, torch.Tensor) and result.layout == torch.strided:
+                    if workspace.holds(result):
                         result = result.clone()  # a view, of memory that gets other contents
                     result = self._as_planned(result, ref)
                     workspace.ext[self.ext[ref.buffer]] = result.data_ptr()

@@ -28,6 +28,7 @@ from . import ops
 from .arguments import distinct, is_plain
 from .captured import Captured, InputSpec, Mutation
 from .experts import routed_experts
+from .limits import CheckedSizes
 from .quiet import quiet
 from .state import Given, Tracked, Update
 from .tree import Tree, flatten, leaf_names, unflatten
@@ -127,7 +128,10 @@ class _Traced(nn.Module):
         args, kwargs = unflatten(tree, given)
         tracked = Tracked((args, kwargs))
         before, _ = flatten((args, kwargs), marks=tracked.given)
-        out = self.target(*args, **kwargs)
+        if self.attributes is not None:
+            self.attributes.begin()
+        with CheckedSizes():
+            out = self.target(*args, **kwargs)
         after, tree_after = flatten((args, kwargs), marks=tracked.given)
         same = len(after) == len(before) and all(
             a is b or (not isinstance(a, torch.Tensor) and a == b)
@@ -142,7 +146,7 @@ class _Traced(nn.Module):
             raise CaptureError(
                 "PLT-CAP-019",
                 f"the program changes the attribute {changed!r} of a module",
-                "make it a buffer, or return it",
+                "make it a buffer that is written in place, or return it",
             )
         flat, out_tree = flatten(out, objects=True, marks=tracked.given)
         changes = list(tracked.changes())

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .layout import dict_tag
 from .quick import quick, readable, table
@@ -160,15 +162,26 @@ class Attributes:
     """Plain attributes of modules, to notice that tracing a program changed one, and to undo it."""
 
     def __init__(self, roots: Sequence[nn.Module]) -> None:
-        modules = dict.fromkeys(m for root in roots for m in root.modules())
+        modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
         self._before = [(vars(m), {k: _kept(v) for k, v in vars(m).items()}) for m in modules]
+        self._derived = list(map(_derived, modules))
+        self._weights: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def begin(self) -> None:
+        """Notes the weights: to be called where tracing has put its own in their places."""
+        tables = (now[name] for now, _ in self._before for name in ("_parameters", "_buffers"))
+        self._weights = [(table, dict(table)) for table in tables]
 
     def changed(self) -> str | None:
-        """The name of an attribute that is not what it was, or None."""
-        for now, before in self._before:
+        """The name of an attribute, or a weight, that is not what it was, or None."""
+        for held, weights in self._weights:
+            for name in held.keys() | weights.keys():
+                if held.get(name, self) is not weights.get(name, self):
+                    return name  # export would lose it below the outermost module
+        for (now, before), derived in zip(self._before, self._derived, strict=True):
             for name in now.keys() | before.keys():
-                if name in _TABLES:
-                    continue  # weights are watched, and export puts them back
+                if name in _TABLES or name in derived:
+                    continue
                 if name not in now or name not in before or not _same(now[name], before[name][1]):
                     return name
         return None
@@ -190,6 +203,14 @@ class Attributes:
 
 
 _TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def _derived(module: nn.Module) -> frozenset[str]:
+    """Attributes that each call makes of the weights before it reads them."""
+    if isinstance(module, nn.RNNBase):
+        return frozenset({"_flat_weights", "_flat_weight_refs"})
+    hooks = module._forward_pre_hooks.values()
+    return frozenset(h.name for h in hooks if isinstance(h, WeightNorm | SpectralNorm))
 
 
 def _kept(value: Any) -> tuple[Any, Any]:

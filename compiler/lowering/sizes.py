@@ -10,6 +10,25 @@ from torch.utils._sympy import functions as F
 
 from ...kernels.abi import Dim
 
+MAX_NESTING = 3
+"""Divisions and remainders within each other in a size, beyond which torch's reasoning about the
+sizes of a graph takes minutes (a length that is padded to chunks and cut into them has four)."""
+_DIVISIONS = (F.FloorDiv, F.CleanDiv, F.CeilDiv, F.Mod, F.PythonMod, sympy.Mod)
+
+
+def check(size: torch.SymInt) -> None:
+    """Raises NotImplementedError for a size that no plan can hold, such as 1.5 times another, or
+    that torch would be busy with for minutes.
+    """
+    text(size)
+    if _nesting(size.node.expr) > MAX_NESTING:
+        raise NotImplementedError(f"size {size} divides more than {MAX_NESTING} times over")
+
+
+def _nesting(expr: Any) -> int:
+    inner = max(map(_nesting, expr.args), default=0)
+    return inner + isinstance(expr, _DIVISIONS)
+
 
 def dim(value: int | torch.SymInt) -> Dim:
     """A torch size as an int or a sympy expression."""

@@ -357,18 +357,21 @@ class Counter(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.count, self.seen = how, 0, []
+        self.register_buffer("state", torch.zeros(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.how == "number":
             self.count += 1
         elif self.how == "list":
             self.seen.append(x + 1)
+        elif self.how == "buffer":
+            self.state = self.state + x
         else:
             self.last = x + 1
-        return x * (1 + self.count + len(self.seen))
+        return x * (1 + self.count + len(self.seen)) + self.state
 
 
-@pytest.mark.parametrize("how", ["number", "list", "new"])
+@pytest.mark.parametrize("how", ["number", "list", "buffer", "new"])
 def test_a_model_that_changes_its_attributes_runs_as_it_is(how: str) -> None:
     model, twin = Counter(how).eval(), Counter(how).eval()
     compiled = compile(model)
@@ -376,6 +379,7 @@ def test_a_model_that_changes_its_attributes_runs_as_it_is(how: str) -> None:
         x = torch.full((2,), float(i))
         assert torch.equal(compiled(x), twin(x))
     assert (model.count, len(model.seen)) == (twin.count, len(twin.seen))
+    assert torch.equal(model.state, twin.state)
     assert how != "new" or torch.equal(model.last, twin.last)
     assert ids(compiled) == ["PLT-CAP-019"]
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+import plait
+from plait.compiler import dispatch
 from plait.compiler.capture.captured import check_tensors
 from plait.compiler.capture.export import capture
 from plait.compiler.capture.tree import Record, flatten, from_json, leaf_names, to_json, unflatten
@@ -137,6 +139,54 @@ def test_symbols_ranges_and_guards() -> None:
 def test_declared_range_is_kept() -> None:
     captured = capture(torch.relu, (torch.randn(4, 3),), {}, dynamic=[{0: Dim("n", min=3, max=9)}])
     assert list(captured.ranges.values()) == [(3, 9)]
+
+
+def larger(x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.interpolate(x[:, None], scale_factor=1.5)
+
+
+def chunks(x: torch.Tensor) -> torch.Tensor:
+    batch, length = x.shape[:2]
+    padded = nn.functional.pad(x, (0, 0, 0, (4 - length % 4) % 4))
+    return padded.reshape(batch, padded.shape[1] // 4, -1, x.shape[2]).sum(1)
+
+
+SIZES = {"which plans cannot hold": larger, "divides more than 3 times over": chunks}
+
+
+@pytest.mark.parametrize("reason", SIZES)
+def test_some_sizes_are_refused_and_become_constants(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, asked = SIZES[reason], []
+
+    def counting(*args: Any) -> Any:
+        asked.append(args[-1])
+        return capture(*args)
+
+    capture(function, (torch.randn(2, 8, 6),), {}, [{0: Dim.AUTO}])
+    with pytest.raises(CaptureError, match=reason) as caught:
+        capture(function, (torch.randn(2, 8, 6),), {}, [{1: Dim.AUTO}])
+    assert caught.value.remark == "PLT-CAP-001"
+    monkeypatch.setattr(dispatch, "capture", counting)
+    compiled = plait.compile(function, tune="off")
+    for length in (8, 9, 10):
+        x = torch.randn(2, length, 6)
+        torch.testing.assert_close(compiled(x), function(x))
+    assert [r.id for r in compiled.remarks if r.pass_name == "capture"] == ["PLT-CAP-004"]
+    assert [bool(dims) for dims in asked] == [False, True, False, False], "it was tried once"
+
+
+@pytest.mark.parametrize("name", ["inv", "cholesky", "lu_factor", "ldl_factor", "matrix_power"])
+def test_linear_algebra_is_captured_and_still_checks_its_arguments(name: str) -> None:
+    function: Any = getattr(torch.linalg, name)
+    given = (-3,) if name == "matrix_power" else ()
+    compiled = plait.compile(lambda x: function(x, *given), tune="off")
+    good, bad = torch.eye(3) * 2, torch.zeros(3, 3)
+    torch.testing.assert_close(compiled(good), function(good, *given))
+    assert compiled.plan is not None
+    with pytest.raises(RuntimeError, match="linalg"):
+        compiled(bad)
 
 
 def test_size_in_the_result_is_an_expression() -> None:

@@ -153,6 +153,20 @@ def test_an_unsupported_operator_runs_in_the_library_with_a_remark():
     assert any("cumsum" in " ".join(r.nodes) for r in compiled.remarks)
 
 
+def test_sparse_tensors_on_the_way_belong_to_the_library():
+    def function(x, y):
+        sparse = (x * 2).relu().to_sparse()
+        return torch.sparse.mm(sparse, y).relu() + 1, sparse
+
+    compiled = plait.compile(function, tune="off")
+    for _ in range(2):
+        x, y = torch.randn(5, 4), torch.randn(4, 3)
+        (product, sparse), (want, wanted) = compiled(x, y), function(x, y)
+        torch.testing.assert_close(product, want)
+        torch.testing.assert_close(sparse, wanted)
+    assert compiled.plan is not None
+
+
 def test_results_stay_valid_after_the_next_call():
     model = Branches().eval()
     compiled = plait.compile(model, example_inputs=(torch.randn(1, 3, 39, 39),))

@@ -91,6 +91,40 @@ def test_changed_weights_are_seen(change: Callable[[nn.Module], Any]) -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
+class Recurrent(nn.Module):
+    """A module that keeps its weights in attributes, too: nn.LSTM or nn.GRU."""
+
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.cells = kind(4, 5, num_layers=2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cells(x[:, None].expand(-1, 3, -1))[0]
+
+
+DERIVING: dict[str, Callable[[], nn.Module]] = {
+    "lstm": lambda: Recurrent(nn.LSTM),
+    "gru": lambda: Recurrent(nn.GRU),
+    "rnn": lambda: Recurrent(nn.RNN),
+    "weight_norm": lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3))),
+    "spectral_norm": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 3))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", DERIVING)
+def test_attributes_made_of_the_weights_at_every_call(name: str) -> None:
+    torch.manual_seed(0)
+    model = DERIVING[name]().eval()
+    compiled, x = compile(model), torch.randn(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        for weight in model.parameters():
+            weight.mul_(1.5)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert "PLT-CAP-019" not in ids(compiled) and compiled.plan is not None
+
+
 def test_untied_weights_are_seen() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -186,6 +186,8 @@ SYMBOLIC = {
     "merge": (lambda x: x.transpose(1, 2).reshape(2, -1, 32) + 1, [2, 4, "n*", 8]),
     "mask": (lambda x: torch.tril(torch.ones(x.shape[0], x.shape[0])) * x, ["n*", 1]),
     "shift": (lambda x: torch.cat([x[1:], x[:1] * 2]), ["n*", 5]),
+    "joined": (lambda x: torch.cat([x[:, 1:], x[:, :1]], 1) + 1, [3, "n*"]),
+    "written": (lambda x: torch.slice_scatter(x + 1, x[:, :1], 1, x.shape[1] - 1), [3, "n*"]),
     "flat": (lambda x: x.flatten() - 1, ["n*", 6]),
     "last": (lambda x: x[-2:] + x.shape[0], ["n*", 6]),
     "half": (lambda x: x.bfloat16() * 3, [2, "n*"]),
