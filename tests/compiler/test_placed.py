@@ -442,11 +442,19 @@ def test_routers_stay_whole_and_answer_the_same() -> None:
     assert len(set(placed.placement.assign.values())) == 2
 
 
-def test_measured_costs_price_every_unit(net: nn.Module) -> None:
-    placed = plait.compile(net, devices=SMALL, placement=options(costs="measured"))
-    check(placed, net, *example())
-    times = [op.time_s for op in placed.division.problem.ops]
-    assert all(len(t) == 2 and t[0] == t[1] for t in times) and sum(t[0] > 0 for t in times) >= 3
+def test_measured_costs_price_every_unit() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1500, 1500), nn.Tanh(), nn.Linear(1500, 1500)).eval()
+    placed = plait.compile(
+        model, devices="2xcpu:10MB", placement=options(costs="measured", link="1GB/s,1us")
+    )
+    check(placed, model, torch.randn(64, 1500))
+    problem = placed.division.problem
+    times = [op.time_s for op in problem.ops]
+    assert all(len(t) == 2 and t[0] == t[1] for t in times)
+    products = [op for op in problem.ops if op.param_bytes > 9e6]
+    assert len(products) == 2 and all(op.time_s[0] > 1e-5 for op in products)
+    assert problem.default_link.latency_s > 2e-6  # a segment's call, which units do not pay
 
 
 def test_a_mixture_of_experts_in_processes(tmp_path: Path) -> None:
