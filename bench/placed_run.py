@@ -127,10 +127,9 @@ def run(size: Mapping[str, int], ranks: int, room: float, objective: str, steps:
             error = max(map(difference, alone + flying, expected * 2))
             step, result = latency(placed, batches, steps), throughput(placed, batches, steps)
             memory = placed.memory()
-            report = placed.placement.report
             return Outcome(
                 objective, total, limit, error, placed.division.predicted_s, step, result,
-                list(report["peak_bytes"].values()), [m.peak - m.base for m in memory],
+                placed.division.planned_bytes, [m.peak - m.base for m in memory],
                 [m.base for m in memory], placed.division.segments,
                 placed.division.programs[0].stages,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from ...runtime.sizes import evaluate
 from ..capture.export import capture
 from ..options import Options
 from .capture import Whole
@@ -31,9 +32,12 @@ _CACHES = 1 << 27
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of each unit by name, beyond the seconds of a call, which each segment pays once."""
+    """By unit, seconds and the bytes of memory that it works in; seconds of a call, which each
+    segment pays once and those of units leave out.
+    """
 
-    units: Mapping[str, float]
+    seconds: Mapping[str, float]
+    temporary: Mapping[str, float]
     call: float
 
 
@@ -42,6 +46,7 @@ def measure(
 ) -> Costs:
     """Times a call of each unit on ``threads`` threads: the median of a few."""
     found: dict[str, float] = {}
+    temporary: dict[str, float] = {}
     values: dict[fx.Node, torch.Tensor] = {}
     last = {x: u for u in units.units for n in u.nodes for x in n.all_input_nodes}
     flush = torch.zeros(_CACHES, dtype=torch.uint8)
@@ -61,10 +66,11 @@ def measure(
                 run = SegmentRun(captured, whole.names, whole.source, options, cpu)
                 results, seconds = _timed(run, [values[x] for x in segment.inputs], flush)
                 found[unit.name] = max(seconds - call, 0.0)
+                temporary[unit.name] = float(evaluate(run.engine.plan.arena_bytes, {}))
                 values.update(zip(segment.outputs, results, strict=True))
             for x in [x for x in values if last.get(x) is unit]:
                 del values[x]
-    return Costs(found, call)
+    return Costs(found, temporary, call)
 
 
 class _Least(torch.nn.Module):

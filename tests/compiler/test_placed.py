@@ -127,6 +127,21 @@ def test_segments_survive_text(net: nn.Module) -> None:
         assert all(t.numel() <= 16 for t in held)  # the buffer travels, no weight does
 
 
+def test_what_batches_in_flight_hold_is_planned() -> None:
+    from plait.compiler.placed.plan import _waiting
+    from plait.runtime.pipeline import RankProgram, SegmentStep, Wire
+
+    sent = Wire("sent", 0, 1, 0, 0, "float32", (1,))
+    back = Wire("back", 1, 0, 1, 1, "float32", (1,))
+    steps = (
+        SegmentStep("first", 0, ("x",), ("sent", "kept"), sends=(sent,), drops=("x", "sent")),
+        SegmentStep("last", 2, ("kept", "back"), ("y",), receives=(back,), drops=("kept", "back")),
+    )
+    program = RankProgram(0, 2, 3, 2, steps, ("x",), ("y",))
+    sizes = {"x": 1.0, "sent": 10.0, "kept": 100.0, "back": 1000.0, "y": 1e4}
+    assert _waiting(program, sizes) == 100 + (100 + 1000)
+
+
 @pytest.fixture(scope="module")
 def ranks(net: nn.Module) -> Iterator[plait.Placed]:
     with plait.compile(net, devices=SMALL, placement=options(launch="processes")) as placed:
@@ -454,6 +469,7 @@ def test_measured_costs_price_every_unit() -> None:
     assert all(len(t) == 2 and t[0] == t[1] for t in times)
     products = [op for op in problem.ops if op.param_bytes > 9e6]
     assert len(products) == 2 and all(op.time_s[0] > 1e-5 for op in products)
+    assert all(0 <= op.temp_bytes < 1e6 for op in problem.ops)
     assert problem.default_link.latency_s > 2e-6  # a segment's call, which units do not pay
 
 
