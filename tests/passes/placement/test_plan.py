@@ -179,6 +179,10 @@ def test_too_little_memory_in_all_says_how_much_is_missing() -> None:
         ({"budget": math.nan}, "budget must be a positive number"),
         ({"seed": -1}, "seed must be an integer"),
         ({"transfer_price": -1.0}, "transfer_price must be seconds"),
+        (
+            {"transfer_price": 1.0, "recompute": True},
+            "transfer_price cannot be used with recompute",
+        ),
     ],
 )
 def test_options_without_meaning_are_refused(options: rules.Json, message: str) -> None:
