@@ -15,6 +15,7 @@ import base64
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from ..compiler.routing.collect import Collector
 from ..passes.placement.expert_search import place_experts
 from ..passes.placement.experts import ExpertPlacement, ExpertTraffic
+from ..passes.placement.placement import write_text
 from ..passes.placement.problem import Ints
 from . import trained_moe
 from .trained_moe import ROWS, WINDOW, Batches
@@ -77,62 +79,67 @@ def messages(routes: Routes, where: Sequence[Ints]) -> int:
     return total
 
 
-def compare(
-    fitted: Routes, held: Routes, experts: int, devices: int, seed: int, budget: float
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Case:
+    """Experts of each layer to so many devices; a seed and seconds for each placement."""
+
+    experts: int
+    devices: int
+    seed: int
+    budget: float
+
+    def traffic(self, routes: Routes) -> ExpertTraffic:
+        """What routes say of the experts."""
+        return ExpertTraffic.from_routes(routes, self.experts)
+
+    def place(self, traffic: ExpertTraffic, **how: Any) -> ExpertPlacement:
+        """A placement of the experts; ``how`` is what `place_experts` takes."""
+        names = [f"device:{k}" for k in range(self.devices)]
+        return place_experts(traffic, names, budget=self.budget, seed=self.seed, **how)
+
+
+def compare(case: Case, fitted: Routes, held: Routes) -> list[dict[str, Any]]:
     """A row for each rule and algorithm, counts on the held-out routes."""
-    names = [f"device:{k}" for k in range(devices)]
-    seen = ExpertTraffic.from_routes(fitted, experts)
-    judge = ExpertTraffic.from_routes(held, experts)
+    seen, judge = case.traffic(fitted), case.traffic(held)
     found = []
     for rule in RULES:
-        balance = float(devices) if rule == "equal" else None
+        balance = float(case.devices) if rule == "equal" else None
         for algorithm in ALGORITHMS:
             if rule == "even" and algorithm == "quadratic-assignment":
                 continue  # it knows nothing of load
             source = judge if algorithm == "hindsight" else seen
             method = "best" if algorithm == "hindsight" else algorithm
-            placed = place_experts(
-                source, names, balance=balance, algorithm=method, budget=budget, seed=seed
-            )
+            placed = case.place(source, balance=balance, algorithm=method)
             where = placed.indices(judge)
             found.append(
                 {
-                    "devices": devices,
+                    "devices": case.devices,
                     "rule": rule,
                     "algorithm": algorithm,
-                    "seed": seed,
+                    "seed": case.seed,
                     "exact": placed.report["exact"],
                     "tokens": judge.total,
                     "cross_tokens": judge.crossing(where),
                     "messages": messages(held, where),
-                    "imbalance": max(judge.imbalance(where, devices)),
+                    "imbalance": max(judge.imbalance(where, case.devices)),
                     "experts": {k: list(v) for k, v in placed.experts.items()},
                 }
             )
     return found
 
 
-def drift(
-    fitted: Routes, drifted: Routes, experts: int, devices: int, seed: int, budget: float
-) -> list[dict[str, Any]]:
+def drift(case: Case, fitted: Routes, drifted: Routes) -> list[dict[str, Any]]:
     """What placing anew gains after routing has drifted, for several costs of a move."""
-    names = [f"device:{k}" for k in range(devices)]
-    before = ExpertTraffic.from_routes(fitted, experts)
-    after = ExpertTraffic.from_routes(drifted, experts)
-    old: ExpertPlacement = place_experts(
-        before, names, balance=float(devices), budget=budget, seed=seed
-    )
+    after, balance = case.traffic(drifted), float(case.devices)
+    old = case.place(case.traffic(fitted), balance=balance)
     rows = []
     for share in (0.0, 0.01, 0.03, 1.0):
-        placed = place_experts(
-            after, names, balance=float(devices), previous=old, move_cost=share * after.total,
-            budget=budget, seed=seed,
-        )  # fmt: skip
+        cost = share * after.total
+        placed = case.place(after, balance=balance, previous=old, move_cost=cost)
         rows.append(
             {
-                "devices": devices,
-                "seed": seed,
+                "devices": case.devices,
+                "seed": case.seed,
                 "move_cost_share": share,
                 "moved": placed.report["moved"],
                 "tokens": after.total,
@@ -204,9 +211,9 @@ def main() -> None:
     for seed in options.seeds:
         fitted = record(model, drawn(train, options.batches, seed))
         for devices in options.devices:
-            given = experts, devices, seed, options.budget
-            rows += compare(fitted, held, *given)
-            drifts += drift(fitted, drifted, *given)
+            case = Case(experts, devices, seed, options.budget)
+            rows += compare(case, fitted, held)
+            drifts += drift(case, fitted, drifted)
         print(f"seed {seed} done", file=sys.stderr)
     tokens = len(next(iter(held.values())))
     print(f"{len(held)} layers of {experts} experts, {tokens} held-out tokens, seeds "
@@ -214,7 +221,7 @@ def main() -> None:
     show(rows)
     show_drift(drifts)
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "drift": drifts}, indent=1) + "\n")
+        write_text(options.json, json.dumps({"rows": rows, "drift": drifts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

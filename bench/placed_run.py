@@ -2,8 +2,9 @@
 
 ``python -m plait.bench.placed_run`` builds a Mixtral-style language model of random weights, saves
 them as safetensors, divides it among local processes over gloo, and prints what the plan said and
-what was measured: seconds a step, and bytes of each process beyond what it had before its weights.
-Answers are compared with eager PyTorch before anything is timed.
+what was measured: seconds of a step alone ("latency"), or from one result to the next with several
+batches in flight ("throughput"), and bytes of each process beyond what it had before its weights.
+Answers, of batches alone and in flight, are compared with eager PyTorch before anything is timed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from ..compiler.placed.capture import empty_weights
 from ..compiler.placed.device import Device
 from ..compiler.placed.options import PlacementOptions
 from ..compiler.placed.placed import Placed
+from ..passes.placement.placement import write_text
+from ..passes.placement.plan import OBJECTIVES
 
 SIZES: Mapping[str, Mapping[str, int]] = {
     "small": {"layers": 4, "hidden": 64, "inner": 128, "vocab": 256, "tokens": 8},
@@ -33,20 +36,35 @@ SIZES: Mapping[str, Mapping[str, int]] = {
 }
 
 
+BATCHES = 3
+"""Different batches that take turns, so that a result of another batch would be noticed."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What one run gave: bytes and seconds, planned and measured, by rank where a list."""
+    """What one run gave: bytes and seconds, planned and measured, by rank where a list.
+
+    ``predicted_s`` is for what the objective makes small: ``step_s`` is a batch alone, ``result_s``
+    from one result to the next.
+    """
 
     objective: str
     weights_bytes: int
     limit_bytes: float
     error: float
     predicted_s: float
-    measured_s: float
+    step_s: float
+    result_s: float
     planned_bytes: list[float]
     peak_bytes: list[int]
     base_bytes: list[int]
     segments: int
+    stages: int
+
+    @property
+    def measured_s(self) -> float:
+        """What the prediction is of."""
+        return self.step_s if self.objective == "latency" else self.result_s
 
 
 def build(size: Mapping[str, int]) -> torch.nn.Module:
@@ -91,11 +109,12 @@ def run(size: Mapping[str, int], ranks: int, room: float, objective: str, steps:
     """Divides, checks and times the model; each process may hold ``room`` times its share."""
     model = build(size)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, size["vocab"], (2, size["tokens"]), generator=generator)
+    ids = torch.randint(0, size["vocab"], (BATCHES, 2, size["tokens"]), generator=generator)
+    batches = [{"input_ids": rows} for rows in ids]
     with tempfile.TemporaryDirectory(prefix="plait-placed-") as name:
         folder = Path(name)
         total = save_random(model, folder)
-        expected = eager(model, folder, {"input_ids": ids})
+        expected = [eager(model, folder, batch) for batch in batches]
         limit = total / ranks * room
         options = PlacementOptions(
             launch="processes", weights=folder, objective=objective, costs="measured",
@@ -103,42 +122,53 @@ def run(size: Mapping[str, int], ranks: int, room: float, objective: str, steps:
         )  # fmt: skip
         devices = [Device("cpu", memory=limit)] * ranks
         with compile(model, devices=devices, placement=options) as placed:
-            got = placed(input_ids=ids).logits
-            error = float((got - expected).abs().max() / expected.abs().max())
-            measured = timed(placed, {"input_ids": ids}, objective, steps)
+            alone = [placed(**batch).logits for batch in batches]
+            flying = [result.logits for result in placed.map(batches)]
+            error = max(map(difference, alone + flying, expected * 2))
+            step, result = latency(placed, batches, steps), throughput(placed, batches, steps)
             memory = placed.memory()
-            report = placed.placement.report
             return Outcome(
-                objective, total, limit, error, placed.division.predicted_s, measured,
-                list(report["peak_bytes"].values()), [m.peak - m.base for m in memory],
+                objective, total, limit, error, placed.division.predicted_s, step, result,
+                placed.division.planned_bytes, [m.peak - m.base for m in memory],
                 [m.base for m in memory], placed.division.segments,
+                placed.division.programs[0].stages,
             )  # fmt: skip
 
 
-def timed(placed: Placed, inputs: Mapping[str, torch.Tensor], objective: str, steps: int) -> float:
-    """Seconds of a step, the median; for throughput, between results with the pipeline full."""
-    placed(**inputs)
+def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of two tensors, over the largest expected value."""
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def latency(placed: Placed, batches: Sequence[Mapping[str, torch.Tensor]], steps: int) -> float:
+    """Seconds of a step with nothing else in flight, the median."""
     times = []
-    if objective == "throughput":
-        for _ in placed.map([dict(inputs)] * (steps + 8)):
-            times.append(time.perf_counter())
-        filled = times[4:-4]
-        return (filled[-1] - filled[0]) / (len(filled) - 1)
-    for _ in range(steps):
+    for k in range(steps):
         begin = time.perf_counter()
-        placed(**inputs)
+        placed(**batches[k % len(batches)])
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
+
+
+def throughput(placed: Placed, batches: Sequence[Mapping[str, torch.Tensor]], steps: int) -> float:
+    """Seconds from one result to the next, the mean while the pipeline is full."""
+    stages = placed.division.programs[0].stages
+    given = [dict(batches[k % len(batches)]) for k in range(steps + 2 * stages)]
+    times = [time.perf_counter() for _ in placed.map(given)]
+    full = times[stages - 1 : -stages]
+    return (full[-1] - full[0]) / (len(full) - 1)
 
 
 def show(outcome: Outcome) -> None:
     """Prints an outcome."""
     mb = 1e6
     o = outcome
-    print(f"objective {o.objective}, {o.segments} segments, error against eager {o.error:.1e}")
+    print(f"objective {o.objective}, {o.segments} segments in {o.stages} stages, error against "
+          f"eager {o.error:.1e}")  # fmt: skip
     print(f"weights {o.weights_bytes / mb:.0f} MB, limit of a process {o.limit_bytes / mb:.0f} MB")
     print(f"predicted {o.predicted_s * 1e3:.1f} ms, measured {o.measured_s * 1e3:.1f} ms "
-          f"({o.measured_s / o.predicted_s - 1:+.1%})")  # fmt: skip
+          f"({o.measured_s / o.predicted_s - 1:+.1%}); a batch alone {o.step_s * 1e3:.1f} ms, a "
+          f"result of many {o.result_s * 1e3:.1f} ms")  # fmt: skip
     for rank, rows in enumerate(zip(o.planned_bytes, o.peak_bytes, o.base_bytes, strict=True)):
         planned, peak, base = rows
         print(f"rank {rank}: planned {planned / mb:.1f} MB, peak {peak / mb:.1f} MB "
@@ -151,15 +181,18 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--room", type=float, default=1.25, help="limit over an equal share")
-    parser.add_argument("--objective", choices=("latency", "throughput"), default="latency")
+    parser.add_argument("--objective", choices=OBJECTIVES, nargs="+", default=list(OBJECTIVES))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write the outcome here")
+    parser.add_argument("--json", type=Path, help="write the outcomes here")
     chosen = parser.parse_args()
-    outcome = run(SIZES[chosen.size], chosen.ranks, chosen.room, chosen.objective, chosen.steps)
-    show(outcome)
+    outcomes = []
+    for objective in chosen.objective:
+        outcome = run(SIZES[chosen.size], chosen.ranks, chosen.room, objective, chosen.steps)
+        show(outcome)
+        outcomes.append(outcome)
     if chosen.json is not None:
-        chosen.json.write_text(json.dumps(asdict(outcome), indent=1) + "\n", "utf-8")
-    if outcome.error > 1e-4:
+        write_text(chosen.json, json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+    if any(o.error > 1e-4 for o in outcomes):
         sys.exit("answers differ from eager")
 
 

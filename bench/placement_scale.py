@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..passes.placement.placement import write_text
 from ..passes.placement.plan import place
 from ..passes.placement.problem import Device, Edge, Link, Op, Problem
 
@@ -137,7 +138,7 @@ def main() -> None:
         start = f"{row['ops']:7d} {row['edges']:7d} {row['seconds']:8.1f} {memory:9.2f}"
         print(f"{start} {ratio:15.3f} {row['moves']:7d}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+        write_text(options.json, json.dumps(rows, indent=1) + "\n")
     if options.plot:
         plot(rows, options.plot)
 

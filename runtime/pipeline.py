@@ -174,12 +174,18 @@ class Player:
         self._fed += 1
         return self._play()
 
+    @property
+    def busy(self) -> bool:
+        """Whether batches are in flight."""
+        return bool(self._batches)
+
     def drain(self) -> list[tuple[int, dict[str, Any]]]:
-        """Plays until nothing is in flight. Raises LinkError when another rank fails."""
-        done = []
-        while self._batches:
-            done += self._play()
-        self._finish_sends(self._period + 2)
+        """`feed` without a new batch, to be called while `busy`: results go out period by period,
+        for whoever kept those of all batches would need room for them.
+        """
+        done = self._play()
+        if not self._batches:
+            self._finish_sends(self._period)
         return done
 
     def _play(self) -> list[tuple[int, dict[str, Any]]]:

@@ -71,8 +71,6 @@ class Ranks:
             **os.environ,
             "PYTHONPATH": path,
             "OMP_NUM_THREADS": str(self.threads),
-            # Large tensors return to the system when they are freed: a rank's room is counted.
-            "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         }
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         command = [sys.executable, "-m", f"{__package__}.worker", str(theirs.fileno())]

@@ -1,7 +1,8 @@
 """What units cost on this machine: each is compiled and timed on the values it really gets.
 
 The model runs once, unit by unit, each with its weights alone in memory: data decide how much a
-routed product has to do, so made-up inputs would not tell.
+routed product has to do, so made-up inputs would not tell. A call costs something by itself, which
+a unit inside of a segment does not pay: it is measured, and taken from each unit.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from ...runtime.sizes import evaluate
+from ..capture.export import capture
 from ..options import Options
 from .capture import Whole
 from .part import SegmentRun
@@ -26,15 +30,30 @@ _CACHES = 1 << 27
 """Bytes written between calls: a step reads each weight once, so caches hold none of them."""
 
 
+@dataclass(frozen=True)
+class Costs:
+    """By unit, seconds and the bytes of memory that it works in; seconds of a call, which each
+    segment pays once and those of units leave out.
+    """
+
+    seconds: Mapping[str, float]
+    temporary: Mapping[str, float]
+    call: float
+
+
 def measure(
     whole: Whole, units: Units, inputs: Mapping[str, torch.Tensor], options: Options, threads: int
-) -> dict[str, float]:
-    """Seconds of each unit by name, on ``threads`` threads: the median of a few calls."""
+) -> Costs:
+    """Times a call of each unit on ``threads`` threads: the median of a few."""
     found: dict[str, float] = {}
+    temporary: dict[str, float] = {}
     values: dict[fx.Node, torch.Tensor] = {}
     last = {x: u for u in units.units for n in u.nodes for x in n.all_input_nodes}
     flush = torch.zeros(_CACHES, dtype=torch.uint8)
+    cpu = torch.device("cpu")
     with on_threads(threads):
+        least = SegmentRun(capture(_Least(), (torch.zeros(1),), {}), {}, whole.source, options, cpu)
+        _, call = _timed(least, [torch.zeros(1)], flush)
         for unit in units.units:
             for node in unit.nodes:
                 if node.op == "placeholder":
@@ -44,13 +63,21 @@ def measure(
             if nodes:
                 segment = _segment(units, unit.name, 0, 0, nodes)
                 captured = extract(units.module, segment)
-                run = SegmentRun(captured, whole.names, whole.source, options, torch.device("cpu"))
-                given = [values[x] for x in segment.inputs]
-                results, found[unit.name] = _timed(run, given, flush)
+                run = SegmentRun(captured, whole.names, whole.source, options, cpu)
+                results, seconds = _timed(run, [values[x] for x in segment.inputs], flush)
+                found[unit.name] = max(seconds - call, 0.0)
+                temporary[unit.name] = float(evaluate(run.engine.plan.arena_bytes, {}))
                 values.update(zip(segment.outputs, results, strict=True))
             for x in [x for x in values if last.get(x) is unit]:
                 del values[x]
-    return found
+    return Costs(found, temporary, call)
+
+
+class _Least(torch.nn.Module):
+    """The least that a segment can do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x
 
 
 def _timed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,11 @@ from .segments import captured_of
 SLACK = 64 << 20
 """Bytes that a process may use beyond its base and its device's memory: stacks of threads, buffers
 of the transport, and what the interpreter needs while it runs."""
+
+
+_M_MMAP_THRESHOLD = -3
+_OWN_PAGES = 64 << 10
+"""Bytes from which an allocation has pages of its own: so few that no tensor's rounding matters."""
 
 
 class DistributedError(PlaitError, RuntimeError):
@@ -160,6 +166,7 @@ class Part:
         if device.type == "cpu":
             driver.launch_function()
             ready = {n: pipeline.prepare(c, options) for n, (c, _) in parsed.items()}
+        return_freed()
         reset_peak()
         self.memory = Memory(resident())
         before = enforce(limit)
@@ -251,6 +258,17 @@ def peak() -> int:
 
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def return_freed() -> None:
+    """Makes freed tensors return to the system at once, where the C library is glibc.
+
+    Its heap would not use the room of an aligned tensor again for the next one of that size (a free
+    block has to hold the alignment as well), and grow by what the plan knows nothing of.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
 
 
 def enforce(limit: float | None) -> tuple[int, int] | None:

@@ -187,10 +187,14 @@ class Placed:
         division = self.division
         what = "result" if self.placement_options.objective == "throughput" else "step"
         lines = [f"predicted: {division.predicted_s * 1e3:.3g} ms a {what}"]
-        peaks = division.placement.report["peak_bytes"]
-        for device, program in zip(self.devices, division.programs, strict=True):
-            planned = peaks[device.placed.device.name] / 1e6
-            lines.append(f"{device.placed.device.name} on {device.torch}: {planned:.1f} MB planned")
+        planned = zip(division.planned_bytes, division.flight_bytes, strict=True)
+        for device, program, (most, flight) in zip(
+            self.devices, division.programs, planned, strict=True
+        ):
+            lines.append(
+                f"{device.placed.device.name} on {device.torch}: {most / 1e6:.1f} MB planned, "
+                f"{flight / 1e6:.1f} MB of that for batches in flight"
+            )
             lines += [f"  {line}" for line in str(program).splitlines()]
         return "\n".join([*lines, render(self.remarks)])
 

@@ -21,7 +21,8 @@ from ..capture.captured import Captured
 from ..capture.tree import flatten
 from ..options import Options
 from .capture import Whole, capture_whole
-from .measure import measure
+from .graph import bytes_of
+from .measure import Costs, measure
 from .options import Here, PlacementOptions
 from .part import cores, segment_to_json
 from .segments import Segment, divide, extract, own_results, programs
@@ -39,7 +40,8 @@ class Division:
     ``call`` describes arguments and results of the captured call; its graph is gone. ``names`` are
     the call's tensors, ``results`` its results in order, ``owners`` the rank, type and shape of
     each tensor that a rank makes for the caller. ``checks`` are (input, smallest index, one past
-    the largest) of inputs that are indices.
+    the largest) of inputs that are indices. ``flight_bytes`` is what each rank holds beyond the
+    placement's peak, which is that of one batch, while `Placed.map` keeps all stages busy.
     """
 
     call: Captured
@@ -51,7 +53,14 @@ class Division:
     owners: dict[str, tuple[int, str, tuple[int, ...]]]
     checks: list[tuple[int, int, int]]
     predicted_s: float
+    flight_bytes: list[float]
     remarks: list[Remark]
+
+    @property
+    def planned_bytes(self) -> list[float]:
+        """The most that each rank should hold, batches in flight included."""
+        peaks = self.placement.report["peak_bytes"].values()
+        return [a + b for a, b in zip(peaks, self.flight_bytes, strict=True)]
 
     @property
     def segments(self) -> int:
@@ -101,20 +110,24 @@ def plan_model(
     tensors = [x for x in flatten((tuple(args), dict(kwargs)))[0] if isinstance(x, torch.Tensor)]
     holders = [n.name for n in module.graph.find_nodes(op="placeholder")]
     how, threads = options.how(), threads_of(options, devices)
-    seconds: dict[str, float] = {}
+    costs = Costs({}, {}, 0.0)
     if options.costs == "measured" and any(d.torch.type == "cpu" for d in devices):
         inputs = dict(zip(holders, tensors, strict=True))
-        seconds = measure(whole, units, inputs, compile_options, threads)
+        costs = measure(whole, units, inputs, compile_options, threads)
     if options.link is None and options.costs == "measured" and measured_link is not None:
         link = Link(*measured_link())
     else:
         link = parse_link(options.link or _LINKS[how])
-    price = _price(devices, seconds)
+    # What is sent ends a segment here and begins one there.
+    link = replace(link, latency_s=link.latency_s + costs.call)
+    price = _price(devices, costs.seconds)
     name = type(model).__name__
-    problem = units.problem(name, tuple(d.placed.device for d in devices), link, price)
+    kinds = tuple(d.placed.device for d in devices)
+    problem = units.problem(name, kinds, link, price, costs.temporary)
     placement = plan.place(
         problem, algorithm=options.algorithm, objective=options.objective,
         budget=options.budget, seed=options.seed,
+        transfer_price=link.latency_s,  # in which both ends are busy, whatever the schedule says
     )  # fmt: skip
     ranks = {op: problem.device_index[d] for op, d in placement.assign.items()}
     segments = divide(units, ranks)
@@ -122,7 +135,9 @@ def plan_model(
     flat = list(last.args[0])
     made = programs(units, segments, len(devices), flat)
     graphs = {s.name: extract(module, s) for s in segments}
-    predicted = _predicted(placement, options, how, threads, devices)
+    sizes = {x.name: bytes_of(x) for s in segments for x in (*s.inputs, *s.outputs)}
+    flight = [_waiting(program, sizes) for program in made]
+    predicted = _predicted(placement, made, link, options, devices)
     reason = (
         f"{len(units.units)} units became {len(segments)} segments on {len(devices)} devices, "
         f"{sum(len(s.sends) for p in made for s in p.steps)} tensors move"
@@ -136,9 +151,23 @@ def plan_model(
     division = Division(
         replace(whole.captured, graph_module=nothing), problem, placement, made, holders,
         [x.name for x in flat], _owners(segments, flat),
-        [(c.input, int(c.low), int(c.end)) for c in index_checks(module.graph)], predicted, remarks,
+        [(c.input, int(c.low), int(c.end)) for c in index_checks(module.graph)], predicted, flight,
+        remarks,
     )  # fmt: skip
     return Planned(division, whole, segments, graphs)
+
+
+def _waiting(program: RankProgram, sizes: Mapping[str, float]) -> float:
+    """Bytes of a rank's tensors between periods, of the batches at all stages but the last."""
+    held, total = set(program.inputs), 0.0
+    incoming = {w for step in program.steps for w in step.receives}
+    for stage in range(program.stages - 1):
+        held |= {w.tensor for w in incoming if w.stage == stage}
+        for step in program.steps:
+            if step.stage == stage:
+                held = (held | set(step.outputs)) - (set(step.drops) - set(program.results))
+        total += sum(sizes[name] for name in held)
+    return total
 
 
 def _owners(
@@ -181,11 +210,24 @@ def _price(devices: Sequence[Here], seconds: Mapping[str, float]) -> Callable[[U
 
 
 def _predicted(
-    placement: Placement, options: PlacementOptions, how: str, threads: int, devices: Sequence[Here]
+    placement: Placement,
+    made: Sequence[RankProgram],
+    link: Link,
+    options: PlacementOptions,
+    devices: Sequence[Here],
 ) -> float:
-    """What a step takes where CPU processes have no more cores than there are."""
+    """What a step takes, or a result of many, where CPU processes have no more cores than there
+    are, and a message keeps them busy for its latency.
+    """
     report = placement.report
-    busy = report["busy_s"]
-    work = [busy[d.placed.device.name] for d in devices if d.torch.type == "cpu"]
-    shared = sum(work) * (1.0 if how == "inline" else threads / cores())
-    return max(report["load_s" if options.objective == "throughput" else "makespan_s"], shared)
+    messages = [len({w.number for s in p.steps for w in s.receives}) for p in made]
+    work = [
+        report["busy_s"][d.placed.device.name] + count * link.latency_s
+        for d, count in zip(devices, messages, strict=True)
+    ]
+    on_cpu = sum(w for w, d in zip(work, devices, strict=True) if d.torch.type == "cpu")
+    inline = options.how() == "inline"
+    shared = on_cpu if inline else on_cpu * threads_of(options, devices) / cores()
+    if options.objective == "latency":
+        return max(report["makespan_s"], shared)
+    return max(report["load_s"], *work, shared)

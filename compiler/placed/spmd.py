@@ -115,7 +115,8 @@ class SpmdEngine:
             for inputs in batches:
                 done = self._guard(lambda inputs=inputs: self._all(self.player.feed(inputs)))
                 yield from done
-            yield from self._guard(lambda: self._all(self.player.drain()))
+            while self.player.busy:
+                yield from self._guard(lambda: self._all(self.player.drain()))
 
     def _all(self, done: list[tuple[int, dict[str, torch.Tensor]]]) -> list[dict[str, Any]]:
         """Results of batches, those of other ranks too."""

@@ -9,7 +9,7 @@ All readers of one weight are one colocation group, so that it is loaded once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,8 +81,11 @@ class Units:
         devices: tuple[Device, ...],
         link: Link,
         seconds: Callable[[Unit], float | tuple[float, ...]],
+        temporary: Mapping[str, float],
     ) -> Problem:
-        """The problem of placing the units on ``devices``; ``seconds`` prices a unit."""
+        """The problem of placing the units on ``devices``; ``seconds`` prices a unit, ``temporary``
+        are the bytes that it works in, by name, where they are known.
+        """
         group = self._groups()
         held = self._holders()
         ops, edges = [], []
@@ -94,7 +97,8 @@ class Units:
             size = sum(map(bytes_of, own))
             keep = not wanted.isdisjoint(own)
             param = sum(self.nbytes(t) for t in unit.weights if held[t] is unit)
-            ops.append(Op(unit.name, seconds(unit), param, 0.0, size, group.get(unit.name), keep))
+            temp = temporary.get(unit.name, 0.0)
+            ops.append(Op(unit.name, seconds(unit), param, temp, size, group.get(unit.name), keep))
             edges += [
                 Edge(self.of[x].name, unit.name, bytes_of(x), x.name) for x in self.sources(unit)
             ]

@@ -100,7 +100,8 @@ class Worker:
     def do_drain(self) -> None:
         """Plays until all batches are done."""
         assert self.player is not None
-        self._answer(self.player.drain())
+        while self.player.busy:
+            self._answer(self.player.drain())
 
     def do_memory(self) -> None:
         """Tells what memory was used."""

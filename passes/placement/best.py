@@ -64,6 +64,7 @@ class Search:
         budget: float,
         progress: Progress | None,
         given: tuple[Ints, Ints] | None = None,
+        price: float = 0.0,
     ) -> None:
         self.problem, self.p, self.given = problem, problem.arrays, given
         self.seed, self.deadline, self.progress = seed, deadline, progress
@@ -72,6 +73,7 @@ class Search:
         self.orders = linear_orders(p)
         self.engine = Engine(p, self.orders, regions(cluster_levels(p, seed)))
         self.engine.set_throughput(objective == "throughput")
+        self.engine.set_price(price)
         self.bounds = lower_bounds(p, objective == "throughput")
         size = self.n + len(p.pair_dst)
         # Seconds of one move on one core of the machine that this was written on; graphs that
@@ -281,8 +283,10 @@ def best(
     seed: int = 0,
     progress: Progress | None = None,
     began: float | None = None,
+    price: float = 0.0,
 ) -> Found:
-    """The best placement found in about ``budget`` seconds since ``began`` (perf_counter).
+    """The best placement found in about ``budget`` seconds since ``began`` (perf_counter), where
+    each transfer adds ``price`` seconds to what is made small.
 
     Raises InfeasibleError with a certificate, or with the nearest miss, where nothing fits.
     """
@@ -291,23 +295,33 @@ def best(
     now = time.perf_counter()
     deadline = began + 0.92 * budget - 0.15
     left = max(deadline - now, 0.05 * budget)
-    return search(problem, objective, seed, left, progress).run()
+    return search(problem, objective, seed, left, progress, price).run()
 
 
 def search(
-    problem: Problem, objective: str, seed: int, budget: float, progress: Progress | None
+    problem: Problem,
+    objective: str,
+    seed: int,
+    budget: float,
+    progress: Progress | None,
+    price: float = 0.0,
 ) -> Search:
     """A search for ``budget`` seconds, less what one on a coarser graph has taken by now."""
     given = None
     if len(problem.ops) in _MANY:
-        given = _coarse_start(problem, objective, seed, _COARSE_SHARE * budget, progress)
+        given = _coarse_start(problem, objective, seed, _COARSE_SHARE * budget, progress, price)
         budget *= 1 - _COARSE_SHARE  # whatever the clock says: the work is what the seed decides
     end = time.perf_counter() + budget
-    return Search(problem, objective, seed, end, budget, progress, given)
+    return Search(problem, objective, seed, end, budget, progress, given, price)
 
 
 def _coarse_start(
-    problem: Problem, objective: str, seed: int, budget: float, progress: Progress | None
+    problem: Problem,
+    objective: str,
+    seed: int,
+    budget: float,
+    progress: Progress | None,
+    price: float,
 ) -> tuple[Ints, Ints] | None:
     """Devices and starting order of the ops by a search on a coarser graph; None without one."""
     coarse = coarsen(problem)
@@ -315,7 +329,7 @@ def _coarse_start(
         return None
     end = time.perf_counter() + budget
     try:
-        found = Search(coarse.problem, objective, seed, end, budget, progress).run()
+        found = Search(coarse.problem, objective, seed, end, budget, progress, None, price).run()
     except InfeasibleError:  # of joined ops; the ops themselves may yet fit
         return None
     return found.assign[coarse.member], coarse.members(found.sequence)

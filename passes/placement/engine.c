@@ -293,11 +293,12 @@ static double evaluate(const Problem *p, Work *w, State *s, double weight, doubl
     for (int i = 0; i < p->n; i++) s->priority[i] = w->level[i] + s->offset[i];
     if (!s->throughput) {
         plait_simulate(p, w, s->assign, s->priority, s->position, 0, weight, limit, &cost);
+        cost += *s->price * w->counts[1];
         return cost <= limit ? cost : INFINITY;
     }
     /* Only peaks of memory matter, and those of the static model need no schedule. */
     plait_simulate(p, w, s->assign, s->priority, s->position, 0, weight, INFINITY, &cost);
-    cost = load + weight * overrun(p, w);
+    cost = load + weight * overrun(p, w) + *s->price * w->counts[1];
     return cost <= limit ? cost : INFINITY;
 }
 

@@ -104,6 +104,7 @@ class State(NamedTuple):
     best_assign: Index  # [n]
     best_offset: Floats  # [n]
     cost: Floats  # [2] current; best that fits in memory
+    price: Floats  # [1] added to the cost for each transfer, seconds
     counts: Index  # [4] ops in critical; moves tried; moves taken; times the best got better
     priority: Floats  # [n]
     position: Index  # [n] place of an op in sequence
@@ -136,8 +137,8 @@ class Engine:
             i(m + 1), i(m), f(m + m * m + 1), i(m + m * m + 1), f(m + m * m),
         )  # fmt: skip
         self.state = State(
-            i(n), f(n), i(n), f(n), np.full(2, np.inf), i(4), f(n), i(n), i(n), i(m + 1), i(n),
-            i(max(n, units)), i(units), f(n), np.zeros(1, np.uint64),
+            i(n), f(n), i(n), f(n), np.full(2, np.inf), f(1), i(4), f(n), i(n), i(n), i(m + 1),
+            i(n), i(max(n, units)), i(units), f(n), np.zeros(1, np.uint64),
         )  # fmt: skip
         scalars = (
             n, m, units, len(p.tensor_src), pairs, len(self.view.region_ptr) - 1, len(order),
@@ -193,6 +194,10 @@ class Engine:
     def set_throughput(self, on: bool) -> None:
         """Makes the largest load the cost, instead of the makespan."""
         self._s._obj.throughput = int(on)
+
+    def set_price(self, seconds: float) -> None:
+        """Adds ``seconds`` to the cost for each transfer."""
+        self.state.price[0] = seconds
 
 
 def heads(

@@ -34,6 +34,7 @@ def place(
     coarsen_to: int | None = None,
     recompute: bool = False,
     offload: str | None = None,
+    transfer_price: float = 0.0,
     progress: Progress | None = None,
     began: float | None = None,
 ) -> Placement:
@@ -47,6 +48,8 @@ def place(
     theirs on that device, where that makes the plan better; the placement is then one of
     ``rewrite(problem, placement.alternatives).problem``, and so is its report, but the lower bound
     is one for all such choices.
+    ``transfer_price``: a transfer must save so many seconds for "best" to make it, where sending
+    costs more than links tell; no other algorithm knows of it.
 
     Raises PlacementError for options without meaning, InfeasibleError where nothing fits or the
     algorithm finds nothing that does.
@@ -62,6 +65,8 @@ def place(
         raise PlacementError(f"seed must be an integer from 0 to 2**32 - 1, is {seed!r}")
     if coarsen_to is not None and (coarsen_to != int(coarsen_to) or coarsen_to < 1):
         raise PlacementError(f"coarsen_to must be a number of ops, is {coarsen_to!r}")
+    if not 0 <= transfer_price < float("inf"):
+        raise PlacementError(f"transfer_price must be seconds, is {transfer_price!r}")
     report: dict[str, object] = {"algorithm": algorithm, "objective": objective, "seed": seed}
     bounds: dict[str, float] | None = None
     if recompute or offload is not None:
@@ -69,14 +74,19 @@ def place(
             raise PlacementError(
                 "coarsen_to cannot be used with recompute or offload; leave one out"
             )
+        if transfer_price:
+            raise PlacementError(
+                "transfer_price cannot be used with recompute or offload; leave one out"
+            )
         allowed = Allowed(recompute, offload)
         placement, bounds, problem = _with_alternatives(
             problem, allowed, report, budget, progress, started
         )
     elif coarsen_to is None:
-        placement, bounds = _planned(problem, report, budget, progress, started)
+        placement, bounds = _planned(problem, report, budget, transfer_price, progress, started)
     else:
-        placement = _coarsely(problem, int(coarsen_to), report, budget, progress, started)
+        target, price = int(coarsen_to), transfer_price
+        placement = _coarsely(problem, target, report, budget, price, progress, started)
     if bounds is None:
         bounds = lower_bounds(problem.arrays, objective == "throughput")
     schedule = simulate(problem, placement)
@@ -138,6 +148,7 @@ def _planned(
     problem: Problem,
     report: dict[str, object],
     budget: float,
+    price: float,
     progress: Progress | None,
     began: float,
 ) -> tuple[Placement, dict[str, float] | None]:
@@ -146,7 +157,7 @@ def _planned(
         refuse_hopeless(problem)
         return _simple(problem, str(report["algorithm"]), report), None
     seed = int(str(report["seed"]))
-    found = best(problem, str(report["objective"]), budget, seed, progress, began)
+    found = best(problem, str(report["objective"]), budget, seed, progress, began, price)
     report.update(start=found.start, moves=found.moves, stopped=found.stopped)
     return placement_of(problem, found.assign, found.sequence, report), found.bounds
 
@@ -156,6 +167,7 @@ def _coarsely(
     target: int,
     report: dict[str, object],
     budget: float,
+    price: float,
     progress: Progress | None,
     began: float,
 ) -> Placement:
@@ -164,7 +176,7 @@ def _coarsely(
     coarse = coarsen(problem, target)
     report["coarse_ops"] = len(coarse.problem.ops)
     try:
-        return coarse.expand(_planned(coarse.problem, report, budget, progress, began)[0])
+        return coarse.expand(_planned(coarse.problem, report, budget, price, progress, began)[0])
     except InfeasibleError as error:
         raise InfeasibleError(
             f"with ops joined, {error}; leave out coarsen_to", error.shortfall, False

@@ -40,7 +40,8 @@ def test_hindsight_bounds_what_is_proven_and_rules_are_kept() -> None:
               for k in range(3)}  # fmt: skip
     held = {name: route[300:] for name, route in routes.items()}
     fitted = {name: route[:300] for name, route in routes.items()}
-    rows = {(r["rule"], r["algorithm"]): r for r in bench.compare(fitted, held, 6, 2, 0, 0.1)}
+    case = bench.Case(experts=6, devices=2, seed=0, budget=0.1)
+    rows = {(r["rule"], r["algorithm"]): r for r in bench.compare(case, fitted, held)}
     for rule in bench.RULES:
         cross = {a: rows[rule, a]["cross_tokens"] for a in ("best", "hindsight", "round-robin")}
         assert rows[rule, "best"]["exact"]

@@ -97,6 +97,27 @@ def test_the_same_seed_gives_the_same_plan() -> None:
     assert one == two
 
 
+@pytest.mark.parametrize(
+    ("objective", "price", "transfers"),
+    [("latency", 0.0, 2), ("latency", 0.4, 2), ("latency", 0.6, 0),
+     ("throughput", 0.4, 2), ("throughput", 11.0, 0)],
+)  # fmt: skip
+def test_a_transfer_has_to_save_its_price(objective: str, price: float, transfers: int) -> None:
+    """An op of one second beside one of ten: two transfers save a second of the step."""
+    seconds = {"first": 10, "beside": 1, "middle": 10, "last": 10}
+    edges = [("first", "beside"), ("first", "middle"), ("middle", "last"), ("beside", "last")]
+    raw = {
+        "format": "placement-problem v1",
+        "memory_model": "dynamic",
+        "devices": [{"name": name, "memory_bytes": 100} for name in "ab"],
+        "default_link": {"latency_s": 0.01, "bandwidth_Bps": 1e9},
+        "ops": [{"name": name, "time_s": time} for name, time in seconds.items()],
+        "edges": [{"src": src, "dst": dst, "bytes": 1} for src, dst in edges],
+    }
+    placed = place(problem_from_dict(raw), objective=objective, transfer_price=price, budget=0.5)
+    assert placed.report["transfers"] == transfers
+
+
 def test_memory_is_kept_where_little_is_left() -> None:
     raw = layered(10, 2, 4, 68)  # 200 bytes of parameters, 80 of activations, and copies, in 272
     problem = problem_from_dict(raw)
@@ -157,6 +178,11 @@ def test_too_little_memory_in_all_says_how_much_is_missing() -> None:
         ({"budget": 0.0}, "budget must be a positive number"),
         ({"budget": math.nan}, "budget must be a positive number"),
         ({"seed": -1}, "seed must be an integer"),
+        ({"transfer_price": -1.0}, "transfer_price must be seconds"),
+        (
+            {"transfer_price": 1.0, "recompute": True},
+            "transfer_price cannot be used with recompute",
+        ),
     ],
 )
 def test_options_without_meaning_are_refused(options: rules.Json, message: str) -> None:
