@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ...passes.placement.placement import Placement
 from ...passes.remarks import Remark, render
-from ...runtime.pipeline import Inline
 from ..capture.arguments import as_call, canonical, signature_of
 from ..capture.captured import check_tensors
 from ..capture.tree import flatten, unflatten
 from ..errors import InputError
 from ..guards.keys import FLOATS
 from ..options import Options
-from ..pipeline import prepare
 from .capture import check_plain
 from .device import Device
-from .local import START, Ranks
+from .engines import Engine, InlineEngine, LocalEngine, Model, Tensors
 from .options import Here, PlacementOptions, devices_here
-from .part import Memory, SegmentRun, check_range
-from .plan import Division, Planned, plan_model, threads_of
-
-Tensors = Mapping[str, torch.Tensor]
-
-
-class Engine(Protocol):
-    """Runs a division."""
-
-    division: Division
-
-    def stream(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
-        """The results of each batch, in order."""
-        ...
-
-    def memory(self) -> list[Memory]:
-        """What each rank's process takes; nothing where ranks are no processes."""
-        ...
-
-    def close(self) -> None:
-        """Ends what was started."""
-        ...
+from .part import Memory, check_range
+from .plan import Division
 
 
 class Placed:
@@ -117,13 +93,14 @@ class Placed:
         with self._lock:
             if self._engine is None:
                 args, kwargs, _ = canonical(self._signature, tuple(args), dict(kwargs))
-                engines = {"inline": InlineEngine, "processes": LocalEngine}
+                engines: dict[str, Any] = {"inline": InlineEngine, "processes": LocalEngine}
                 how = self.placement_options.how()
                 if how == "torchrun":
                     from .spmd import SpmdEngine
 
-                    engines["torchrun"] = SpmdEngine  # type: ignore[assignment]
-                self._engine = engines[how](self, args, kwargs)
+                    engines["torchrun"] = SpmdEngine
+                model = Model(self.original, self.devices, self.placement_options, self.options)
+                self._engine = engines[how](model, args, kwargs)
         return self
 
     def _inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensors:
@@ -223,99 +200,3 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     key = [(type(x[0]), repr(x[0]) if isinstance(x[0], FLOATS) else x[0]) if x else x for x in a]
     other = [(type(x[0]), repr(x[0]) if isinstance(x[0], FLOATS) else x[0]) if x else x for x in b]
     return key == other
-
-
-class InlineEngine:
-    """All devices in this process."""
-
-    def __init__(self, placed: Placed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        planned = plan_model(
-            placed.original, args, kwargs, placed.devices, placed.placement_options, placed.options
-        )
-        self.division, whole = planned.division, planned.whole
-        runs = {
-            s.name: SegmentRun(
-                planned.graphs[s.name], whole.names, whole.source, placed.options,
-                placed.devices[s.rank].torch,
-            )
-            for s in planned.segments
-        }  # fmt: skip
-        self.division.remarks += [r for run in runs.values() for r in run.remarks]
-        devices = [d.torch for d in placed.devices]
-        self.player = Inline(self.division.programs, runs, devices)
-
-    def stream(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
-        """See `Engine.stream`."""
-        with torch.no_grad():
-            for inputs in batches:
-                yield self.player.run(inputs)
-
-    def memory(self) -> list[Memory]:
-        """See `Engine.memory`."""
-        return []
-
-    def close(self) -> None:
-        """See `Engine.close`."""
-
-
-class LocalEngine:
-    """One process for each device, started here."""
-
-    def __init__(self, placed: Placed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        options, devices = placed.placement_options, placed.devices
-        self.ranks = Ranks(len(devices), options.timeout, threads_of(options, devices))
-        try:
-            self._load(placed, args, kwargs)
-        except BaseException:
-            self.close()
-            raise
-
-    def _load(self, placed: Placed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        options, ranks = placed.placement_options, self.ranks
-        how = {"pipeline": placed.options.pipeline, "tune": placed.options.tune}
-        ranks.join()
-        link = ranks.measure_link if len(placed.devices) > 1 else None
-        planned = plan_model(
-            placed.original, args, kwargs, placed.devices, options, placed.options, link
-        )
-        self.division = division = planned.division
-        for captured in planned.graphs.values():  # once here, instead of in each process
-            prepare(captured, placed.options)
-        with tempfile.TemporaryDirectory(prefix="plait-weights-") as folder:
-            for rank, device in enumerate(placed.devices):
-                weights = options.weights or _shard(planned, rank, Path(folder))
-                if not planned.weights(rank):
-                    weights = ""
-                ranks.send(
-                    rank, "load", division.programs[rank].to_json(), planned.payload(rank),
-                    str(weights), how, device.limit,
-                )  # fmt: skip
-            loaded = ranks.gather("loaded", START)
-        division.remarks += [r for _, remarks in loaded for r in remarks]
-        self._inputs = [p.inputs for p in division.programs]
-        self._owners = [p.rank for p in division.programs if p.results]
-
-    def stream(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
-        """See `Engine.stream`."""
-        ahead = self.division.programs[0].stages + 1
-        return self.ranks.stream(batches, self._inputs, self._owners, ahead)
-
-    def memory(self) -> list[Memory]:
-        """See `Engine.memory`."""
-        for rank in range(self.ranks.count):
-            self.ranks.send(rank, "memory")
-        return [m[0] for m in self.ranks.gather("memory")]
-
-    def close(self) -> None:
-        """See `Engine.close`."""
-        self.ranks.close()
-
-
-def _shard(planned: Planned, rank: int, folder: Path) -> Path:
-    """A file with the weights of one rank, written from the model's own."""
-    from safetensors.torch import save_file
-
-    source, names = planned.whole.source, planned.weights(rank)
-    file = folder / f"rank{rank}.safetensors"
-    save_file({n: source.get(n).clone(memory_format=torch.contiguous_format) for n in names}, file)
-    return file

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,19 +19,17 @@ from ...runtime import distributed
 from ...runtime.pipeline import LinkError, Player
 from ..errors import OptionError, PlaitError
 from ..weights.absent import Checkpoint, ModuleSource, Source
+from .engines import Model, Tensors
 from .local import late, lost
 from .part import DistributedError, Memory, Part
-from .plan import Division, Planned, plan_model, threads_of
-
-if TYPE_CHECKING:
-    from .placed import Placed, Tensors
+from .plan import Division, Planned, threads_of
 
 
 class SpmdEngine:
     """This process's part among the ranks of torch's default process group."""
 
-    def __init__(self, placed: Placed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        options, devices = placed.placement_options, placed.devices
+    def __init__(self, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        options, devices = model.placement, model.devices
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         if dist.is_initialized():
             ranks = dist.get_world_size()
@@ -54,15 +52,13 @@ class SpmdEngine:
         self.broken: DistributedError | None = None
         whole: list[Any] = [None, None]
         if self.rank == 0:
-            whole = self._plan(lambda: plan_model(
-                placed.original, args, kwargs, devices, options, placed.options
-            ), ranks)  # fmt: skip
+            whole = self._plan(lambda: model.plan(args, kwargs), ranks)
         self._guard(lambda: dist.broadcast_object_list(whole, 0))
         error, self.payload = whole
         if error is not None:
             raise error
         self.division: Division = self.payload["division"]
-        source: Source = ModuleSource(placed.original)
+        source: Source = ModuleSource(model.module)
         if options.weights is not None:
             source = Checkpoint(options.weights)
         failed: BaseException | None = None
@@ -70,7 +66,7 @@ class SpmdEngine:
         try:
             part = Part(
                 self.division.programs[self.rank], self.payload["parts"][self.rank], source,
-                placed.options, here.torch, here.limit,
+                model.options, here.torch, here.limit,
             )  # fmt: skip
         except PlaitError as found:
             failed = found
