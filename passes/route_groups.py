@@ -135,37 +135,48 @@ class _Rows:
         does not take the rows as they are.
         """
         outer, graph = self.inliner, fx.Graph()
-        sources = [attribute(outer.module, str(self.region.graphs[b].target)) for b in group]
+        first = attribute(outer.module, str(self.region.graphs[group[0]].target))
         given: list[fx.Node] = []
-        for node in sources[0].graph.find_nodes(op="placeholder"):
+        for node in first.graph.find_nodes(op="placeholder"):
             given.append(graph.placeholder(node.name))
             given[-1].meta = dict(node.meta)
-        rows, *operands = given
-        value = rows.meta["val"]
+        rows, value = given[0], given[0].meta["val"]
         if self.weight is not None:
             with outer.mode:
                 wide = (value.shape[0], self.width + len(self.members))
                 rows.meta["val"] = torch.empty(wide, dtype=value.dtype, device=value.device)
+        output = graph.output((rows,))
         inner = Inliner(fx.GraphModule(torch.nn.Module(), graph, class_name="Group"))
-        x = rows if self.weight is None else self._own(inner, rows, value)
+        with graph.inserting_before(output):
+            total = self._total(inner, group, given, value)
+        if total is None:
+            return None
+        output.args = ((total,),)
+        graph.lint()
+        inner.module.recompile()
+        name = "_".join(["group", *map(str, group)])
+        return outer.attach(f"{self.region.node.name}_{name}", inner.module)
+
+    def _total(
+        self, inner: Inliner, group: tuple[int, ...], given: list[fx.Node], value: torch.Tensor
+    ) -> Any:
+        """What the branches of ``group`` make of cells like ``value``, added up."""
+        rows, *operands = given
+        arguments = [rows if self.weight is None else self._own(inner, rows, value), *operands]
         total: Any = None
-        for b, source in zip(group, sources, strict=True):
+        for b in group:
+            source = attribute(self.inliner.module, str(self.region.graphs[b].target))
             inputs = source.graph.find_nodes(op="placeholder")
-            arguments = [x, *operands]
-            sizes = fitting(outer.mode, inputs, [a.meta["val"] for a in arguments])
+            sizes = fitting(inner.mode, inputs, [a.meta["val"] for a in arguments])
             if sizes is None:
                 return None
-            (part,) = copy_into(graph, source, arguments, sizes, inner.attach, is_bookkeeping)
+            (part,) = copy_into(inner.graph, source, arguments, sizes, inner.attach, is_bookkeeping)
             if self.weight is not None:
                 column = self.width + self.members.index(b)
                 weight = inner.call(aten.slice.Tensor, rows, 1, column, column + 1)
                 part = inner.call(aten.mul.Tensor, part, inner.per_cell(weight, part))
             total = part if total is None else inner.call(aten.add.Tensor, total, part)
-        graph.output((total,))
-        graph.lint()
-        inner.module.recompile()
-        name = "_".join(["group", *map(str, group)])
-        return outer.attach(f"{self.region.node.name}_{name}", inner.module)
+        return total
 
     def _own(self, inner: Inliner, rows: fx.Node, value: torch.Tensor) -> fx.Node:
         """The cells among ``rows``, in their shape, like ``value``."""
