@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import plait
-from plait.compiler import bets
+from plait.compiler.measure import bets
 from plait.passes.route_odds import Grouping, broken, grouping, outcomes
 
 BRANCHES, CELLS, WIDTH = 6, 12, 16
