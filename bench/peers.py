@@ -139,10 +139,12 @@ def _openvino(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
 
 
 def _plait(
-    without: str = "", routes: Callable[[nn.Module, tuple[Any, ...]], Any] | None = None
+    without: str = "",
+    routes: Callable[[nn.Module, tuple[Any, ...]], Any] | None = None,
+    groups: bool = True,
 ) -> Callable[[nn.Module, tuple[Any, ...]], Call]:
     """plait, with one pass of its default pipeline left out, or with a profile that ``routes``
-    makes.
+    makes; without bets on ``groups`` of branches.
     """
 
     def prepare(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
@@ -150,6 +152,8 @@ def _plait(
         from ..compiler.pipeline import DEFAULT_PIPELINE
 
         pipeline = ",".join(p for p in DEFAULT_PIPELINE.split(",") if p != without)
+        if not groups:
+            pipeline = pipeline.replace("speculate-routes", "speculate-routes{groups=false}")
         with _quiet():
             profile = None if routes is None else routes(model, inputs)
             compiled = compile(model, example_inputs=inputs, pipeline=pipeline, profile=profile)
@@ -195,6 +199,12 @@ _ENGINES = (
         "plait-profiled",
         "plait.compile with a profile to bet on",
         _plait(routes=_profile_of),
+        "plait",
+    ),
+    Peer(
+        "plait-no-groups",
+        "plait-profiled without bets on branches that run together",
+        _plait(routes=_profile_of, groups=False),
         "plait",
     ),
     Peer("eager", "PyTorch eager", _eager),

@@ -349,6 +349,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-SPC-011": "Live routes left those that a plan bets on.",
     "PLT-SPC-012": "A plan was made anew from the routes of live calls.",
     "PLT-SPC-013": "Making a plan anew failed; the present one stays.",
+    "PLT-SPC-014": "Branches that run together are one path of the plan for likely routes.",
     "PLT-TOP-001": "The top-k template generates no code for this target.",
     "PLT-TOP-002": "The results of a sort are read as a whole, not as values and places.",
     "PLT-TOP-003": "Truth values are sorted by the library.",

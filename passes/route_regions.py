@@ -6,6 +6,7 @@ and ``combine``. A `torch.cond` is one whose two branches take all or nothing.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +23,14 @@ from .outline_branches import is_bookkeeping
 from .resize import attacher, copy_into, fitting
 
 aten = torch.ops.aten
-NONE = -1
+Group = tuple[int, ...]
+"""An outcome of a router: the branches that every cell takes, once each, in ascending order. Of a
+`torch.cond` the number of the side that runs."""
+NONE: Group = ()
 """The outcome of a router that sends its cells to no branch."""
 COND = torch.ops.higher_order.cond
+ROUTER = "router"
+"""Key of a node's ``meta``: which router it is, as in the profile."""
 MOST_UNIFORM = 1 << 20
 """Elements of a constant that are compared with each other."""
 
@@ -87,27 +93,27 @@ class Inliner:
         self.mode = fake_mode_of(module.graph)
         self.attach = attacher(module)
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new call where the graph inserts."""
-        node = self.graph.call_function(target, args)
+        node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = fake_result(node, self.mode)
         return node
 
-    def taken(self, region: Region, outcome: int) -> fx.Node | None:
-        """Lets every cell take branch ``outcome`` (or `NONE`), and returns the node that tells
-        whether it does (bool, no dimensions); None, and nothing changed, where that cannot be.
+    def taken(self, region: Region, outcome: Group) -> fx.Node | None:
+        """Lets every cell take the branches of ``outcome``, and returns the node that tells whether
+        it does (bool, no dimensions); None, and no result changed, where that cannot be.
         """
         first = region.node if region.combine is None else region.combine
         with self.graph.inserting_before(first):
             if region.combine is None:
-                results = self._branch(region, outcome, region.operands)
+                results = self._branch(region, outcome[0], region.operands)
                 if results is None:
                     return None
                 for user in list(region.node.users):
                     self._replace(user, results[user.args[1]])  # type: ignore[index]
                 self.graph.erase_node(region.node)
                 held = self.call(aten.reshape.default, region.index, [])
-                if outcome == 1:
+                if outcome == (1,):
                     held = self.call(aten.logical_not.default, held)
             else:
                 result = self._result(region, outcome)
@@ -118,8 +124,10 @@ class Inliner:
                 self.graph.erase_node(region.node)
         return held
 
-    def _result(self, region: Region, outcome: int) -> Any:
-        """What a router's gather gives when all cells take ``outcome``."""
+    def _result(self, region: Region, outcome: Group) -> Any:
+        """What a router's gather gives when all cells take ``outcome``: each branch runs on the
+        cells as they are, and a cell adds up what all of them made of it.
+        """
         combine: Any = region.combine
         if outcome == NONE:
             value = combine.meta["val"]
@@ -132,10 +140,16 @@ class Inliner:
             )
             zeros.meta["val"] = value
             return zeros
-        if region.share != 1 or region.cells is None:
+        if region.cells is None or not self.has_digits(region, outcome):
             return None
-        results = self._branch(region, outcome, (region.cells, *region.operands))
-        return None if results is None else self._weighted(results[0], region)
+        total: Any = None
+        for b in outcome:
+            results = self._branch(region, b, (region.cells, *region.operands))
+            if results is None:
+                return None
+            rows = self._weighted(results[0], region, b)
+            total = rows if total is None else self.call(aten.add.Tensor, total, rows)
+        return total
 
     def dense(self, region: Region) -> bool:
         """Lets the only branch run on every cell, and chooses results after. False, and nothing
@@ -148,14 +162,9 @@ class Inliner:
             results = self._branch(region, 0, (region.cells, *region.operands))
             if results is None:
                 return False
-            rows = self._weighted(results[0], region)
-            known = self._per_cell(self.call(aten.eq.Scalar, region.index, 0), rows)
-            value = rows.meta["val"]
-            zero = self.graph.call_function(
-                aten.full.default, ([], 0), {"dtype": value.dtype, "device": value.device}
-            )
-            zero.meta["val"] = fake_result(zero, self.mode)
-            chosen = self.call(aten.where.self, known, rows, zero)
+            rows = self._weighted(results[0], region, 0)
+            known = self.per_cell(self.call(aten.eq.Scalar, region.index, 0), rows)
+            chosen = self.call(aten.where.self, known, rows, self.full(0, rows))
             self._replace(region.combine, chosen)
             self.graph.erase_node(region.node)
         return True
@@ -195,9 +204,7 @@ class Inliner:
     def _constant(self, tensor: torch.Tensor, region: Region) -> fx.Node:
         route: Any = region.node.args[2].args[0]  # type: ignore[union-attr]
         with self.graph.inserting_before(route):
-            node = self.graph.get_attr(self.attach(f"_plait_{route.name}", tensor))
-        node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
-        return node
+            return self.constant(route.name, tensor)
 
     def _branch(
         self, region: Region, b: int, arguments: tuple[fx.Node | None, ...]
@@ -219,17 +226,32 @@ class Inliner:
             for r in results
         ]
 
-    def _weighted(self, rows: fx.Node, region: Region) -> fx.Node:
+    def _weighted(self, rows: fx.Node, region: Region, b: int) -> fx.Node:
+        """A branch's ``rows``, one per cell, times the weights of the slots that name it."""
         weight = ops.argument(region.combine, "weight")
         if weight is None:
             return rows
+        if region.share != 1:
+            named = self.call(aten.eq.Scalar, region.index, b)
+            chosen = self.call(aten.where.self, named, weight, self.full(0, weight))
+            weight = self.call(aten.sum.dim_IntList, chosen, [1])
         dtype = rows.meta["val"].dtype
         if weight.meta["val"].dtype != dtype:
-            weight = self.graph.call_function(aten._to_copy.default, (weight,), {"dtype": dtype})
-            weight.meta["val"] = fake_result(weight, self.mode)
-        return self.call(aten.mul.Tensor, rows, self._per_cell(weight, rows))
+            weight = self.call(aten._to_copy.default, weight, dtype=dtype)
+        return self.call(aten.mul.Tensor, rows, self.per_cell(weight, rows))
 
-    def _per_cell(self, values: fx.Node, rows: fx.Node) -> fx.Node:
+    def full(self, number: int, like: fx.Node) -> fx.Node:
+        """A number, without dimensions, in the dtype of a node."""
+        value = like.meta["val"]
+        return self.call(aten.full.default, [], number, dtype=value.dtype, device=value.device)
+
+    def constant(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A tensor that is part of the module."""
+        node = self.graph.get_attr(self.attach(f"_plait_{name}", value))
+        node.meta["val"] = self.mode.from_tensor(value, static_shapes=True)
+        return node
+
+    def per_cell(self, values: fx.Node, rows: fx.Node) -> fx.Node:
         """One value per cell, ``[cells]`` or ``[cells, 1]``, in as many dimensions as ``rows``."""
         rank = rows.meta["val"].dim()
         if rank < values.meta["val"].dim():
@@ -238,12 +260,33 @@ class Inliner:
             values = self.call(aten.unsqueeze.default, values, -1)
         return values
 
-    def _all_of(self, region: Region, outcome: int) -> fx.Node:
-        if outcome != NONE:
-            return self.call(aten.all.default, self.call(aten.eq.Scalar, region.index, outcome))
-        below = self.call(aten.lt.Scalar, region.index, 0)
-        above = self.call(aten.ge.Scalar, region.index, len(region.graphs))
-        return self.call(aten.all.default, self.call(aten.logical_or.default, below, above))
+    def _all_of(self, region: Region, outcome: Group) -> fx.Node:
+        """Whether every cell names each branch of ``outcome`` once and no other one."""
+        digits, once = self.digits(region, outcome), self.once(region, outcome, outcome)
+        return self.call(aten.all.default, self.call(aten.eq.Scalar, digits, once))
+
+    def has_digits(self, region: Region, members: Group) -> bool:
+        """Whether `digits` are numbers that 64 bits hold."""
+        return (len(members) + 1) * math.log2(region.share + 1) < 62
+
+    def digits(self, region: Region, members: Group) -> fx.Node:
+        """A number for each cell (int64 ``[cells]``), of which digit p counts the slots that name
+        ``members[p]`` and the digit behind them those that name another branch.
+        """
+        call, index, base = self.call, region.index, region.share + 1
+        below = call(aten.lt.Scalar, index, 0)
+        above = call(aten.ge.Scalar, index, len(region.graphs))
+        none = call(aten.logical_or.default, below, above)
+        other = self.full(base ** len(members), index)
+        digits = call(aten.where.self, none, self.full(0, index), other)
+        for place, b in enumerate(members):
+            named = call(aten.eq.Scalar, index, b)
+            digits = call(aten.where.self, named, self.full(base**place, index), digits)
+        return call(aten.sum.dim_IntList, digits, [1]) if region.share != 1 else digits
+
+    def once(self, region: Region, members: Group, group: Group) -> int:
+        """What the `digits` of a cell are that takes each branch of ``group`` once, and no more."""
+        return sum((region.share + 1) ** members.index(b) for b in group)
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         old.replace_all_uses_with(new)

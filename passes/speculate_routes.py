@@ -16,6 +16,9 @@ OSDI 2023):
   waiting for the route. The graph's last result tells whether the routes were so; where not, the
   general plan runs. Routers with one branch that most cells take run it on all cells there, and
   choose per cell after.
+* *Groups*, branches that run together: where all cells of a router take the same several ones, all
+  of these are part of the likely graph, side by side on the cells as they are. Where cells differ,
+  but certain branches only run together, they become one branch there (`route_groups`).
 * *Capacities* are tailored: a branch gets a second plan for the number of rows that it often has;
   further rows, and fewer, go through the general plan.
 
@@ -38,9 +41,13 @@ from .ir import Rewriter, attribute, branches_of
 from .outline_branches import is_bookkeeping
 from .remarks import Remark
 from .resize import at_rows
-from .route_odds import MIXED, Key, Loads, Routes
+from .route_groups import regroup
+from .route_odds import MIXED, Grouping, Key, Loads, Routes
 from .route_regions import (
     COND,
+    NONE,
+    ROUTER,
+    Group,
     Inliner,
     Region,
     constant_index,
@@ -56,8 +63,6 @@ ROUTES = "routes"
 """Key of a graph module's ``meta``: a mapping from router to its (fitted, held-out) `Loads`."""
 DEFERRED = "deferred"
 """Key of a node's ``meta``: the branches that are compiled when they are first needed."""
-ROUTER = "router"
-"""Key of a node's ``meta``: which router it is, as in the profile."""
 SIZED = "sized"
 """Key of a node's ``meta``: branches with a plan for so many rows, and its graph."""
 LIKELY = "likely"
@@ -70,20 +75,38 @@ class Likely:
 
     It takes what the general graph takes and returns the same and, last, whether the routes of the
     call were those ``assumed`` (bool; all the results mean nothing where they were not). ``dense``
-    are the routers whose branch runs on every cell. ``held`` tells for each held-out batch whether
-    the bet was won, ``widths`` how many branches a router has.
+    are the routers whose branch runs on every cell, ``grouped`` those with groups for branches,
+    which the graph knows by the name `grouped_key`. ``held`` tells for each held-out batch whether
+    the bet was won, ``shapes`` how many branches a router has, and slots a cell of it.
     """
 
     graph: fx.GraphModule
-    assumed: dict[Key, int]
+    assumed: dict[Key, Group]
     dense: tuple[Key, ...]
     held: tuple[bool, ...]
-    widths: dict[Key, int]
+    shapes: dict[Key, tuple[int, int]]
+    grouped: dict[Key, Grouping]
+
+    def groups(self) -> dict[Key, tuple[Group, ...]]:
+        """The branches of each router that run together."""
+        found = {key: (group,) for key, group in self.assumed.items() if len(group) > 1}
+        joined = {k: tuple(g for g in v.groups if len(g) > 1) for k, v in self.grouped.items()}
+        return {**found, **joined}
+
+    @property
+    def guarded(self) -> bool:
+        """Whether there are routes for which the graph is wrong."""
+        return bool(self.assumed or self.grouped)
 
     @property
     def odds(self) -> float:
         """The probability that a call wins."""
-        return route_odds.odds(sum(self.held), len(self.held)) if self.assumed else 1.0
+        return route_odds.odds(sum(self.held), len(self.held)) if self.guarded else 1.0
+
+
+def grouped_key(key: Key) -> Key:
+    """The router of groups that takes the place of a router."""
+    return f"{key[0]} (groups)", key[1]
 
 
 @dataclass
@@ -91,8 +114,10 @@ class _State:
     routes: Routes
     remarks: list[Remark] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
-    assumed: dict[Key, int] = field(default_factory=dict)
+    assumed: dict[Key, Group] = field(default_factory=dict)
+    shares: dict[Key, int] = field(default_factory=dict)  # slots of a cell
     dense: list[Key] = field(default_factory=list)
+    grouped: dict[Key, Grouping] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +132,7 @@ class SpeculateRoutes(Pass):
         likely: share of the fitted batches in which a route must be taken by all; above 1: never.
         dense: share of the fitted cells that must take the only branch of a router for it to run
             on all of them; above 1: never.
+        groups: bet on branches that run together, too.
         sized: give branches a plan for the number of rows that they often have.
     """
 
@@ -117,6 +143,7 @@ class SpeculateRoutes(Pass):
     fold: bool = True
     likely: float = 0.9
     dense: float = 0.5
+    groups: bool = True
     sized: bool = True
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
@@ -130,7 +157,7 @@ class SpeculateRoutes(Pass):
         self._walk(result, state)
         if self.fold:
             result = self._fold(result, state)
-        if state.assumed or state.dense:
+        if state.assumed or state.dense or state.grouped:
             self._make_likely(result, state)
         result.recompile()
         return PassResult(result, tuple(state.remarks))
@@ -190,19 +217,30 @@ class SpeculateRoutes(Pass):
     ) -> None:
         """Whether a route is likely enough to be part of the likely graph."""
         graphs: Any = node.args[1:3] if node.target is COND else node.args[0]
-        outcome = route_odds.likely_outcome(fitted, self.likely)
+        region = region_of(node)
+        share = state.shares[key] = 1 if region is None else region.share
+        outcome = route_odds.likely_outcome(fitted, self.likely, share)
+        if len(outcome) > 1 and not self.groups:
+            return
         one = len(graphs) == 1 and node.target is not COND
         dense = outcome == MIXED and one and route_odds.share(fitted, 0) >= self.dense
+        grouping = None
         if outcome == MIXED and not dense:
-            return
+            if self.groups and region is not None:
+                grouping = route_odds.grouping(fitted, self.likely, share)
+            if grouping is None:
+                return
         if held is None or not held.cells:
             reason = f"no held-out batch judges the routes of {key[0]!r}"
             self._say(state, "PLT-SPC-006", node, reason)
             return
-        taken = graphs if dense else [graphs[outcome]] if outcome >= 0 else []
+        members = outcome if grouping is None else grouping.members
+        taken = graphs if dense else [graphs[b] for b in members]
         if any(may_fail(attribute(module, str(g.target))) for g in taken):
             reason = f"a branch of {key[0]!r} may fail on cells that are not meant for it"
             self._say(state, "PLT-SPC-007", node, reason)
+        elif grouping is not None:
+            state.grouped[key] = grouping
         elif dense:
             state.dense.append(key)
         else:
@@ -271,35 +309,39 @@ class SpeculateRoutes(Pass):
             return
         copy = copy_graph(module)
         inliner = Inliner(copy)
-        assumed: dict[Key, int] = {}
-        dense: list[Key] = []
+        done: set[Key] = set()
         guards: list[fx.Node] = []
-        while (region := self._next(copy, state, assumed, dense)) is not None:
+        while (region := self._next(copy, state, done)) is not None:
             key: Key = region.node.meta[ROUTER]
+            guard: fx.Node | None = None
+            if key in state.dense:
+                if inliner.dense(region):
+                    done.add(key)
+                else:
+                    state.dense.remove(key)
+                continue
             if key in state.assumed:
                 guard = inliner.taken(region, state.assumed[key])
-                if guard is None:
-                    self._say(state, "PLT-SPC-007", region.node, "cells take several branches")
-                    del state.assumed[key]
-                else:
-                    guards.append(guard)
-                    assumed[key] = state.assumed[key]
-            elif inliner.dense(region):
-                dense.append(key)
             else:
-                state.dense.remove(key)
-        if assumed or dense:
-            self._finish(module, copy, inliner, assumed, dense, guards, state)
+                guard = regroup(inliner, region, state.grouped[key], grouped_key(key))
+            if guard is None:
+                reason = "do not take cells as they are, or are too many for a guard"
+                text = f"the branches of {key[0]!r} {reason}"
+                self._say(state, "PLT-SPC-007", region.node, text)
+                state.assumed.pop(key, None)
+                state.grouped.pop(key, None)
+            else:
+                guards.append(guard)
+                done.add(key)
+        if done:
+            self._finish(module, copy, inliner, done, guards, state)
 
-    def _next(
-        self, copy: fx.GraphModule, state: _State, assumed: dict[Key, int], dense: list[Key]
-    ) -> Region | None:
-        """The next region to inline; inlining one may bring up others."""
+    def _next(self, copy: fx.GraphModule, state: _State, done: set[Key]) -> Region | None:
+        """The next region to replace; inlining one may bring up others."""
         for region in regions(copy):
             key = region.node.meta.get(ROUTER)
-            if key in state.assumed and key not in assumed:
-                return region
-            if key in state.dense and key not in dense:
+            bet = key in state.assumed or key in state.dense or key in state.grouped
+            if bet and key not in done:
                 return region
         return None
 
@@ -308,8 +350,7 @@ class SpeculateRoutes(Pass):
         module: fx.GraphModule,
         copy: fx.GraphModule,
         inliner: Inliner,
-        assumed: dict[Key, int],
-        dense: list[Key],
+        done: set[Key],
         guards: list[fx.Node],
         state: _State,
     ) -> None:
@@ -333,14 +374,20 @@ class SpeculateRoutes(Pass):
             self._say(state, "PLT-SPC-007", next(r.node for r in regions(module)), reason)
             return
         judged = {key: pair[1] for key, pair in state.routes.items() if pair[1] is not None}
-        won_in = route_odds.joint(judged, assumed)
+        assumed = {key: group for key, group in state.assumed.items() if key in done}
+        grouped = {key: grouping for key, grouping in state.grouped.items() if key in done}
+        held = route_odds.joint(judged, assumed, grouped, state.shares)
         node = next(r.node for r in regions(module))
-        if assumed and not won_in:
+        if guards and not held:
             self._say(state, "PLT-SPC-006", node, "routers did not run in every held-out batch")
             return
         if allow("bet on likely routes", [node]):
-            widths = {key: len(judged[key].loads[0]) for key in assumed}
-            module.meta[LIKELY] = Likely(graph, assumed, tuple(dense), tuple(won_in), widths)
+            shapes = {k: (len(judged[k].loads[0]), state.shares[k]) for k in (*assumed, *grouped)}
+            dense = tuple(key for key in state.dense if key in done)
+            bet = Likely(graph, assumed, dense, tuple(held), shapes, grouped)
+            module.meta[LIKELY] = bet
+            for text in _groups(bet, state):
+                self._say(state, "PLT-SPC-014", node, text, "done")
 
     # -- reordering ------------------------------------------------------------------------------
 
@@ -375,9 +422,10 @@ class SpeculateRoutes(Pass):
             if isinstance(index, torch.Tensor):
                 done, what = inliner.fold(region, index), "a constant index"
             else:
-                outcome = index if 0 <= index < count else -1
-                done = inliner.taken(region, outcome) is not None
-                what = f"all cells go to branch {index}" if outcome >= 0 else "no cell is routed"
+                outcome = (index,) if 0 <= index < count else NONE
+                alone = region.share == 1 or outcome == NONE  # not named by several slots of a cell
+                done = alone and inliner.taken(region, outcome) is not None
+                what = f"all cells go to branch {index}" if outcome else "no cell is routed"
             if done:
                 folded = True
                 self._say(state, "PLT-SPC-004", region.node, f"router {name!r}: {what}", "done")
@@ -403,6 +451,33 @@ def router_name(node: fx.Node) -> str | None:
         return None  # what a pass made of a router, which is counted itself
     path = str(list(stack.values())[-1][0])
     return "" if path == "target" else path.removeprefix("target.")
+
+
+def _groups(bet: Likely, state: _State) -> list[str]:
+    """The groups of a bet, and how often their branches ran together, as lines of text."""
+    texts = []
+    for key, group in bet.assumed.items():
+        counts = []
+        for stats in state.routes[key]:
+            found = [] if stats is None else route_odds.outcomes(stats, state.shares[key])
+            counts.append(f"{found.count(group)} of {len(found)}")
+        if len(group) > 1:
+            text = f"router {key[0]!r}: all cells took the branches {name_group(group)} together in"
+            texts.append(f"{text} {counts[0]} fitted and {counts[1]} held-out batches")
+    for key, grouping in bet.grouped.items():
+        counts = []
+        for stats in state.routes[key]:
+            lost = 0 if stats is None else route_odds.broken(stats, grouping)
+            counts.append(f"{lost} of {0 if stats is None else sum(stats.cells)}")
+        names = ", ".join(map(name_group, grouping.groups))
+        text = f"router {key[0]!r}: the branches {names} run together; at most {counts[0]} fitted"
+        texts.append(f"{text} and {counts[1]} held-out cells went otherwise")
+    return texts
+
+
+def name_group(group: Group) -> str:
+    """A group as text."""
+    return "+".join(map(str, group))
 
 
 def _has_regions(module: fx.GraphModule) -> bool:

@@ -9,7 +9,6 @@ rows are computed by one wave from the same operands as otherwise, so the result
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -88,8 +87,12 @@ class Fetching:
 
 
 def _counts(offsets: NDArray[np.int64]) -> list[int]:
-    bounds = offsets.tolist()
-    return [end - begin for begin, end in itertools.pairwise(bounds)]
+    begin, *ends = offsets.tolist()
+    counts = []
+    for end in ends:
+        counts.append(end - begin)
+        begin = end
+    return counts
 
 
 class _Single:

@@ -130,6 +130,8 @@ class Tier:
         self._unused: set[Key] = set()  # loaded ahead and not wanted yet
         self._order: dict[Key, None] = {}  # all units, what is to be dropped first first
         self._stale = True
+        self._sampled = -1  # the latest round of all sites that the forecast saw
+        self._loads = 0
         self._cost: dict[int, float] = {}  # seconds that loading so many bytes takes
         self._sizes = np.zeros((0, 0), dtype=np.int64)  # of units; a row per site
         self._cheap = False  # loads take less than waking the side thread does
@@ -224,14 +226,13 @@ class Tier:
                 self._observe(number, counts)
                 if self.record is not None:
                     self.record.append((number, tuple(bits(wanted))))
-            size = site.size(wanted)
-            if size and size + self._held() > self.capacity:
-                return False
-            self._frames[-1] = number, wanted
             missing = wanted & ~self._resident[number]
-            lacking = missing.bit_count()
-            counters.hits += wanted.bit_count() - lacking
-            counters.misses += lacking
+            if missing:  # what is resident needs no room
+                if site.size(wanted) + self._held() > self.capacity:
+                    return False
+                counters.misses += missing.bit_count()
+            self._frames[-1] = number, wanted
+            counters.hits += (wanted & ~missing).bit_count()
             if self.evict == "lru":
                 for unit in bits(wanted):
                     del self._order[number, unit]
@@ -305,7 +306,11 @@ class Tier:
                 self._drop([(site.number, unit) for unit in units if resident >> unit & 1])
 
     def _load(self, site: Site, unit: int) -> None:
-        start, spent, waited = time.perf_counter(), time.thread_time(), waits()
+        self._loads += 1
+        timed = not self._cheap or self._loads % SAMPLE == 0
+        start, spent, waited = (
+            (time.perf_counter(), time.thread_time(), waits()) if timed else (0.0, 0.0, 0)
+        )
         try:
             for bank, number in site.units[unit]:
                 bank.load(number)
@@ -314,6 +319,8 @@ class Tier:
                 if self._resident[site.number] >> unit & 1:
                     self._drop([(site.number, unit)])
             raise
+        if not timed:
+            return
         seconds = time.perf_counter() - start
         if waits() == waited:  # for no disk: that others ran meanwhile is no cost of a load
             seconds = time.thread_time() - spent
@@ -326,12 +333,17 @@ class Tier:
 
     def _observe(self, site: int, counts: Sequence[int]) -> None:
         """Tells the forecast; where loads are cheap, of one round of all sites in `SAMPLE`."""
-        rounds = self._now // max(1, len(self.sites))
+        rounds = self._round()
         if self._cheap and (rounds * 0x9E3779B1 >> 16) % SAMPLE:  # in no regular order
             return
+        self._sampled = rounds
         self._seen += 1
         self.forecast.saw(site, np.asarray(counts), self._seen)
         self._stale = True
+
+    def _round(self) -> int:
+        """How often all sites have come round."""
+        return self._now // max(1, len(self.sites))
 
     def _held(self) -> int:
         """Bytes that outer calls use."""
@@ -378,9 +390,12 @@ class Tier:
     def _victims(self, size: int) -> list[Key]:
         """The least worthy units that nobody uses, up to ``size`` bytes."""
         if self._stale and self.evict == "value":
-            worth = self._worth()
-            self._order = dict.fromkeys(sorted(self._order, key=lambda key: worth[key]))
-            self._stale = False
+            # Once for a round that forecasts see, where they do not see all.
+            if not self._cheap or self._sampled != self._round():
+                worth = self._worth().tolist()  # whose elements are found sooner
+                ranked = sorted(self._order, key=lambda key: worth[key[0]][key[1]])
+                self._order = dict.fromkeys(ranked)
+                self._stale = False
         free = list(self._resident)
         for frame in self._frames:
             if frame is not None:

@@ -131,6 +131,20 @@ _ROUTED = (
     ),
     _routed("dynamic_segmentation", "Dynamic routing for segmentation: a gate per path and sample"),
     _routed("task_moe", "Task-level experts, hashed by task, 16 sentences", gib=7.0),
+    *(
+        _routed(
+            f"domain_experts_{name}",
+            f"Two of 8 experts by domain: {samples} samples of {count}",
+            "domain_experts",
+            samples=samples,
+            domains=domains,
+        )
+        for name, samples, domains, count in (
+            ("one", 1, 1, "one domain"),
+            ("batch", 16, 1, "one domain"),
+            ("mixed", 32, 4, "four domains"),
+        )
+    ),
     _routed("mixture_of_depths", "Mixture of depths, capacity 25 %, 256 tokens", forms=()),
     _routed("early_exit_bert", "DeeBERT: six exits, batch 8"),
 )

@@ -20,7 +20,8 @@ from ...kernels.group import Group
 from ...passes.plan_memory import Lifetime, MemoryPlan, describe, plan_memory
 from ...passes.prefetch_weights import TIERED
 from ...passes.remarks import Remark
-from ...passes.speculate_routes import DEFERRED, ROUTER, SIZED
+from ...passes.route_regions import ROUTER
+from ...passes.speculate_routes import DEFERRED, SIZED
 from ...runtime import library
 from ...runtime.bank import Bank
 from ...runtime.plan import (

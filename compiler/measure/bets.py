@@ -17,7 +17,7 @@ import torch
 
 from ...passes.remarks import Remark
 from ...passes.route_odds import Key, Loads, Routes, fractions
-from ...passes.speculate_routes import Likely
+from ...passes.speculate_routes import Likely, grouped_key, name_group
 from ...runtime.executor import Executor
 from ...runtime.plan import BranchStep
 from ...runtime.rehearsal import Rehearsal, Script
@@ -85,7 +85,7 @@ class Speculation:
         if hit:
             self.hits += 1
             if self.monitor is not None:
-                self.monitor.won(self.bet.assumed, self.bet.widths)
+                self.monitor.won(self.bet)
             return results if into is None else [into.copy_(results[0])]
         self.misses += 1
         if self.monitor is not None:
@@ -98,8 +98,18 @@ class Speculation:
             f"likely routes: {self.hits} hits (each saves {_us(self.gain)}), {self.misses} misses "
             f"(each costs {_us(self.loss)}), odds {self.bet.odds:.2f}"
         )
+        groups = [
+            f"  {_label(key)}: branches {', '.join(map(name_group, groups))} as one"
+            for key, groups in self.bet.groups().items()
+        ]
         general = [f"  {line}" for line in self.general.visits()]
-        return [text, *(f"  {line}" for line in self.likely.visits()), "general plan:", *general]
+        return [
+            text,
+            *groups,
+            *(f"  {line}" for line in self.likely.visits()),
+            "general plan:",
+            *general,
+        ]
 
 
 @dataclass(frozen=True)
@@ -109,12 +119,19 @@ class Sample:
     tensors: list[torch.Tensor]
     routes: Routes
 
-    def script(self, batch: int) -> Script:
-        """The routes of a held-out batch, by router."""
+    def script(self, batch: int, bet: Likely) -> Script:
+        """The routes of a held-out batch, by router; of those with groups for branches, too."""
         script: dict[str, Sequence[float] | None] = {}
         for key, (_, held) in self.routes.items():
-            if held is not None and batch < len(held.cells):
-                script[name_of(key)] = fractions(held, batch)
+            if held is None or batch >= len(held.cells):
+                continue
+            load, slots = held.loads[batch], held.slots[batch]
+            script[name_of(key)] = fractions(load, slots)
+            grouping = bet.grouped.get(key)
+            if grouping is not None:
+                cells = slots // bet.shapes[key][1]
+                found = fractions(grouping.loads(load), cells * grouping.slots)
+                script[name_of(grouped_key(key))] = found
         return script
 
 
@@ -125,8 +142,7 @@ def name_of(key: Key) -> str:
 
 def refused(bet: Likely, why: str) -> Remark:
     """The remark of a bet on likely routes that is not made."""
-    nodes = tuple(map(_label, (*bet.assumed, *bet.dense)))
-    return Remark("PLT-SPC-009", "missed", PASS, nodes, f"{_describe(bet)}: {why}")
+    return Remark("PLT-SPC-009", "missed", PASS, _routers(bet), f"{_describe(bet)}: {why}")
 
 
 def judge_likely(
@@ -135,11 +151,11 @@ def judge_likely(
     """What runs instead of ``general``: nothing new (None), the two, or the likely plan alone where
     it needs no guard. Remarks say which and why.
     """
-    batches = [b for b, won in enumerate(bet.held) if won] if bet.assumed else []
-    if not bet.assumed:
+    batches = [b for b, won in enumerate(bet.held) if won] if bet.guarded else []
+    if not bet.guarded:
         counts = [len(held.cells) for _, held in sample.routes.values() if held is not None]
         batches = list(range(max(counts, default=0)))
-    nodes = tuple(map(_label, (*bet.assumed, *bet.dense)))
+    nodes = _routers(bet)
     what = _describe(bet)
     if not batches:
         why = f"the bet is lost in each of {len(bet.held)} held-out batches"
@@ -151,7 +167,7 @@ def judge_likely(
     for _ in range(TIMES):
         usual, quick = [], []
         for batch in _some(batches):
-            script = sample.script(batch)
+            script = sample.script(batch, bet)
             slow.play(script)
             fast.play(script)
             a, b = timed([lambda: slow.run(sample.tensors), lambda: fast.run(sample.tensors)])
@@ -165,13 +181,13 @@ def judge_likely(
             break
     figures = (
         f"{what}: {_us(time_likely)} instead of {_us(time_general)}; odds {odds:.2f}, a miss "
-        f"costs {_us(loss if bet.assumed else 0.0)}: expected {expected * 1e6:+.1f} us a call"
+        f"costs {_us(loss if bet.guarded else 0.0)}: expected {expected * 1e6:+.1f} us a call"
     )
     if expected <= MARGIN * time_general:
         remarks.append(Remark("PLT-SPC-009", "missed", PASS, nodes, figures))
         return None
     remarks.append(Remark("PLT-SPC-005", "done", PASS, nodes, figures, "", expected))
-    return Speculation(likely, general, bet, gain, loss) if bet.assumed else likely
+    return Speculation(likely, general, bet, gain, loss) if bet.guarded else likely
 
 
 def judge_capacities(
@@ -259,9 +275,18 @@ def _describe(bet: Likely) -> str:
     texts = []
     if bet.assumed:
         texts.append(f"{len(bet.assumed)} routers with likely routes")
+        groups = [group for group in bet.assumed.values() if len(group) > 1]
+        if groups:
+            texts[0] += f" (groups: {', '.join(map(name_group, groups))})"
+    if bet.grouped:
+        texts.append(f"{len(bet.grouped)} routers with groups for branches")
     if bet.dense:
         texts.append(f"{len(bet.dense)} routers run on all cells")
     return " and ".join(texts)
+
+
+def _routers(bet: Likely) -> tuple[str, ...]:
+    return tuple(map(_label, (*bet.assumed, *bet.dense, *bet.grouped)))
 
 
 def _label(key: Key) -> str:

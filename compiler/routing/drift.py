@@ -28,6 +28,11 @@ class LiveLoads:
         """The slots."""
         return self.slots
 
+    @property
+    def together(self) -> tuple[tuple[int, ...], ...]:
+        """Not counted."""
+        return ()
+
     def part(self, begin: int, end: int) -> LiveLoads:
         """The calls from number ``begin`` to before ``end``."""
         return LiveLoads(self.loads[begin:end], self.slots[begin:end])

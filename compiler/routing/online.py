@@ -17,10 +17,10 @@ from typing import Any
 
 from ...passes.remarks import Remark
 from ...passes.route_odds import Key, Routes
-from ...passes.route_regions import NONE
+from ...passes.speculate_routes import Likely, grouped_key
 from ...runtime.executor import Executor
 from ...runtime.plan import BranchStep
-from ..measure.bets import Speculation
+from ..measure.bets import Speculation, name_of
 from .drift import LiveLoads, drift
 
 WINDOW = 32
@@ -94,14 +94,19 @@ class Monitor:
         """The likely plan ran in vain: what it told of this call means nothing."""
         self._notes().clear()
 
-    def won(self, assumed: dict[Key, int], widths: dict[Key, int]) -> None:
-        """The call's routes were those ``assumed``; ``widths`` are the numbers of branches."""
+    def won(self, bet: Likely) -> None:
+        """The call's routes were those of the likely plan."""
         notes = self._notes()
-        for key, outcome in assumed.items():
-            load = [0] * widths[key]
-            if outcome != NONE:
-                load[outcome] = 1
-            notes.append((f"{key[0]}#{key[1]}", tuple(load), 1))
+        for key, group in bet.assumed.items():
+            branches, slots = bet.shapes[key]
+            load = tuple(int(b in group) for b in range(branches))
+            notes.append((name_of(key), load, slots))
+        for key, grouping in bet.grouped.items():
+            branches, share = bet.shapes[key]
+            for number, (router, load, slots) in enumerate(notes):
+                if router == name_of(grouped_key(key)):
+                    load = grouping.branches(load, branches)
+                    notes[number] = name_of(key), load, slots // grouping.slots * share
 
     def called(self, seconds: float) -> None:
         """A call that took so long is over."""

@@ -78,7 +78,7 @@ def test_the_first_calls_are_learned_from(model: Routed) -> None:
     assert executable.speculation is None and "learning" in compiled.explain()
     call(compiled, model, 1, 2)
     assert executable is compiled.programs[-1].executable
-    assert executable.speculation.bet.assumed == {("router", 0): 1}
+    assert executable.speculation.bet.assumed == {("router", 0): (1,)}
     assert {"PLT-SPC-005", "PLT-SPC-012"} <= set(ids(compiled))
     call(compiled, model, 1, 3)
     call(compiled, model, 2, 1)
@@ -95,7 +95,7 @@ def test_drift_is_noticed_and_answered(model: Routed) -> None:
     assert monitor.rebuilt == 1, "nothing has changed"
     call(compiled, model, 2, online.WINDOW)
     assert monitor.rebuilt == 2 and "PLT-SPC-011" in ids(compiled)
-    assert executable.speculation.bet.assumed == {("router", 0): 2}
+    assert executable.speculation.bet.assumed == {("router", 0): (2,)}
     assert "went from 1.00 of the slots to 0.00" in compiled.explain()
 
 

@@ -107,7 +107,7 @@ def agree(mine: Any, alone: Any, model: Net) -> None:
 def test_the_likely_plan_fetches_what_the_general_one_does(model: Net) -> None:
     mine, alone = pair(model, "sized=false,min_cells=1000")
     speculation = mine.programs[-1].executable.speculation
-    assert speculation is not None and speculation.bet.assumed == {("router", 0): 0}
+    assert speculation is not None and speculation.bet.assumed == {("router", 0): (0,)}
     assert fetches(speculation.likely) == fetches(speculation.general) == 2
     assert len(mine.weight_tier.sites) == 2  # one copy of each expert, whatever plan runs
     before = speculation.hits, speculation.misses
