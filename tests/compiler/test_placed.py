@@ -145,7 +145,7 @@ def test_what_batches_in_flight_hold_is_planned() -> None:
 @pytest.fixture(scope="module")
 def ranks(net: nn.Module) -> Iterator[plait.Placed]:
     with plait.compile(net, devices=SMALL, placement=options(launch="processes")) as placed:
-        yield placed
+        yield placed.prepare(example(), {})
 
 
 def test_processes_give_the_same_and_hold_their_part_only(
