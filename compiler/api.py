@@ -208,7 +208,7 @@ def load(path: str | Path, *, weight_budget: int | str | None = None) -> Compile
     with one. Under a budget the weights are never in memory as a whole: this is the way to run a
     model that does not fit. What becomes of ``path`` later does not matter.
 
-    Results of classes that were not imported come back as `capture_tree.Record` (fields by name).
+    Results of classes that were not imported come back as `capture.tree.Record` (fields by name).
     Raises FileError when the file is missing, truncated, altered or of another version, or when
     there is no room for weights in the cache directory; OptionError for a budget that has no
     meaning or cannot be kept.

@@ -2,7 +2,7 @@
 
 `torch.export` (non-strict) traces a thin wrapper that takes only tensors: everything else in the
 arguments is baked in and reported in `Captured.in_leaves`, and results are flattened by
-`capture_tree`. So export never sees containers, model outputs or Python scalars, and their
+`capture.tree`. So export never sees containers, model outputs or Python scalars, and their
 kinds need no registration.
 """
 

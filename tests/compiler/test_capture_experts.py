@@ -63,7 +63,7 @@ def test_a_saved_mixture_loads_in_a_process_without_transformers(tmp_path) -> No
         torch.save(want[0], tmp_path / "want.pt")
     code = (
         "import sys, torch, plait\n"
-        "from plait.compiler.capture_tree import flatten\n"
+        "from plait.compiler.capture.tree import flatten\n"
         "sys.modules['transformers'] = None\n"
         f"folder = {str(tmp_path)!r}\n"
         "loaded = plait.load(folder + '/moe.plait')\n"
