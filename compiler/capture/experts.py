@@ -2,7 +2,7 @@
 
 transformers lets the computation of experts be chosen by name (its experts interface). While a
 model is captured, its experts are sent to `forward` below, whose operators have kernels; those of
-architectures outside the interface have adapters (`capture_adapters`). Afterwards the model is as
+architectures outside the interface have adapters (`adapters`). Afterwards the model is as
 it was. Nothing is imported where transformers is not in use.
 """
 

@@ -20,7 +20,7 @@ from .storage import Halo, Storage
 
 
 class Kernels(Protocol):
-    """Where kernels come from: `select.Kernels`, or `gpu_select.GpuKernels`."""
+    """Where kernels come from: `select.Kernels`, or `gpu.select.GpuKernels`."""
 
     @staticmethod
     def halo_of(node: fx.Node) -> Halo:
@@ -64,7 +64,7 @@ class Lowered:
 
     ``constants`` are prepared (packed) tensors by buffer name, ``banks`` those of them on a slower
     tier; ``stayed`` are bytes of weights that were meant to be there, but have no kernel.
-    Constants in ``absent`` are on the meta device until `absent_weights.fill` makes them.
+    Constants in ``absent`` are on the meta device until `weights.absent.fill` makes them.
     """
 
     plan: Plan

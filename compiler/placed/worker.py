@@ -1,4 +1,4 @@
-"""A local rank: ``python -m plait.compiler.placed_worker FD``, started by `placed_local`.
+"""A local rank: ``python -m plait.compiler.placed.worker FD``, started by `local`.
 
 It is told what to do over the pipe ``FD`` and ends when that closes. Whatever goes wrong is one
 message on the pipe; nothing is printed.

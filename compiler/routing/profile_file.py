@@ -6,7 +6,7 @@
      "fitted": statistics, "heldout": statistics}
 
 Statistics are ``{"batches": n, "routers": [...], "pairs": [...]}`` with the fields of
-`route_stats.RouterStats`, and pairs as ``{"first", "second", "together"}``, where first and second
+`stats.RouterStats`, and pairs as ``{"first", "second", "together"}``, where first and second
 are positions in the list of routers.
 """
 
