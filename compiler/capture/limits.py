@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..lowering import sizes
+from .. import sizes
 
 
 class CheckedSizes(TorchFunctionMode):

@@ -34,8 +34,9 @@ from ...runtime.plan import (
     TensorRef,
     touched,
 )
+from .. import sizes
 from ..weights.budget import WeightStore
-from . import fetches, sizes
+from . import fetches
 from .lowered import Absent, Kernels, Lowered
 from .select import Choice, Selected, missed
 from .storage import Place, Storage, buffer_bytes, is_tensor, runs_parts, split_concats

@@ -25,7 +25,7 @@ from ...kernels.group import Group, Unsupported
 from ...kernels.target import Target
 from ...kernels.templates.conv_spec import required_halo
 from ...passes.remarks import Remark
-from . import sizes
+from .. import sizes
 from .spec import Spec
 from .trial import Trial, numbers
 

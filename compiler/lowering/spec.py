@@ -12,7 +12,7 @@ import torch.fx as fx
 
 from ...kernels.abi import TensorArg
 from ...kernels.group import Group
-from . import sizes
+from .. import sizes
 
 
 class Spec:

@@ -19,7 +19,7 @@ import torch.fx as fx
 from ...kernels import routing_rows
 from ...kernels.abi import TensorArg, contiguous_strides
 from ...kernels.group import Group
-from . import sizes
+from .. import sizes
 
 aten = torch.ops.aten
 Int = Any  # int or torch.SymInt

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from . import sizes
+from .. import sizes
 
 
 def bound_symbols(module: fx.GraphModule) -> dict[str, tuple[int, int]]:

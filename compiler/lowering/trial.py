@@ -18,7 +18,7 @@ import torch.fx as fx
 from ...kernels.abi import Dim, Kernel, Pack, TensorArg
 from ...kernels.group import Group
 from ...runtime.sizes import evaluate
-from . import sizes
+from .. import sizes
 
 
 def numbers(dims: Sequence[Dim], values: Mapping[str, int]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ import torch.fx as fx
 from ...passes.fuse_vertical import FuseVertical, groups_of
 from ...passes.ir import alias_root, attribute, is_pure
 from ...passes.placement.problem import Device, Edge, Link, Op, Problem
-from ..lowering.sizes import is_backed
+from ..sizes import is_backed
 from .graph import bytes_of, flops_of, is_view, values_of, width_of
 
 

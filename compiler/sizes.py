@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch.utils._sympy import functions as F
 
-from ...kernels.abi import Dim
+from ..kernels.abi import Dim
 
 MAX_NESTING = 3
 """Divisions and remainders within each other in a size, beyond which torch's reasoning about the
