@@ -10,28 +10,9 @@ _FOUND = re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text("
 assert _FOUND is not None
 VERSION = _FOUND[1]
 
-PACKAGES = [
-    "plait",
-    "plait.bench",
-    "plait.bench.workloads",
-    "plait.compiler",
-    "plait.compiler.capture",
-    "plait.compiler.cli",
-    "plait.compiler.gpu",
-    "plait.compiler.guards",
-    "plait.compiler.lowering",
-    "plait.compiler.measure",
-    "plait.compiler.placed",
-    "plait.compiler.routing",
-    "plait.compiler.serialize",
-    "plait.compiler.weights",
-    "plait.kernels",
-    "plait.kernels.ops",
-    "plait.kernels.templates",
-    "plait.passes",
-    "plait.passes.placement",
-    "plait.runtime",
-]
+LAYERS = ("bench", "compiler", "kernels", "passes", "runtime")
+FOLDERS = [p.parent.relative_to(ROOT) for x in LAYERS for p in (ROOT / x).rglob("__init__.py")]
+PACKAGES = ["plait", *sorted(".".join(("plait", *folder.parts)) for folder in FOLDERS)]
 
 REQUIRED = [
     "apache-tvm==0.27.0.post1",
