@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
 from ..passes.remarks import Remark
 from .build import build, store_for
@@ -33,7 +32,7 @@ from .capture.arguments import (
     watched,
 )
 from .capture.captured import Captured, check_tensors, describe
-from .capture.dynamic import Declared, declared_dims, enlarged, varying
+from .capture.dynamic import Declared, declared_dims, enlarged, openings, varying
 from .capture.export import SCALARS, argument_names, capture
 from .capture.state import states_of
 from .capture.tree import Tree, flatten, unflatten
@@ -367,14 +366,8 @@ class Dispatcher:
     ) -> Program | None:
         """Captures and compiles a call. Raises _Refused; None means no code could be generated."""
         names = argument_names(flatten((args, kwargs))[1], positional(self.signature))
-        attempts: list[list[dict[int, Any]]] = []
-        if any(declared) or any(automatic):
-            attempts.append([{**a, **d.dims} for a, d in zip(automatic, declared, strict=True)])
-            attempts.append([dict.fromkeys(dims, Dim.AUTO) for dims in attempts[0]])
-        attempts = [dims for i, dims in enumerate(attempts) if dims not in attempts[:i]]
-        attempts = [*(dims for dims in attempts if dims not in bucket.closed), []]
         failure: CaptureError | None = None
-        for dims in attempts:
+        for dims in openings(declared, automatic, bucket.closed):
             try:
                 captured = capture(self.target, args, kwargs, dims or None)  # type: ignore[arg-type]
             except CaptureError as error:

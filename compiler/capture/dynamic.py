@@ -151,3 +151,20 @@ def varying(
         }
         out.append(open_dims)
     return out
+
+
+def openings(
+    declared: Sequence[Declared],
+    automatic: Sequence[dict[int, Any]],
+    closed: Sequence[list[dict[int, Any]]],
+) -> list[list[dict[int, Any]]]:
+    """Dimensions to leave open, to be tried in turn: as declared, found by torch, none at all.
+
+    Those in ``closed`` could not be left open before.
+    """
+    if not (any(declared) or any(automatic)):
+        return [[]]
+    exact = [{**a, **d.dims} for a, d in zip(automatic, declared, strict=True)]
+    loose = [dict.fromkeys(dims, Dim.AUTO) for dims in exact]
+    attempts = [exact] if loose == exact else [exact, loose]
+    return [*(dims for dims in attempts if dims not in closed), []]
