@@ -13,11 +13,9 @@ from rich.table import Table
 
 from ...bench.bounds import Machine, measure_machine
 from ...passes.remarks import render
-from ...runtime.executor import Executor
 from ...runtime.profile import StepTime, profile_steps
-from ..capture.tree import flatten
-from .error import CliError, check_output, write_text
-from .model import Loaded, compile_loaded, newest
+from .error import check_output, write_text
+from .model import Loaded, compile_loaded, newest, on_cpu
 
 
 def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: Path | None) -> None:
@@ -28,13 +26,9 @@ def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: P
         torch.set_num_threads(threads)
     compiled = compile_loaded(loaded, pipeline, "quick", console)
     program = newest(compiled)
-    executor = getattr(program.executable, "executor", None)
-    if not isinstance(executor, Executor):
-        raise CliError("a program for a GPU is not timed step by step", "try plait kernels MODEL")
-    leaves, _ = flatten((tuple(loaded.args), dict(loaded.kwargs)))
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    executor, tensors = on_cpu(loaded, compiled)
     with torch.no_grad():
-        times = profile_steps(executor, [*tensors, *program.captured.states])
+        times = profile_steps(executor, tensors)
     machine = measure_machine()
     lowered = getattr(program.executable, "lowered", None)  # a loaded program has none
     configs = {s.hash: s.config for s in lowered.selected.values()} if lowered else {}

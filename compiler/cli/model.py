@@ -20,12 +20,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ...runtime.executor import Executor
 from ...runtime.plan import BranchStep, FetchStep, KernelStep, LibraryStep
 from ..api import compile
 from ..api import load as load_saved
 from ..capture.arguments import as_call
 from ..capture.captured import Captured
-from ..capture.tree import unflatten
+from ..capture.tree import flatten, unflatten
 from ..compiled import Compiled
 from ..program import Program
 from .error import CliError
@@ -111,6 +112,17 @@ def newest(compiled: Compiled) -> Program:
         why = next((r.reason for r in reversed(compiled.remarks) if r.kind == "missed"), "unknown")
         raise CliError(f"the model was not compiled ({why})", "plait check MODEL shows more")
     return programs[-1]
+
+
+def on_cpu(loaded: Loaded, compiled: Compiled) -> tuple[Executor, list[torch.Tensor]]:
+    """What runs the newest program, and its flat inputs. Raises CliError for one on a GPU."""
+    program = newest(compiled)
+    executor = getattr(program.executable, "executor", None)
+    if not isinstance(executor, Executor):
+        raise CliError("steps of a program for a GPU are not timed", "try plait kernels MODEL")
+    leaves, _ = flatten((tuple(loaded.args), dict(loaded.kwargs)))
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    return executor, [*tensors, *program.captured.states]
 
 
 def example_arguments(captured: Captured) -> tuple[Sequence[Any], Mapping[str, Any]]:

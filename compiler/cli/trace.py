@@ -16,14 +16,12 @@ from ...bench.bounds import Machine, measure_machine
 from ...bench.limits import Planned, planned_schedules
 from ...bench.pictures import kind_of, memory, picture
 from ...passes.tasks import bounds
-from ...runtime.executor import Executor
 from ...runtime.plan import KernelStep, Plan
 from ...runtime.sizes import evaluate
 from ...runtime.trace import Event, typical
-from ..capture.tree import flatten
 from ..compiled import Compiled
 from .error import CliError, check_output, write_text
-from .model import Loaded, compile_loaded, newest
+from .model import Loaded, compile_loaded, on_cpu
 
 PLANNED, MEASURED = 1, 2
 """Process numbers of the trace: viewers group lanes by process."""
@@ -65,13 +63,7 @@ def gantt(loaded: Loaded, compiled: Compiled, output: Path) -> None:
 def _ran(
     loaded: Loaded, compiled: Compiled, rounds: int
 ) -> tuple[Plan, Mapping[str, int], list[Event]]:
-    program = newest(compiled)
-    executor = getattr(program.executable, "executor", None)
-    if not isinstance(executor, Executor):
-        raise CliError("a program for a GPU cannot be traced", "try plait kernels MODEL")
-    leaves, _ = flatten((tuple(loaded.args), dict(loaded.kwargs)))
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    tensors = [*tensors, *program.captured.states]
+    executor, tensors = on_cpu(loaded, compiled)
     values = {s: tensors[i].shape[d] for s, (i, d) in executor.plan.symbols.items()}
     with torch.no_grad():
         return executor.plan, values, typical(executor, tensors, rounds, values)
