@@ -272,6 +272,10 @@ def place(
     link: Annotated[
         str | None, typer.Option(metavar="RATE,DELAY", help="For a model: such as 450GB/s,5us.")
     ] = None,
+    host_link: Annotated[
+        str | None,
+        typer.Option(metavar="RATE,DELAY", help="For a model: between CPUs and others, if unlike."),
+    ] = None,
     train: Annotated[
         str | None,
         typer.Option(metavar="OPTIMIZER", help="For a model: plan a step; none, sgd or adam."),
@@ -322,7 +326,8 @@ def place(
         files = cli_place.Files(output, problem_output, rewritten, device_map, gantt, trace)
         options = {"algorithm": algorithm, "objective": objective, "budget": budget, "seed": seed,
                    "coarsen_to": coarsen, "recompute": recompute, "offload": offload}  # fmt: skip
-        cli_place.run(problem, files, options, quiet, cli_place.Model(devices, link, train))
+        model = cli_place.Model(devices, link, host_link, train)
+        cli_place.run(problem, files, options, quiet, model)
 
 
 @app.command("place-experts")

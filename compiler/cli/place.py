@@ -48,6 +48,7 @@ class Model:
 
     devices: str | None
     link: str | None
+    host_link: str | None
     train: str | None
 
 
@@ -59,7 +60,9 @@ def run(target: str, files: Files, options: dict[str, Any], quiet: bool, model: 
     graph = None
     if Path(target).is_file() and not target.endswith(".py"):
         if any(vars(model).values()):
-            raise CliError("--devices, --link and --train are for models", "leave them out")
+            raise CliError(
+                "--devices, --link, --host-link and --train are for models", "leave them out"
+            )
         if files.device_map:
             raise CliError(
                 "--device-map needs a model, for a file names no modules", "leave it out"
@@ -93,13 +96,14 @@ def _from_model(target: str, model: Model) -> tuple[Graph, Problem]:
         raise CliError("a model needs --devices", "such as --devices 4xh100:80GB")
     devices = parse_devices(model.devices)
     link = parse_link(model.link or "50GB/s,10us")
+    host_link = None if model.host_link is None else parse_link(model.host_link)
     from ..placed.graph import trace
     from . import model as cli_model
 
     with torch_on_meta():
         loaded = cli_model.load(target, [])
     graph = trace(loaded.model, loaded.args, loaded.kwargs, model.train)
-    return graph, graph.problem(devices, link)
+    return graph, graph.problem(devices, link, host_link)
 
 
 def torch_on_meta() -> Any:

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ...passes.ir import is_pure, mutated_arguments
-from ...passes.placement.devices import Placed, times
+from ...passes.placement.devices import Placed, host_links, times
 from ...passes.placement.placement import Placement
 from ...passes.placement.problem import Edge, Link, Op, Problem
 from ..errors import CaptureError
@@ -75,8 +75,12 @@ class Graph:
         return _shortened({name.removeprefix("model.") if self.wrapped else name: device
                            for name, device in where.items()})  # fmt: skip
 
-    def problem(self, devices: Sequence[Placed], link: Link) -> Problem:
-        """The problem of placing the graph on devices that are joined by equal links."""
+    def problem(
+        self, devices: Sequence[Placed], link: Link, host_link: Link | None = None
+    ) -> Problem:
+        """The problem of placing the graph on devices that are joined by equal links, but for
+        those between CPUs and others, where ``host_link`` is given.
+        """
         ops = []
         same = all(x.kind is devices[0].kind for x in devices)
         for op in self.ops:
@@ -87,7 +91,8 @@ class Graph:
             time: Any = seconds[0] * devices[0].device.speed if same else seconds
             ops.append(replace(op, time_s=time))
         found = tuple(x.device for x in devices)
-        return Problem(self.name, "dynamic", found, link, {}, tuple(ops), tuple(self.edges))
+        links = {} if host_link is None else host_links(devices, host_link)
+        return Problem(self.name, "dynamic", found, link, links, tuple(ops), tuple(self.edges))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

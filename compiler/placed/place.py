@@ -31,6 +31,7 @@ def place(
     offload: str | None = None,
     devices: str | Sequence[Device | str] | None = None,
     link: str = "50GB/s,10us",
+    host_link: str | None = None,
     example_inputs: Any = (),
     optimizer: str | None = None,
 ) -> Placement:
@@ -39,14 +40,16 @@ def place(
     ``problem`` is a placement problem (an object, its JSON values, or a file's path), or a
     `torch.nn.Module` with its ``example_inputs`` (positional, or keywords in a mapping), which may
     be on the meta device: nothing is run. A module needs ``devices`` ("4xh100:80GB", or a list of
-    `Device`) joined by equal links; with ``optimizer`` ("none", "sgd", "momentum" or "adam") a
-    whole training step is placed. ``algorithm`` is "best", "single", "min-cut", "m-topo", "m-etf",
-    "m-sct" or "heft"; ``objective`` "latency" (makespan of a step) or "throughput" (largest load of
-    a device or link per input in a pipeline). ``coarsen_to`` first joins ops, never into a cycle,
-    until about so many are left; the plan and its report are of the ops themselves. With
-    ``recompute`` activations may be freed and computed again for late readers, with ``offload``
-    they may wait on the device of that name, where the plan gets better by it or only fits so;
-    `Placement.alternatives` tells which.
+    `Device`) joined by equal links, but for ``host_link`` between CPUs and others; with
+    ``optimizer`` ("none", "sgd", "momentum" or "adam") a whole training step is placed.
+
+    ``algorithm`` is "best", "single", "min-cut", "m-topo", "m-etf", "m-sct" or "heft";
+    ``objective`` "latency" (makespan of a step) or "throughput" (largest load of a device or link
+    per input in a pipeline). ``coarsen_to`` first joins ops, never into a cycle, until about so
+    many are left; the plan and its report are of the ops themselves. With ``recompute`` activations
+    may be freed and computed again for late readers, with ``offload`` they may wait on the device
+    of that name, where the plan gets better by it or only fits so; `Placement.alternatives` tells
+    which.
 
     Raises PlacementError (a ValueError) for a problem or option without meaning, InfeasibleError
     where nothing fits, CaptureError where a module cannot be traced.
@@ -75,7 +78,8 @@ def place(
     else:
         specs = [x if isinstance(x, Device) else Device(x) for x in devices]
         found = [x.placed(k) for k, x in enumerate(specs)]
-    return plan.place(graph.problem(found, parse_link(link)), **options)
+    host = None if host_link is None else parse_link(host_link)
+    return plan.place(graph.problem(found, parse_link(link), host), **options)
 
 
 def _positional(inputs: Any) -> tuple[Any, ...]:

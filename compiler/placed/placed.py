@@ -20,7 +20,7 @@ from .capture import check_plain
 from .device import Device
 from .engines import Engine, InlineEngine, LocalEngine, Model, Tensors
 from .options import Here, PlacementOptions, devices_here
-from .part import Memory, check_range
+from .part import DistributedError, Memory, check_range
 from .plan import Division
 
 
@@ -45,13 +45,15 @@ class Placed:
         self.devices: list[Here] = devices_here(devices)
         self._signature = signature_of(model)
         self._engine: Engine | None = None
+        self._ran = False
         self._lock = threading.RLock()
 
     # -- calling --------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result. Raises InputError for arguments that it was not divided for, and
-        DistributedError where a rank fails, after which nothing runs any more.
+        DistributedError where a rank fails, after which nothing runs any more; only where the very
+        first call fails in processes started here does the next one divide the model again.
         """
         with self._lock:
             (result,) = self._stream([(args, kwargs)])
@@ -85,8 +87,15 @@ class Placed:
                 kept.append(inputs)
                 yield inputs
 
-        for results in engine.stream(noted()):
-            yield self._result({**kept.pop(0), **results})
+        try:
+            for results in engine.stream(noted()):
+                self._ran = True
+                yield self._result({**kept.pop(0), **results})
+        except DistributedError:
+            # The arguments that it was divided for may be at fault: others divide it anew.
+            if not self._ran and isinstance(engine, LocalEngine):
+                self._engine = None
+            raise
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Placed:
         """Divides the model for these arguments, once. Returns itself."""

@@ -86,6 +86,13 @@ def parse_link(text: str) -> Link:
     return Link(float(match[1]) / scale[match[2]] if match else 0.0, bandwidth)
 
 
+def host_links(devices: Sequence[Placed], link: Link) -> dict[tuple[str, str], Link]:
+    """The same link both ways between each CPU and each device of another kind, by names."""
+    hosts = {x.device.name for x in devices if x.kind is KINDS["cpu"]}
+    names = [x.device.name for x in devices]
+    return {(a, b): link for a in names for b in names if (a in hosts) != (b in hosts)}
+
+
 def parse_bytes(text: str, what: str) -> float:
     """``80GB``, ``512MiB`` or a number of bytes. Raises PlacementError naming ``what``."""
     match = re.fullmatch(_NUMBER + "([kMGT]?)(i?)B?", text.strip())

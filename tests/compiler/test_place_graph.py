@@ -140,6 +140,15 @@ def test_links() -> None:
             parse_link(text)
 
 
+def test_hosts_may_have_links_of_their_own() -> None:
+    devices, link, host = parse_devices("2xh100,cpu,cpu"), Link(1e-6, 1e9), Link(2e-6, 1e8)
+    graph = place_graph.trace(Block(), (torch.zeros(8, 16),), {}, None)
+    assert graph.problem(devices, link).links == {}
+    found = graph.problem(devices, link, host).links
+    pairs = {(g, c) for g in ("h100:0", "h100:1") for c in ("cpu:0", "cpu:1")}
+    assert found == dict.fromkeys(pairs | {(c, g) for g, c in pairs}, host)
+
+
 def test_devices_by_name() -> None:
     placed = plait.Device("h100:80GB", memory=7.0, speed=0.5).placed(3)
     assert (placed.device.name, placed.device.memory_bytes, placed.device.speed) == (
@@ -177,8 +186,13 @@ def test_the_command_places_a_model_and_writes_all_files(tmp_path: Path) -> None
     names = {"-o": "o.json", "--problem": "p.json", "--device-map": "m.json", "--gantt": "g.png",
              "--trace": "t.json"}  # fmt: skip
     files = [x for k, v in names.items() for x in (k, str(tmp_path / v))]
-    result = place(tmp_path, "--devices", "2xa100:24kB", "--link", "10GB/s,1us", *files)
+    links = ["--link", "10GB/s,1us", "--host-link", "1GB/s,9us"]
+    result = place(tmp_path, "--devices", "2xa100:24kB,cpu:1kB", *links, *files)
     assert result.exit_code == 0, result.output
+    ends = {(x["src"], x["dst"]) for x in json.loads((tmp_path / "p.json").read_text())["links"]}
+    assert ends == {(f"a100:{i}", "cpu:0") for i in (0, 1)} | {
+        ("cpu:0", f"a100:{i}") for i in (0, 1)
+    }
     assign = json.loads((tmp_path / "o.json").read_text())["assign"]
     assert set(assign.values()) == {"a100:0", "a100:1"}
     assert sorted(json.loads((tmp_path / "m.json").read_text())) == ["0", "2"]
@@ -195,6 +209,7 @@ def test_the_command_places_a_model_and_writes_all_files(tmp_path: Path) -> None
         ([], "a model needs --devices"),
         (["--devices", "2xz80"], "device kind 'z80' is unknown"),
         (["--devices", "h100", "--link", "fast"], "link 'fast' is not understood"),
+        (["--devices", "h100", "--host-link", "5us"], "link '5us' is not understood"),
         (["--devices", "h100:1kB"], "fits nowhere"),
         (["--devices", "h100", "--train", "magic"], "unknown optimizer 'magic'"),
         (["--devices", "h100", "--gantt", "x.txt"], "pictures are written as"),

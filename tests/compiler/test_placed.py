@@ -190,6 +190,17 @@ def failing(net: nn.Module, seconds: float = 30.0) -> plait.Placed:
     return placed
 
 
+def test_a_first_call_that_fails_is_not_the_last(net: nn.Module) -> None:
+    """What export's fake tensors let pass fails where it runs."""
+    index, x = example()
+    with plait.compile(net, devices="2xcpu", placement=options(launch="processes")) as placed:
+        with pytest.raises(plait.DistributedError, match="PLT-DST-010: rank . failed: .*dtype"):
+            placed(index, x.double())
+        torch.testing.assert_close(placed(index, x), net(index, x))
+        with pytest.raises(plait.InputError):
+            placed(index, x.double())
+
+
 def test_a_killed_rank_is_one_clear_error_and_ends_the_others(net: nn.Module) -> None:
     placed = failing(net)
     processes = placed._engine.ranks.processes  # type: ignore[union-attr]
