@@ -184,7 +184,6 @@ class _Calls:
         self.number = 0
         if self.compiled.weight_tier is not None:
             self.before = self.compiled.weight_tier.counters.to_json()
-            self.compiled.weight_tier.record = []
 
     def counted(self) -> dict[str, Any]:
         """Hit rate, bytes per call and the like, since `start`."""
@@ -200,17 +199,22 @@ class _Calls:
             "ahead": spent["ahead"],
             "useful": spent["useful"],
             "waves": spent["waves"],
+            "inside": spent["inside"] / self.number,
             "peak_bytes": now["peak_bytes"],
         }
 
     def oracle(self) -> dict[str, Any]:
-        """What Belady's rule would have hit, and moved, of the same fetches."""
+        """What Belady's rule would have hit, and moved, of the fetches of some rounds."""
         tier = self.compiled.weight_tier
+        tier.record, calls = [], 4 * len(self.inputs)
+        for _ in range(calls):
+            self()
+        record, tier.record = tier.record, None
         unit = tier.sites[0].bytes[0]
-        hits, misses = oracle(tier.record, tier.capacity // unit)
+        hits, misses = oracle(record, tier.capacity // unit)
         return {
             "hit_rate": hits / max(1, hits + misses),
-            "moved_per_call": misses * unit / self.number,
+            "moved_per_call": misses * unit / calls,
         }
 
 

@@ -145,13 +145,17 @@ class Bank:
 
     def load(self, unit: int) -> None:
         """Maps a unit, reading it where it is not in memory. Raises BankError if that fails."""
-        begin = unit * self.unit_bytes
-        end = begin + self.unit_bytes
-        begin -= begin % PAGE
-        if _libc().madvise(self._base + begin, end - begin, _POPULATE_READ):
+        if _libc().madvise(*self.span(unit), _POPULATE_READ):
             code = ctypes.get_errno()
             if code not in (errno.EINVAL, errno.EINTR):  # before Linux 5.14 page faults read it
                 raise BankError(f"weights cannot be read back: {os.strerror(code)}")
+
+    def span(self, unit: int) -> tuple[int, int]:
+        """Address and bytes of all pages that a unit has a part of."""
+        begin = unit * self.unit_bytes
+        end = begin + self.unit_bytes
+        begin -= begin % PAGE
+        return self._base + begin, end - begin
 
     def pages(self, unit: int) -> tuple[int, int]:
         """Address and bytes of the pages of a unit that no other unit has a part of."""
@@ -185,26 +189,33 @@ def _drop_together(ranges: Sequence[tuple[int, int]]) -> bool:
     """Drops all ranges by one call, which interrupts other processors once (Linux 6.13 and later);
     False where that is not possible.
     """
-    if os.getpid() in _refused:
+    descriptor = own_pidfd()
+    if descriptor < 0:
         return False
     words = [word for pair in ranges if pair[1] for word in pair]
     vector = (ctypes.c_size_t * len(words))(*words)
-    done = _libc().syscall(
-        _PROCESS_MADVISE, _pidfd(os.getpid()), vector, len(words) // 2, _DONTNEED, 0
-    )
+    done = _libc().syscall(PROCESS_MADVISE, descriptor, vector, len(words) // 2, _DONTNEED, 0)
     if done == sum(words[1::2]):
         return True
-    _refused.add(os.getpid())
+    _descriptors[os.getpid()] = -1
     return False
 
 
-@functools.cache
-def _pidfd(process: int) -> int:
-    return os.pidfd_open(process)
+PROCESS_MADVISE = 440  # the same number on every architecture
+_descriptors: dict[int, int] = {}
 
 
-_PROCESS_MADVISE = 440  # the same number on every architecture
-_refused: set[int] = set()
+def own_pidfd() -> int:
+    """A descriptor of this process, for `PROCESS_MADVISE`; -1 where the system refuses that."""
+    process = os.getpid()  # another one behind a fork
+    found = _descriptors.get(process)
+    if found is None:
+        try:
+            found = os.pidfd_open(process)
+        except OSError:  # before Linux 5.3, or forbidden
+            found = -1
+        _descriptors[process] = found
+    return found
 
 
 def waits() -> int:

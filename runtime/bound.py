@@ -46,16 +46,22 @@ class Bound:
             if b.kind == "output"
         ]
         """Of each buffer of outputs its number in `ext`, its name, shape, strides and type."""
-        self.simple = (
+        direct = (
             not self.windows
-            and all(isinstance(s, list) for s in self.segments)
             and [r.buffer for r in plan.outputs] == [name for _, name, *_ in self.fresh]
             and all(
                 self.geometry(r) == (f[2], f[3])
                 for r, f in zip(plan.outputs, self.fresh, strict=True)
             )
         )
+        self.simple = direct and all(isinstance(s, list) for s in self.segments)
         """The common case: every output is its own fresh tensor, all steps are kernels."""
+        self.only_fetches = (
+            direct
+            and not self.simple
+            and all(isinstance(s, list | FetchStep) for s in self.segments)
+        )
+        """The same, but weights are fetched between kernels."""
 
     def _fresh_spec(self, buffer: Buffer) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
         """Shape, strides and type of a fresh buffer: those of an output that is all of it, else

@@ -10,6 +10,8 @@ entries; an entry is six 64-bit words::
       STEAL    3  take chunks [i, i+chunk) below hi from the shared counter at ``lo`` until none is
                   left; ``args_class`` holds class | chunk << 8
       WAIT     4  until the counter at ``fn`` is at least ``lo``
+      CHECKED  5  CALL, after which the launch ends early if the kernel has set its stop word:
+                  what was to follow on this worker, or waits on another, does not run
 
 Because a table is data, a fused launch, a schedule or a balance of work needs no code generation.
 Workers are the threads of torch's own OpenMP team (``GOMP_parallel``), so kernels and library
@@ -33,12 +35,13 @@ from typing import Any
 from . import native
 
 ENTRY_WORDS = 6
-END, CALL, SIGNAL, STEAL, WAIT = range(5)
+END, CALL, SIGNAL, STEAL, WAIT, CHECKED = range(6)
 ARG_CLASSES = (4, 8, 16, 32, 64, 128)
 
 # Words of a launch block; worker list addresses follow, then as many scratch words (cursors).
 WORKERS, GOMP, THREAD_NUM, NUM_THREADS, YIELD, COUNTERS, N_COUNTERS = range(7)
-PATCHES, N_PATCHES, LISTS = 7, 8, 9
+PATCHES, N_PATCHES, STOP, STOPPED, LISTS = range(7, 12)
+# STOP is the address of the stop word, which is STOPPED itself where nothing else sets one.
 
 
 def args_class(count: int) -> int:
@@ -71,7 +74,7 @@ def _call_ir() -> str:
 
 
 _CORE_IR = """
-define internal ptr @plait_segment(ptr %first) {
+define internal ptr @plait_segment(ptr %first, ptr %stop) {
 entry:
   br label %loop
 loop:
@@ -93,10 +96,16 @@ loop:
     i64 2, label %signal
     i64 3, label %steal
     i64 4, label %wait
+    i64 5, label %checked
   ]
 run:
   call void @plait_call(ptr %fn, i64 %lo, i64 %hi, ptr %args, i64 %cls)
   br label %done
+checked:
+  call void @plait_call(ptr %fn, i64 %lo, i64 %hi, ptr %args, i64 %cls)
+  %stopped = load atomic i64, ptr %stop monotonic, align 8
+  %go = icmp eq i64 %stopped, 0
+  br i1 %go, label %done, label %end
 steal:
   %counter = inttoptr i64 %lo to ptr
   %chunk = lshr i64 %cls, 8
@@ -127,7 +136,7 @@ end:
   ret ptr null
 }
 
-define internal void @plait_spin(ptr %launch, ptr %e) {
+define internal void @plait_spin(ptr %launch, ptr %e, ptr %stop) {
 entry:
   %fnp = getelementptr i64, ptr %e, i64 1
   %lop = getelementptr i64, ptr %e, i64 2
@@ -140,6 +149,10 @@ spin:
   %open = icmp sge i64 %now, %target
   br i1 %open, label %out, label %wait
 wait:
+  %stopped = load atomic i64, ptr %stop monotonic, align 8
+  %over = icmp ne i64 %stopped, 0
+  br i1 %over, label %out, label %longer
+longer:
   %tries1 = add i64 %tries, 1
   %patient = icmp ult i64 %tries, 4000
   br i1 %patient, label %pause, label %yield
@@ -162,15 +175,19 @@ entry:
   %slot = add i64 %worker, LISTS
   %listp = getelementptr i64, ptr %launch, i64 %slot
   %list = load ptr, ptr %listp
+  %stopp = getelementptr i64, ptr %launch, i64 STOP
+  %stop = load ptr, ptr %stopp
   br label %loop
 loop:
   %e = phi ptr [ %list, %entry ], [ %rest, %sync ]
-  %rest = call ptr @plait_segment(ptr %e)
+  %rest = call ptr @plait_segment(ptr %e, ptr %stop)
   %over = icmp eq ptr %rest, null
   br i1 %over, label %out, label %sync
 sync:
-  call void @plait_spin(ptr %launch, ptr %rest)
-  br label %loop
+  call void @plait_spin(ptr %launch, ptr %rest, ptr %stop)
+  %stopped = load atomic i64, ptr %stop monotonic, align 8
+  %go = icmp eq i64 %stopped, 0
+  br i1 %go, label %loop, label %out
 out:
   ret void
 }
@@ -179,6 +196,8 @@ define internal void @plait_serial(ptr %launch) {
 entry:
   %np = getelementptr i64, ptr %launch, i64 WORKERS
   %n = load i64, ptr %np
+  %stopp = getelementptr i64, ptr %launch, i64 STOP
+  %stop = load ptr, ptr %stopp
   %scratch = add i64 %n, LISTS
   br label %copy
 copy:
@@ -203,7 +222,7 @@ worker:
   %ended = icmp eq ptr %e, null
   br i1 %ended, label %skip0, label %go
 go:
-  %rest = call ptr @plait_segment(ptr %e)
+  %rest = call ptr @plait_segment(ptr %e, ptr %stop)
   store ptr %rest, ptr %atp
   br label %skip
 skip0:
@@ -215,7 +234,10 @@ skip:
   %morew = icmp ult i64 %w1, %n
   br i1 %morew, label %worker, label %check
 check:
-  %any = icmp ne i64 %alive1, 0
+  %stopped = load i64, ptr %stop
+  %on = icmp eq i64 %stopped, 0
+  %some = icmp ne i64 %alive1, 0
+  %any = and i1 %some, %on
   br i1 %any, label %round, label %out
 out:
   ret void
@@ -259,6 +281,9 @@ entry:
   %patches = load i64, ptr %npp
   %pp = getelementptr i64, ptr %launch, i64 PATCHES
   %table = load ptr, ptr %pp
+  %stopp = getelementptr i64, ptr %launch, i64 STOP
+  %stop = load ptr, ptr %stopp
+  store i64 0, ptr %stop
   br label %zero
 zero:
   %z = phi i64 [ 0, %entry ], [ %z1, %clear ]
@@ -322,6 +347,7 @@ def llvm_ir() -> str:
         "PATCHES": PATCHES,
         "GOMP": GOMP,
         "YIELD": YIELD,
+        "STOP": STOP,
         "LISTS": LISTS,
     }
     for name, value in names.items():

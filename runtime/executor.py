@@ -215,6 +215,7 @@ class Instance(Bound):
     def on_step(self, call: Callable[[], None] | None) -> None:
         self._on_step = call
         # One input, one result, one launch: worth a path without loops.
+        self._whole = self.only_fetches and call is None and not self.stamped
         counts = (len(self._slots), len(self._made), len(self.segments))
         self._lean = self.simple and call is None and counts == (1, 1, 1) and self._slots[0] >= 0
 
@@ -256,6 +257,9 @@ class Instance(Bound):
         if self.executor.fetching is None:
             return self._run_mixed(workspace, tensors, held, fresh)
         with self.executor.fetching.tier.using():
+            if self._whole and self.executor.fetching.run_whole(self, workspace):
+                self._free.append(workspace)
+                return fresh
             return self._run_mixed(workspace, tensors, held, fresh)
 
     def run_into(self, tensors: Sequence[torch.Tensor], into: torch.Tensor) -> list[torch.Tensor]:

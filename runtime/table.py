@@ -86,14 +86,16 @@ def build_table(
     workers: int,
     placed: bool = False,
     stamped: bool = False,
+    stopper: tuple[str, int] = ("", 0),
 ) -> Table:
     """Lays out one launch of ``steps`` for ``workers`` threads.
 
-    ``spans[i][k]`` is the memory of argument k of step i. Steps run where their ``place`` says if
-    ``placed``. ``stamped`` tables note when each part ran. Raises KeyError when a kernel's address
-    is missing from ``functions``.
+    ``spans[i][k]`` is the memory of argument k of step i; a step writes what lies behind its
+    arguments, too. Steps run where their ``place`` says if ``placed``. ``stamped`` tables note when
+    each part ran. ``stopper`` is a kernel that may end the launch, and the address of the word that
+    it sets then. Raises KeyError when a kernel's address is missing from ``functions``.
     """
-    builder = _Builder(workers)
+    builder = _Builder(workers, *stopper)
     for number, (step, own) in enumerate(zip(steps, spans, strict=True)):
         tasks = evaluate(step.tasks, values)
         if tasks <= 0:
@@ -110,15 +112,15 @@ def build_table(
                 home = homes.pop() if len(homes) == 1 else 0
             cuts = tuple((home + k, tasks * (k + 1) // count) for k in range(count))
         call = (functions[step.kernel], *builder.arguments(step, addresses, values))
-        builder.step(number, call, cuts, accesses, conflicts)
+        builder.step(number, call, cuts, accesses, conflicts, step.kernel == builder.checked)
     return builder.table(stamped)
 
 
 class _Builder:
     """Entries so far. A wait is kept as (other worker, number of its part) until all are known."""
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, workers: int, checked: str, stop: int) -> None:
+        self.workers, self.checked, self.stop = workers, checked, stop
         self.ordering = Ordering(workers)
         self.arrays: list[np.ndarray] = []
         self.patches: list[tuple[int, int, int]] = []
@@ -133,6 +135,7 @@ class _Builder:
         cuts: Sequence[tuple[int, int]],
         accesses: Sequence[tuple[Span, bool]],
         conflicts: Sequence,
+        checked: bool,
     ) -> None:
         """Adds a step whose tasks are cut at ``cuts``, (worker, end) in order."""
         ordering = self.ordering
@@ -150,7 +153,8 @@ class _Builder:
                 ordering.wait(worker, needed)
         fn, address, classes = call
         for worker, lo, hi in shares:
-            self.lists[worker].append(("call", (fn, lo, hi, address, classes, len(self.parts))))
+            op = driver.CHECKED if checked else driver.CALL
+            self.lists[worker].append(("call", (op, fn, lo, hi, address, classes, len(self.parts))))
             self.parts.append(Part(number, worker, lo, hi))
         ordering.add(accesses, [worker for worker, _, _ in shares])
 
@@ -205,14 +209,14 @@ class _Builder:
                         rows.append((driver.WAIT, counter(used), data[0] * used, 0, 0, 0))
                         waits += 1
                 else:
-                    fn, lo, hi, address, classes, index = data
+                    *call, index = data
                     if stamps is not None:
                         at = stamps.ctypes.data + 32 * index
-                        rows.append((driver.CALL, clock, time.CLOCK_MONOTONIC, at, address, 0))
-                    rows.append((driver.CALL, fn, lo, hi, address, classes))
+                        rows.append((driver.CALL, clock, time.CLOCK_MONOTONIC, at, call[4], 0))
+                    rows.append(tuple(call))
                     if stamps is not None:
                         at = stamps.ctypes.data + 32 * index + 16
-                        rows.append((driver.CALL, clock, time.CLOCK_MONOTONIC, at, address, 0))
+                        rows.append((driver.CALL, clock, time.CLOCK_MONOTONIC, at, call[4], 0))
                     part += 1
                     if part in ordinals[worker]:
                         rows.append((driver.SIGNAL, counter(worker), 0, 0, 0, 0))
@@ -234,6 +238,7 @@ class _Builder:
         block[driver.GOMP], block[driver.THREAD_NUM] = gomp, thread_num
         block[driver.NUM_THREADS], block[driver.YIELD] = num_threads, driver.sched_yield()
         block[driver.PATCHES], block[driver.N_PATCHES] = patches.ctypes.data, len(self.patches)
+        block[driver.STOP] = self.stop or block.ctypes.data + 8 * driver.STOPPED
         if waits:
             block[driver.COUNTERS], block[driver.N_COUNTERS] = counters.ctypes.data, counters.size
         for worker, rows in enumerate(entries):

@@ -17,14 +17,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .bank import Bank, drop, waits
+from .bank import Bank, drop, own_pidfd, waits
 from .forecast import Forecast, grown
+from .residency import BYTES, CAPACITY, PIDFD, STOP, Residency
+from .site import Counters, Site, bits
 
 Evict = Literal["value", "lru"]
 Key = tuple[int, int]  # a site and a unit, or a site and a set of units
@@ -43,62 +44,8 @@ SAMPLE = 16
 """Where loads are cheap, forecasts see one round of all sites in so many: to see one takes some
 tens of microseconds, which is as long as a few loads.
 """
-
-
-@dataclass
-class Counters:
-    """What a tier did so far.
-
-    ``hits`` and ``misses`` count units that were wanted, by whether they were resident; ``ahead``
-    units that the side thread loaded, of which ``useful`` were wanted before they were dropped.
-    ``waves`` counts parts of steps that wanted more than fits; ``over`` fetches for which even that
-    was not enough. ``bytes_moved`` are those of all loads, ``seconds`` how long calls waited for
-    them, ``peak_bytes`` the most that was resident.
-    """
-
-    fetches: int = 0
-    hits: int = 0
-    misses: int = 0
-    ahead: int = 0
-    useful: int = 0
-    dropped: int = 0
-    waves: int = 0
-    over: int = 0
-    bytes_moved: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits among what was wanted; 1 where nothing was."""
-        wanted = self.hits + self.misses
-        return self.hits / wanted if wanted else 1.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.fetches} fetches, {self.hit_rate:.1%} of {self.hits + self.misses} units were "
-            f"resident, {self.ahead} loaded ahead ({self.useful} useful), {self.dropped} dropped, "
-            f"{self.waves} waves, {self.over} over budget; {self.bytes_moved / 2**20:.1f} MiB "
-            f"moved, {self.seconds * 1e3:.1f} ms waited for, peak {self.peak_bytes / 2**20:.1f} MiB"
-        )
-
-
-@dataclass
-class Site:
-    """A place that fetches: for each unit of work the (bank, number) that it reads."""
-
-    number: int
-    units: Sequence[Sequence[tuple[Bank, int]]]
-    bytes: list[int]
-    users: int = 0
-
-    def size(self, mask: int) -> int:
-        """Bytes of the units whose bits are set."""
-        return sum(self.bytes[unit] for unit in bits(mask))
+REST = 64
+"""Rounds without launches that fetch, after one that could not."""
 
 
 class Tier:
@@ -139,16 +86,21 @@ class Tier:
         self._now = 0
         self._seen = 0  # fetches that the forecast was told of
         self._thread: ThreadPoolExecutor | None = None
+        self._native = Residency()
+        self._given = False  # what is resident is known to native code, and only there
+        self._ranked = False  # native code knows the order, too
+        self._rest = 0  # the number of the fetch before which no launch fetches
 
     @property
     def resident_bytes(self) -> int:
         """What is resident now."""
-        return self._bytes
+        return int(self._native.root[BYTES]) if self._given else self._bytes
 
     def site(self, units: Sequence[Sequence[tuple[Bank, int]]]) -> Site:
         """The place that fetches ``units``, the same one for the same banks, until `leave`."""
         key = tuple(tuple((id(bank), number) for bank, number in unit) for unit in units)
-        with self._state:
+        with self._turn, self._state:
+            self._take_back()
             self._forget()
             found = self._by_banks.get(key)
             if found is None:
@@ -160,6 +112,7 @@ class Tier:
                 self._sizes = grown(self._sizes, len(units), 0)
                 self._sizes[number, : len(units)] = sizes
                 self._order.update(dict.fromkeys((number, u) for u in range(len(units))))
+                self._ranked = False
                 self._by_banks[key] = found
             found.users += 1
             return found
@@ -176,6 +129,7 @@ class Tier:
                 self._drop([(site.number, unit) for unit in bits(self._resident[site.number])])
                 self._by_banks = {k: s for k, s in self._by_banks.items() if s is not site}
                 self._order = {k: None for k in self._order if k[0] != site.number}
+                self._ranked = False
                 site.units = ()
 
     @contextmanager
@@ -216,6 +170,7 @@ class Tier:
             bit <<= 1
         counters = self._count
         with self._state:
+            self._take_back()
             if self._leaving:
                 self._forget()
             self._now += 1
@@ -254,6 +209,56 @@ class Tier:
         if self.ahead and not self._cheap and not trial:
             self._look_ahead()
         return True
+
+    def within(self) -> Residency | None:
+        """What a launch needs to fetch by itself until `fetched`; None where `fetch` has to. Inside
+        `using`.
+        """
+        plain = self._cheap and self.evict == "value" and self.record is None
+        if not plain or len(self._frames) > 1 or self._count is not self.counters:
+            return None
+        with self._state:
+            sampled = _in_sample(self._now // max(1, len(self.sites)))
+            if sampled or self._now < self._rest or self._leaving or self._loading:
+                return None
+            self._unused.clear()
+            native = self._native
+            for site in self.sites[len(native.first) :]:
+                native.add(site)
+            if self._stale:
+                self._rank()
+            if not self._ranked:
+                native.rank(self._order)
+                self._ranked = True
+            if not self._given:
+                native.push(self._resident, self._bytes)
+                self._given = True
+            native.root[CAPACITY], native.root[PIDFD] = self.capacity, own_pidfd()
+            return native
+
+    def fetched(self) -> bool:
+        """Counts what a launch has fetched; False where it stopped, and nothing came of it."""
+        with self._state:
+            counters, native = self._count, self._native
+            fetches, hits, misses, dropped, moved, peak = native.counted()
+            counters.dropped += dropped
+            counters.bytes_moved += moved
+            counters.peak_bytes = max(counters.peak_bytes, peak)
+            if native.root[STOP]:
+                self._rest = self._now + REST * len(self.sites)
+                return False
+            self._now += fetches
+            counters.fetches += fetches
+            counters.hits += hits
+            counters.misses += misses
+            counters.inside += 1
+            return True
+
+    def _take_back(self) -> None:
+        """What is resident, from native code; with the state locked and no launch under way."""
+        if self._given:
+            self._resident, self._bytes = self._native.pull()
+            self._given = False
 
     def waves(
         self, site: Site, counts: Sequence[int], only: Sequence[Bank] | None = None
@@ -334,7 +339,7 @@ class Tier:
     def _observe(self, site: int, counts: Sequence[int]) -> None:
         """Tells the forecast; where loads are cheap, of one round of all sites in `SAMPLE`."""
         rounds = self._round()
-        if self._cheap and (rounds * 0x9E3779B1 >> 16) % SAMPLE:  # in no regular order
+        if self._cheap and not _in_sample(rounds):
             return
         self._sampled = rounds
         self._seen += 1
@@ -342,8 +347,8 @@ class Tier:
         self._stale = True
 
     def _round(self) -> int:
-        """How often all sites have come round."""
-        return self._now // max(1, len(self.sites))
+        """How often all sites have come round before the latest fetch."""
+        return (self._now - 1) // max(1, len(self.sites))
 
     def _held(self) -> int:
         """Bytes that outer calls use."""
@@ -387,15 +392,18 @@ class Tier:
             price[self._sizes == size] = seconds / size
         return price / self.forecast.distance(self._seen)
 
+    def _rank(self) -> None:
+        worth = self._worth().tolist()  # whose elements are found sooner
+        ranked = sorted(self._order, key=lambda key: worth[key[0]][key[1]])
+        self._order = dict.fromkeys(ranked)
+        self._stale = self._ranked = False
+
     def _victims(self, size: int) -> list[Key]:
         """The least worthy units that nobody uses, up to ``size`` bytes."""
         if self._stale and self.evict == "value":
             # Once for a round that forecasts see, where they do not see all.
             if not self._cheap or self._sampled != self._round():
-                worth = self._worth().tolist()  # whose elements are found sooner
-                ranked = sorted(self._order, key=lambda key: worth[key[0]][key[1]])
-                self._order = dict.fromkeys(ranked)
-                self._stale = False
+                self._rank()
         free = list(self._resident)
         for frame in self._frames:
             if frame is not None:
@@ -437,7 +445,9 @@ class Tier:
         for unit in units:
             key = (site.number, unit)
             with self._state:
-                if self._now != asked or not site.units or not self._displace(key):
+                if self._given or self._now != asked or not site.units:
+                    return
+                if not self._displace(key):
                     return
                 self._loading.add(key)
                 self._keep(site, 1 << unit)
@@ -473,9 +483,6 @@ class Tier:
         return True
 
 
-def bits(mask: int) -> Iterator[int]:
-    """The numbers of the bits that are set, in ascending order."""
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+def _in_sample(rounds: int) -> bool:
+    """Whether forecasts see a round where they do not see all: one in `SAMPLE`, irregularly."""
+    return (rounds * 0x9E3779B1 >> 16) % SAMPLE == 0

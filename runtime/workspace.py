@@ -95,6 +95,7 @@ class Workspace:
         ]
         self.addresses = addresses
         self.launches = [table.address for table in self.tables if table is not None]
+        self.whole: Table | None = None  # one launch of everything, with fetches (`Fetching`)
         self.views: dict[tuple[int, int], torch.Tensor] = {}
         self.singles: dict[tuple[int, int], Any] = {}  # launches of single steps (`Fetching`)
         own = (self.arena, *self.static.values())

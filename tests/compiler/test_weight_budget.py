@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import plait
 from plait.kernels import routing
 from plait.runtime import bank as banks
+from plait.runtime import tier as tiers
 from plait.runtime.plan import FetchStep, Plan
 
 EXPERTS, WIDTH, INNER = 5, 32, 48
@@ -133,6 +134,23 @@ def test_the_small_budget_works_in_waves_and_the_larger_one_need_not(
         before = counters.waves
         variants[name](x, index)
         assert (counters.waves > before) == waves
+
+
+def test_steady_calls_fetch_within_one_launch(
+    variants: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "WAKE", 1.0)  # all loads are cheap
+    monkeypatch.setattr(tiers, "REST", 1)
+    tier = variants["some"].weight_tier
+    before = tier.counters.to_json()
+    for k in range(200):
+        inputs = example(2 + k % 3, seed=k)
+        assert torch.equal(variants["some"](*inputs), variants["resident"](*inputs))
+        assert 0 <= tier.resident_bytes <= tier.capacity
+    spent = {key: value - before[key] for key, value in tier.counters.to_json().items()}
+    assert spent["inside"] > 50 and spent["misses"] > 50
+    assert spent["fetches"] == 400 and tier.counters.over == 0
+    assert tier.counters.peak_bytes <= tier.capacity
 
 
 def test_routes_that_drift_give_the_same_bits(variants: dict[str, Any]) -> None:
@@ -393,6 +411,7 @@ def test_weights_that_cannot_be_read_back_are_one_error_and_read_again_later(
     for name in ("some", "one"):  # where all that is wanted fits together, and in waves
         with monkeypatch.context() as patched:
             patched.setattr(banks.Bank, "load", broken)
+            patched.setattr(tiers.Tier, "within", lambda _: None)  # native code would load
             with pytest.raises(plait.FileError, match=r"PLT-PRE-005.*Input/output error"):
                 for expert in range(EXPERTS):  # some of them are still in memory
                     variants[name](inputs[0], torch.full((9, 2), expert))

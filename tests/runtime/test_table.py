@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+from typing import Any
 
 import pytest
 
@@ -82,3 +83,43 @@ def test_a_team_that_is_too_small_runs_everything() -> None:
     table.block[driver.NUM_THREADS] = ctypes.cast(one, ctypes.c_void_p).value
     driver.launch_function()(table.address, 0)
     _ordered(steps, table)
+
+
+@pytest.mark.parametrize("how", ["team", "no OpenMP", "short team"])
+@pytest.mark.parametrize("stopping", [True, False])
+def test_a_kernel_may_end_its_launch(how: str, stopping: bool) -> None:
+    """What waits for it, on its worker or another, does not run then; nobody waits for ever."""
+    kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
+    word = ctypes.c_int64()
+    ran: list[str] = []
+
+    def noted(name: str) -> Any:
+        return kernel(lambda lo, hi, a, b: ran.append(f"{name}{lo}"))
+
+    def check(lo: int, hi: int, a: int, b: int) -> None:
+        ran.append("check")
+        word.value = int(stopping)
+
+    kernels = {"before": noted("before"), "check": kernel(check), "after": noted("after")}
+    functions = {n: ctypes.cast(k, ctypes.c_void_p).value or 0 for n, k in kernels.items()}
+    x, y, z = (TensorRef("arena", "float32", (16,), (1,), 16 * n) for n in range(3))
+    steps = [
+        KernelStep("a", "before", (x, y), 1, tasks=2, place=((0, 1), (1, 2))),
+        KernelStep("b", "check", (y, z), 1, place=((1, 1),)),
+        KernelStep("c", "after", (z, x), 1, tasks=3, place=((0, 1), (1, 2), (2, 3))),
+    ]
+    spans = [[span_of(a, "arena", 0, {}) for a in s.args] for s in steps]
+    stopper = ("check", ctypes.addressof(word))
+    addresses = {"arena": Address(0)}
+    table = build_table(steps, spans, addresses, functions, {}, 3, True, stopper=stopper)
+    one = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)
+    if how == "no OpenMP":
+        table.block[driver.GOMP] = 0
+    elif how == "short team":
+        table.block[driver.NUM_THREADS] = ctypes.cast(one, ctypes.c_void_p).value
+    for _ in range(20):
+        ran.clear()
+        word.value = 1  # a launch begins with none
+        driver.launch_function()(table.address, 0)
+        assert sorted(ran[:2]) == ["before0", "before1"] and ran[2] == "check"
+        assert sorted(ran[3:]) == ([] if stopping else ["after0", "after1", "after2"])
