@@ -222,6 +222,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-DST-010": "A process of a divided model failed.",
     "PLT-DST-011": "A divided model is not ready, or ended.",
     "PLT-DST-012": "A model was divided among devices.",
+    "PLT-DST-013": "Several batches of a divided model do not fit into memory at a time.",
     "PLT-EXP-001": "The routed product template generates no code for this target.",
     "PLT-EXP-002": "Routed products have kernels in float32 only.",
     "PLT-EXP-003": "The weights of a routed product are computed; kernels pack constant weights.",

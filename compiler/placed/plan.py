@@ -13,6 +13,7 @@ from ...kernels.ops.bounds import index_checks
 from ...passes.manager import PassManager
 from ...passes.placement import plan
 from ...passes.placement.devices import parse_link
+from ...passes.placement.errors import InfeasibleError
 from ...passes.placement.placement import Placement
 from ...passes.placement.problem import Link, Problem
 from ...passes.remarks import Remark
@@ -30,6 +31,8 @@ from .units import Unit, Units, work
 
 _LINKS = {"inline": "10GB/s,5us", "processes": "1GB/s,100us", "torchrun": "1GB/s,100us"}
 """What transfers are assumed to cost where nothing was said or measured."""
+_ATTEMPTS = 4
+"""Placements, each with less room, before batches in flight are found not to fit."""
 
 
 @dataclass
@@ -124,25 +127,22 @@ def plan_model(
     name = type(model).__name__
     kinds = tuple(d.placed.device for d in devices)
     problem = units.problem(name, kinds, link, price, costs.temporary)
-    placement = plan.place(
-        problem, algorithm=options.algorithm, objective=options.objective,
-        budget=options.budget, seed=options.seed,
-        transfer_price=link.latency_s,  # in which both ends are busy, whatever the schedule says
-    )  # fmt: skip
-    ranks = {op: problem.device_index[d] for op, d in placement.assign.items()}
-    segments = divide(units, ranks)
     last: Any = next(iter(module.graph.find_nodes(op="output")))
     flat = list(last.args[0])
-    made = programs(units, segments, len(devices), flat)
+    placement, segments, made, flight = _with_flights(problem, units, flat, link, options)
     graphs = {s.name: extract(module, s) for s in segments}
-    sizes = {x.name: bytes_of(x) for s in segments for x in (*s.inputs, *s.outputs)}
-    flight = [_waiting(program, sizes) for program in made]
     predicted = _predicted(placement, made, link, options, devices)
     reason = (
         f"{len(units.units)} units became {len(segments)} segments on {len(devices)} devices, "
         f"{sum(len(s.sends) for p in made for s in p.steps)} tensors move"
     )
     remarks = [Remark("PLT-DST-012", "done", "place", (), reason)]
+    peaks = placement.report["peak_bytes"].values()
+    for d, peak, more in zip(kinds, peaks, flight, strict=True):
+        if peak + more > d.memory_bytes:
+            note = f"batches in flight need {(peak + more) / 1e6:.1f} MB of {d.name}, it has less"
+            hint = "call it one batch at a time, without map, or take objective='throughput'"
+            remarks.append(Remark("PLT-DST-013", "missed", "place", (), note, hint))
     for d, program in zip(devices, made, strict=True):
         if d.torch.type != "cpu" and program.steps:
             note = f"{len(program.steps)} segments on {d.torch} run by torch's own operators"
@@ -155,6 +155,63 @@ def plan_model(
         remarks,
     )  # fmt: skip
     return Planned(division, whole, segments, graphs)
+
+
+def _with_flights(
+    problem: Problem,
+    units: Units,
+    results: Sequence[fx.Node],
+    link: Link,
+    options: PlacementOptions,
+) -> tuple[Placement, list[Segment], list[RankProgram], list[float]]:
+    """A placement, what ranks run, and what batches in flight take of their memory beside it.
+
+    The placement's memory model knows of one batch. Where others do not fit beside it, and there
+    are to be others (the objective is throughput), it is made again for devices of as much less.
+    """
+    tight = problem
+    for attempt in range(_ATTEMPTS):
+        try:
+            placement = plan.place(
+                tight, algorithm=options.algorithm, objective=options.objective,
+                budget=options.budget, seed=options.seed,
+                transfer_price=link.latency_s,  # both ends are busy then, whatever is scheduled
+            )  # fmt: skip
+        except InfeasibleError as error:
+            if not attempt:
+                raise
+            raise _short(problem, needed) from error  # noqa: F821
+        ranks = {op: problem.device_index[d] for op, d in placement.assign.items()}
+        segments = divide(units, ranks)
+        made = programs(units, segments, len(problem.devices), results)
+        sizes = {x.name: bytes_of(x) for s in segments for x in (*s.inputs, *s.outputs)}
+        flight = [_waiting(program, sizes) for program in made]
+        peaks = placement.report["peak_bytes"].values()
+        needed = [a + b for a, b in zip(peaks, flight, strict=True)]
+        fits = all(a <= d.memory_bytes for a, d in zip(needed, problem.devices, strict=True))
+        if fits or options.objective != "throughput":
+            return placement, segments, made, flight
+        left = [max(d.memory_bytes - b, 0.0) for d, b in zip(problem.devices, flight, strict=True)]
+        smaller = (
+            replace(d, memory_bytes=min(d.memory_bytes, x))
+            for d, x in zip(tight.devices, left, strict=True)
+        )
+        tight = replace(problem, devices=tuple(smaller))
+    raise _short(problem, needed)
+
+
+def _short(problem: Problem, needed: Sequence[float]) -> InfeasibleError:
+    """The error of batches in flight that do not fit."""
+    lacking = {
+        d.name: x - d.memory_bytes
+        for d, x in zip(problem.devices, needed, strict=True)
+        if x > d.memory_bytes
+    }
+    text = ", ".join(f"{name} is {size / 1e6:.1f} MB short" for name, size in lacking.items())
+    return InfeasibleError(
+        f"with batches in flight {text}; give more memory, or take objective='latency' and call it "
+        "one batch at a time", lacking, False,
+    )  # fmt: skip
 
 
 def _waiting(program: RankProgram, sizes: Mapping[str, float]) -> float:
