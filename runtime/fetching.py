@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .bank import Bank
 from .plan import FetchStep, KernelStep, Plan, PlanError
-from .residency import STOP, Residency, fetch_function
+from .residency import Residency, Root, fetch_function
 from .site import Site
 from .spans import Span
 from .table import Address, Table, build_table
@@ -85,7 +85,7 @@ class Fetching:
             values,
             instance.workers,
             placed=instance.workers == instance.plan.workers,
-            stopper=(_FETCH, residency.address + 8 * STOP),
+            stopper=(_FETCH, residency.address + 8 * Root.STOP),
         )
 
     def fetch(

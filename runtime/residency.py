@@ -5,10 +5,10 @@ loads are cheap, `fetch_function` makes them instead, as one step of a launch am
 maps what a route wants and drops what Python ranked lowest. Whatever is not that simple stops the
 launch (`driver.CHECKED`), and the call is made anew with fetches by Python.
 
-All state is 64-bit words. `Residency.root` has the words named below; a unit is `UNIT` words
-(whether it is resident, its bytes, the fetch that last wanted it, its pieces and their number); a
-piece of a unit is four: address and length of what is loaded, address and length of what is dropped
-(0: nothing, for it shares its pages).
+All state is 64-bit words. `Residency.root` has those of `Root`; a unit is `UNIT` words (whether it
+is resident, its bytes, the fetch that last wanted it, its pieces and their number); a piece of a
+unit is `PIECE` words (address and length of what is loaded, address and length of what is dropped,
+which may be nothing, for pages that units share).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,13 +27,39 @@ from .bank import PROCESS_MADVISE
 if TYPE_CHECKING:
     from .site import Site
 
-ROOT_WORDS, UNIT, PIECE = 16, 8, 4
-STOP, UNITS, ORDER, N_ORDER, BYTES, CAPACITY, EPOCH, PIDFD, RANGES, N_RANGES = range(10)
-FETCHES, HITS, MISSES, DROPPED, MOVED, PEAK = range(10, ROOT_WORDS)
-_WORDS = """STOP UNITS ORDER N_ORDER BYTES CAPACITY EPOCH PIDFD RANGES N_RANGES
-            FETCHES HITS MISSES DROPPED MOVED PEAK""".split()
+UNIT, PIECE = 8, 4
 MOST = 256
 """Ranges that are dropped by one call to the system."""
+
+
+class Root(IntEnum):
+    """Words of the root, by number."""
+
+    STOP = 0
+    """Not 0: the latest fetch could not be made."""
+    UNITS = 1
+    """Address of all units."""
+    ORDER = 2
+    """Address of the numbers of units, what is to be dropped first first; their count follows."""
+    N_ORDER = 3
+    BYTES = 4
+    """What is resident, and the most that may be."""
+    CAPACITY = 5
+    EPOCH = 6
+    """The number of the latest fetch."""
+    PIDFD = 7
+    """A descriptor of this process, or -1."""
+    RANGES = 8
+    """Address of ranges that are to be dropped, address and length each; their count follows."""
+    N_RANGES = 9
+    FETCHES = 10
+    """Counted since the last `Residency.counted`, as the rest; PEAK is of BYTES."""
+    HITS = 11
+    MISSES = 12
+    DROPPED = 13
+    MOVED = 14
+    PEAK = 15
+
 
 _IR = """
 declare i32 @madvise(ptr, i64, i32)
@@ -324,11 +351,11 @@ def fetch_function() -> int:
     """Address of the native ``fetch(lo, hi, offsets, root, first, count)``, to be called like a
     kernel: makes those of ``count`` units from number ``first`` on resident that have rows.
 
-    Where it cannot, it sets ``root[STOP]`` and leaves all in a state that `Residency.pull` reads.
+    Where it cannot, it sets `Root.STOP` and leaves all in a state that `Residency.pull` reads.
     """
-    words = {name: globals()[name] for name in _WORDS}
+    words = {word.name: word.value for word in Root}
     words |= {"UNIT_WORDS": UNIT, "PIECE_WORDS": PIECE, "MOST": MOST, "TOGETHER": PROCESS_MADVISE}
-    text = re.sub(r"\b[A-Z][A-Z_]+\b", lambda name: str(words[name[0]]), _IR)
+    text = re.sub(r"\b[A-Z][A-Z_]+\b", lambda found: str(words[found[0]]), _IR)
     params = ("lo", "hi", "offsets", "root", "first", "count")
     return native.load("fetch", [native.Function("plait_fetch", params, text)])["plait_fetch"]
 
@@ -337,9 +364,9 @@ class Residency:
     """The native state of a tier. Units are numbered over all sites, in the order of these."""
 
     def __init__(self) -> None:
-        self.root = np.zeros(ROOT_WORDS, np.int64)
+        self.root = np.zeros(len(Root), np.int64)
         self._ranges = np.zeros(2 * MOST, np.int64)
-        self.root[RANGES] = self._ranges.ctypes.data
+        self.root[Root.RANGES] = self._ranges.ctypes.data
         self._units = np.zeros((0, UNIT), np.int64)
         self._pieces: list[np.ndarray] = []
         self._order = np.zeros(0, np.int64)
@@ -360,19 +387,19 @@ class Residency:
             row[1], row[3], row[4] = size, pieces.ctypes.data, len(pieces)
         self.first.append(len(self._units))
         self._units = np.concatenate([self._units, rows])
-        self.root[UNITS] = self._units.ctypes.data
+        self.root[Root.UNITS] = self._units.ctypes.data
 
     def rank(self, order: Iterable[tuple[int, int]]) -> None:
         """Takes the (site, unit) to be dropped, in this order."""
         self._order = np.array([self.first[site] + unit for site, unit in order], np.int64)
-        self.root[ORDER], self.root[N_ORDER] = self._order.ctypes.data, len(self._order)
+        self.root[Root.ORDER], self.root[Root.N_ORDER] = self._order.ctypes.data, len(self._order)
 
     def push(self, resident: Sequence[int], size: int) -> None:
         """Takes over what is resident: units of each site as bits, and all of it in bytes."""
         for first, last, mask in zip(self.first, self._ends(), resident, strict=True):
             bits = np.array([*mask.to_bytes((last - first + 7) // 8, "little")], np.uint8)
             self._units[first:last, 0] = np.unpackbits(bits, count=last - first, bitorder="little")
-        self.root[BYTES] = size
+        self.root[Root.BYTES] = size
 
     def pull(self) -> tuple[list[int], int]:
         """What `push` takes, as it is now."""
@@ -381,12 +408,12 @@ class Residency:
             int.from_bytes(np.packbits(there[a:b], bitorder="little").tobytes(), "little")
             for a, b in zip(self.first, self._ends(), strict=True)
         ]
-        return resident, int(self.root[BYTES])
+        return resident, int(self.root[Root.BYTES])
 
     def counted(self) -> tuple[int, ...]:
         """Fetches, hits, misses, units dropped, bytes moved since the last call; peak bytes."""
-        found = tuple(self.root[FETCHES : PEAK + 1].tolist())
-        self.root[FETCHES : PEAK + 1] = 0
+        found = tuple(self.root[Root.FETCHES : Root.PEAK + 1].tolist())
+        self.root[Root.FETCHES : Root.PEAK + 1] = 0
         return found
 
     def _ends(self) -> list[int]:

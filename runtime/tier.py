@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from .bank import Bank, drop, own_pidfd, waits
 from .forecast import Forecast, grown
-from .residency import BYTES, CAPACITY, PIDFD, STOP, Residency
+from .residency import Residency, Root
 from .site import Counters, Site, bits
 
 Evict = Literal["value", "lru"]
@@ -94,7 +94,7 @@ class Tier:
     @property
     def resident_bytes(self) -> int:
         """What is resident now."""
-        return int(self._native.root[BYTES]) if self._given else self._bytes
+        return int(self._native.root[Root.BYTES]) if self._given else self._bytes
 
     def site(self, units: Sequence[Sequence[tuple[Bank, int]]]) -> Site:
         """The place that fetches ``units``, the same one for the same banks, until `leave`."""
@@ -233,7 +233,7 @@ class Tier:
             if not self._given:
                 native.push(self._resident, self._bytes)
                 self._given = True
-            native.root[CAPACITY], native.root[PIDFD] = self.capacity, own_pidfd()
+            native.root[Root.CAPACITY], native.root[Root.PIDFD] = self.capacity, own_pidfd()
             return native
 
     def fetched(self) -> bool:
@@ -244,7 +244,7 @@ class Tier:
             counters.dropped += dropped
             counters.bytes_moved += moved
             counters.peak_bytes = max(counters.peak_bytes, peak)
-            if native.root[STOP]:
+            if native.root[Root.STOP]:
                 self._rest = self._now + REST * len(self.sites)
                 return False
             self._now += fetches

@@ -14,9 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.runtime import residency as native
 from plait.runtime.bank import PAGE, SMALL, Bank, drop, own_pidfd
-from plait.runtime.residency import Residency
+from plait.runtime.residency import Residency, Root, fetch_function
 from plait.runtime.site import Site
 
 UNITS, SITES = 5, 3
@@ -42,18 +41,18 @@ def residency(sites: list[Site], request: pytest.FixtureRequest) -> Iterator[Res
     result = Residency()
     for site in sites:
         result.add(site)
-    result.root[native.PIDFD] = own_pidfd() if request.param else -1
+    result.root[Root.PIDFD] = own_pidfd() if request.param else -1
     yield result
 
 
 def fetch(residency: Residency, site: Site, wanted: set[int]) -> bool:
     """One native fetch; False where it stopped."""
     offsets = np.cumsum([0, *(2 * (u in wanted) for u in range(UNITS))])
-    residency.root[native.STOP] = 0
+    residency.root[Root.STOP] = 0
     first = residency.first[site.number]
-    call = FETCH(native.fetch_function())
+    call = FETCH(fetch_function())
     call(0, 1, offsets.ctypes.data, residency.address, first, UNITS)
-    return not residency.root[native.STOP]
+    return not residency.root[Root.STOP]
 
 
 def mapped(site: Site, unit: int) -> bool:
@@ -73,7 +72,7 @@ def mapped(site: Site, unit: int) -> bool:
 def clear(residency: Residency, room: int, order: Sequence[tuple[int, int]]) -> None:
     """Nothing is resident, as far as the state goes; ``room`` units fit."""
     residency.push([0] * SITES, 0)
-    residency.root[native.CAPACITY] = room * 3 * PIECE
+    residency.root[Root.CAPACITY] = room * 3 * PIECE
     residency.rank(order)
     residency.counted()
 
@@ -92,7 +91,7 @@ def test_what_is_wanted_is_resident_and_the_first_in_order_are_dropped(
     residency = Residency()
     for site in sites:
         residency.add(site)
-    residency.root[native.PIDFD] = own_pidfd()
+    residency.root[Root.PIDFD] = own_pidfd()
     clear(residency, room, order)
     held: set[tuple[int, int]] = set()
     hits = misses = dropped = made = 0
@@ -157,7 +156,7 @@ def test_what_cannot_be_loaded_stops_and_is_not_taken_for_resident(sites: list[S
     residency.add(Site(0, units, [2 * PIECE] * UNITS))  # type: ignore[arg-type]
     residency.push([0], 0)
     residency.rank([(0, u) for u in range(UNITS)])
-    residency.root[native.CAPACITY], residency.root[native.PIDFD] = 4 * PIECE, -1
+    residency.root[Root.CAPACITY], residency.root[Root.PIDFD] = 4 * PIECE, -1
     assert fetch(residency, sites[0], {0, 3})
     assert not fetch(residency, sites[0], {1, 2})
     assert residency.pull() == ([0b00010], 2 * PIECE)
