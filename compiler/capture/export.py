@@ -30,6 +30,7 @@ from .captured import Captured, InputSpec, Mutation
 from .experts import routed_experts
 from .limits import CheckedSizes
 from .quiet import quiet
+from .recorded import unhooked
 from .state import Given, Tracked, Update
 from .tree import Tree, flatten, leaf_names, unflatten
 
@@ -119,6 +120,7 @@ class _Traced(nn.Module):
         self._call = (leaves, tree)
         self.result = _Holder()
         self.attributes: Attributes | None = None
+        self.roots = modules_of(target)
         self.training = getattr(target, "training", False)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -130,7 +132,7 @@ class _Traced(nn.Module):
         before, _ = flatten((args, kwargs), marks=tracked.given)
         if self.attributes is not None:
             self.attributes.begin()
-        with CheckedSizes():
+        with CheckedSizes(), unhooked(self.roots):
             out = self.target(*args, **kwargs)
         after, tree_after = flatten((args, kwargs), marks=tracked.given)
         same = len(after) == len(before) and all(

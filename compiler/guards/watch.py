@@ -203,6 +203,7 @@ class Attributes:
 
 
 _TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+_DICTS = (dict, OrderedDict)  # hooks are in ordered ones
 
 
 def _derived(module: nn.Module) -> frozenset[str]:
@@ -221,8 +222,8 @@ def _kept(value: Any) -> tuple[Any, Any]:
 def _copied(value: Any, depth: int) -> Any:
     if depth and type(value) in (list, tuple):
         return type(value)(_copied(v, depth - 1) for v in value)
-    if depth and type(value) is dict:
-        return {k: _copied(v, depth - 1) for k, v in value.items()}
+    if depth and type(value) in _DICTS:
+        return type(value)((k, _copied(v, depth - 1)) for k, v in value.items())
     return set(value) if type(value) is set else value
 
 
@@ -234,7 +235,7 @@ def _same(now: Any, content: Any, depth: int = 8) -> bool:
     if depth and kind in (list, tuple):
         pairs = zip(now, content, strict=False)
         return len(now) == len(content) and all(_same(a, b, depth - 1) for a, b in pairs)
-    if depth and kind is dict:
+    if depth and kind in _DICTS:
         pairs = ((now[k], v) for k, v in content.items() if k in now)
         return now.keys() == content.keys() and all(_same(a, b, depth - 1) for a, b in pairs)
     scalar = kind in (int, float, bool, str, set)

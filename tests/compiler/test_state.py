@@ -224,3 +224,18 @@ def test_swapped_buffers() -> None:
     for expected in (1.0, 0.0, 1.0):
         assert torch.equal(compiled(torch.zeros(2)), torch.full((2,), expected))
     assert torch.equal(model.a, torch.ones(2)) and torch.equal(model.b, torch.zeros(2))
+
+
+def test_hooks_that_a_trace_puts_on_are_taken_off() -> None:
+    class Hooks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.register_forward_hook(lambda module, args, out: 2 * out)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Hooks(3, 2).eval()
+    twin, compiled, x = copy.deepcopy(model), compile(model), torch.randn(2, 3)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(x), twin(x))
+    assert len(model._forward_hooks) == 2 and "PLT-CAP-019" in ids(compiled)
