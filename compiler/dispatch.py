@@ -25,18 +25,20 @@ from .build import build, store_for
 from .capture.arguments import (
     Order,
     canonical,
+    canonical_tree,
     is_plain,
+    is_wrapped,
     positional,
     signature_of,
     tensor_names,
     watched,
 )
-from .capture.captured import Captured, check_tensors, describe
+from .capture.captured import Captured, misfit
 from .capture.dynamic import Declared, declared_dims, enlarged, openings, varying
 from .capture.export import SCALARS, argument_names, capture
 from .capture.state import states_of
 from .capture.tree import Tree, flatten, unflatten
-from .errors import CaptureError, InputError, PlaitError
+from .errors import CaptureError, ChangeError, InputError, PlaitError
 from .guards.keys import FLOATS, autocast_key, structure_key
 from .guards.quick import limits
 from .guards.watch import Structure, modules_of
@@ -46,6 +48,8 @@ from .program import Program, Unfit
 
 MAX_PROGRAMS = 8
 """Programs captured for one structure of arguments before the original runs instead."""
+MAX_SETTLED = 4
+"""How often a model may change its attributes, each time a reason to capture it anew."""
 DEBUG = "PLAIT_DEBUG"
 """Environment variable: errors of code generation are raised instead of being remarked on."""
 MAX_KEYS = 4096
@@ -74,6 +78,11 @@ class _Refused(Exception):
         self.error, self.bucket = error, bucket
 
 
+def _settles(error: CaptureError) -> bool:
+    """Whether there may be nothing wrong any more once the original ran."""
+    return isinstance(error, ChangeError) or error.remark == "PLT-CAP-020"
+
+
 class Dispatcher:
     """Runs ``target`` compiled where it can be, else as it is. Safe under threads."""
 
@@ -92,6 +101,8 @@ class Dispatcher:
         self._buckets: dict[Any, Bucket] = {}
         self._lock = threading.RLock()
         self._said: set[str] = set()
+        self._settled = 0  # how often the original had to run first; see MAX_SETTLED
+        self._restless = False  # whether it changes itself at every call
         self._structure = Structure(self.modules)
         self._default = torch.get_default_dtype()
         self.signature = signature_of(target) if signature is None else signature
@@ -211,7 +222,7 @@ class Dispatcher:
             try:
                 found = self._find(key, tensors, args, kwargs)
             except _Refused as refused:
-                return self._first_refusal(refused, key, args, kwargs)
+                return self._first_refusal(refused, key, tensors, args, kwargs)
         if found is None:
             return self._original(args, kwargs)
         program, order = found  # type: ignore[misc]
@@ -245,16 +256,36 @@ class Dispatcher:
         return result
 
     def _first_refusal(
-        self, refused: _Refused, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        refused: _Refused,
+        key: Any,
+        tensors: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """The original's result. It runs once, for it may change things, and before anything is
         said or kept: what was wrong may be this call's arguments.
         """
         result = self._original(args, kwargs)
+        noticed = isinstance(refused.error, ChangeError) and refused.error.noticed
+        if _settles(refused.error) and self._settled < MAX_SETTLED:
+            # The original has now made what it keeps: tables for a length, shapes of weights.
+            self._settled += 1
+            if not noticed:
+                self.forget()
+            if states_of((args, kwargs)):
+                return result  # the next call can be captured: this one's arguments have changed
+            try:
+                self._find(key, tensors, args, kwargs)
+            except _Refused as again:
+                refused = again
+            else:
+                return result
         error = refused.error
-        if error.remark == "PLT-CAP-020":
-            return result  # now that the shapes are known the next call can be captured
         with self._lock:
+            if isinstance(error, ChangeError) and not error.noticed:
+                self.forget()  # programs may have been made with what is different now
+                self._restless = True
             if refused.bucket is not None:
                 refused.bucket.hopeless = True
             self._table[key] = None
@@ -278,8 +309,12 @@ class Dispatcher:
         with self._lock:
             if len(self._table) >= MAX_KEYS:
                 self._table.clear()
+            if self._restless:
+                return None
             try:
-                args, kwargs, order = canonical(self.signature, args, kwargs)
+                args, kwargs, order = canonical(
+                    self.signature, args, kwargs, is_wrapped(self.target)
+                )
             except TypeError as error:
                 if self.target is None:
                     raise InputError("PLT-INP-001", str(error)) from None
@@ -305,7 +340,9 @@ class Dispatcher:
             if program.matches(shapes):
                 return program
         if self.target is None:
-            raise self._misfit(bucket, tensors, tree, leaves)
+            known = [p.captured for p in bucket.programs or self.programs]
+            names = argument_names(tree, positional(self.signature))
+            raise misfit(known, tensors, zip(names, leaves, strict=True))
         if bucket.hopeless:
             return None
         if len(bucket.programs) >= MAX_PROGRAMS:
@@ -467,25 +504,6 @@ class Dispatcher:
             self._note(remark, reason, hint)
             warnings.warn(f"plait: {remark}: {reason}" + f" ({hint})" * bool(hint), stacklevel=4)
 
-    def _misfit(
-        self, bucket: Bucket, tensors: list[Tensor], tree: Tree, leaves: list[Any]
-    ) -> InputError:
-        """What to tell someone who calls a loaded program with arguments it has no graph for."""
-        near = [p.captured for p in bucket.programs]
-        known = near or [p.captured for p in self.programs]
-        found = [check_tensors(c, tensors) for c in known if c.num_tensors == len(tensors)]
-        wrong = min((w for w in reversed(found) if w), key=len, default=None)
-        if wrong:
-            text = "; ".join(f"argument {n!r}: {why}" for n, why in wrong.items())
-            return InputError("PLT-INP-002", text)
-        wants = " or ".join(
-            "(" + ", ".join(f"{s.name}: {s}" for s in c.inputs[: c.num_tensors]) + ")"
-            for c in known
-        )
-        names = argument_names(tree, positional(self.signature))
-        got = ", ".join(f"{n}: {describe(x)}" for n, x in zip(names, leaves, strict=True))
-        return InputError("PLT-INP-001", f"expected {wants}, got ({got})")
-
     @property
     def programs(self) -> list[Program]:
         """Every program, oldest first."""
@@ -494,6 +512,7 @@ class Dispatcher:
     def adopt(self, program: Program) -> None:
         """Adds a program made elsewhere (loaded from a file)."""
         captured = program.captured
+        captured.in_tree = canonical_tree(self.signature, captured.in_tree)
         specs = iter(captured.inputs)
         fixed = [next(specs) if slot is None else slot[0] for slot in captured.in_leaves]
         structure = structure_key(fixed, captured.in_tree, False)

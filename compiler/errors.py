@@ -18,6 +18,15 @@ class CaptureError(PlaitError):
     """A program could not be captured as one graph."""
 
 
+class ChangeError(CaptureError):
+    """A program changes a plain attribute of a module.
+
+    ``noticed``: programs that read it are prepared anew when it changes, for it is a tensor.
+    """
+
+    noticed = False
+
+
 class InputError(PlaitError, ValueError):
     """A call's arguments do not fit the compiled program."""
 

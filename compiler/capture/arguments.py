@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from ..errors import InputError
 from .state import states_of
-from .tree import flatten
+from .tree import Tree, flatten
 
 _levels = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
@@ -106,6 +106,11 @@ def signature_of(target: Any) -> inspect.Signature | None:
         return None
 
 
+def is_wrapped(target: Any) -> bool:
+    """Whether what runs first is a decorator's code, which may look at how arguments are given."""
+    return hasattr(target.forward if isinstance(target, nn.Module) else target, "__wrapped__")
+
+
 def positional(signature: inspect.Signature | None) -> list[str]:
     """Names of parameters that may be given by position."""
     if signature is None:
@@ -129,10 +134,14 @@ class Order:
 
 
 def canonical(
-    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    signature: inspect.Signature | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    as_given: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any], Order | None]:
     """The same call with arguments in the order of the signature, and how what they hold moved.
 
+    Arguments given by name become positional where they can, unless they are to stay ``as_given``.
     Raises TypeError for arguments that do not fit the signature.
     """
     if signature is None:
@@ -142,12 +151,26 @@ def canonical(
     objects = _spans([states_of(v) for v in values])
     slots = [*zip(values, tensors, objects, strict=True)]
     count = len(args)
-    bound = signature.bind(*slots[:count], **dict(zip(kwargs, slots[count:], strict=True)))
-    entries = (*bound.args, *bound.kwargs.values())
+    named = dict(zip(kwargs, slots[count:], strict=True))
+    bound = signature.bind(*slots[:count], **named)
+    first, rest = bound.args, bound.kwargs
+    if as_given:
+        first = tuple(slots[:count])
+        rest = {n: named[n] for n in (*signature.parameters, *named) if n in named}
+    entries = (*first, *rest.values())
     order = Order([i for e in entries for i in e[1]], [i for e in entries for i in e[2]])
     same = order == Order(sorted(order.tensors), sorted(order.objects))
-    whole = {name: entry[0] for name, entry in bound.kwargs.items()}
-    return tuple(e[0] for e in bound.args), whole, None if same else order
+    whole = {name: entry[0] for name, entry in rest.items()}
+    return tuple(e[0] for e in first), whole, None if same else order
+
+
+def canonical_tree(signature: inspect.Signature | None, tree: Tree) -> Tree:
+    """The structure of `canonical` arguments, from that of the same ones as they were given."""
+    args, kwargs = tree.children
+    named = dict(zip(kwargs.keys, kwargs.children, strict=True))
+    first, rest, _ = canonical(signature, args.children, named)
+    children = (replace(args, children=first), Tree("dict", tuple(rest), tuple(rest.values())))
+    return replace(tree, children=children)
 
 
 def _spans(parts: Sequence[Sequence[Any]]) -> list[range]:

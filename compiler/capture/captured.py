@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from ...kernels.abi import Dim
 from ...passes.remarks import Remark
+from ..errors import InputError
 from ..weights.absent import Source
 from .state import Update
 from .tree import Tree
@@ -192,3 +193,24 @@ def check_tensors(captured: Captured, tensors: Sequence[Any]) -> Mapping[str, st
 def _value(dim: Any, values: Mapping[str, int]) -> int | None:
     got = dim.subs({s: values[s.name] for s in dim.free_symbols if s.name in values})
     return int(got) if got.is_Integer else None
+
+
+def misfit(
+    known: Sequence[Captured],
+    tensors: Sequence[torch.Tensor],
+    given: Iterable[tuple[str, Any]],
+) -> InputError:
+    """What to tell someone who calls a loaded program with arguments it has no graph for.
+
+    ``known`` are the graphs that come near, ``given`` the arguments' leaves with their names.
+    """
+    found = [check_tensors(c, tensors) for c in known if c.num_tensors == len(tensors)]
+    wrong = min((w for w in reversed(found) if w), key=len, default=None)
+    if wrong:
+        text = "; ".join(f"argument {n!r}: {why}" for n, why in wrong.items())
+        return InputError("PLT-INP-002", text)
+    wants = " or ".join(
+        "(" + ", ".join(f"{s.name}: {s}" for s in c.inputs[: c.num_tensors]) + ")" for c in known
+    )
+    got = ", ".join(f"{n}: {describe(x)}" for n, x in given)
+    return InputError("PLT-INP-001", f"expected {wants}, got ({got})")

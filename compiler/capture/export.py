@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from ...kernels.abi import Dim
 from ...passes.remarks import Remark
-from ..errors import CaptureError
+from ..errors import CaptureError, ChangeError
 from ..guards.watch import Attributes, modules_of
 from . import ops
 from .arguments import distinct, is_plain
@@ -145,11 +145,13 @@ class _Traced(nn.Module):
             )
         changed = self.attributes.changed() if self.attributes is not None else None
         if changed is not None:
-            raise CaptureError(
+            error = ChangeError(
                 "PLT-CAP-019",
-                f"the program changes the attribute {changed!r} of a module",
+                f"the program changes the attribute {changed[0]!r} of a module",
                 "make it a buffer that is written in place, or return it",
             )
+            error.noticed = changed[1]
+            raise error
         flat, out_tree = flatten(out, objects=True, marks=tracked.given)
         changes = list(tracked.changes())
         found: list[torch.Tensor] = []

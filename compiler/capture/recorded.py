@@ -29,7 +29,10 @@ def unhooked(roots: Sequence[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        if any([attributes.pop(MARK, False) for attributes in unmarked]):
+        marked = [attributes for attributes in unmarked if MARK in attributes]
+        for attributes in marked:
+            del attributes[MARK]
+        if marked:
             for hooks, old in before:
                 for key in hooks.keys() - old:
                     if getattr(hooks[key], "__module__", None) == LIBRARY:

@@ -172,19 +172,26 @@ class Attributes:
         tables = (now[name] for now, _ in self._before for name in ("_parameters", "_buffers"))
         self._weights = [(table, dict(table)) for table in tables]
 
-    def changed(self) -> str | None:
-        """The name of an attribute, or a weight, that is not what it was, or None."""
+    def changed(self) -> tuple[str, bool] | None:
+        """The name of an attribute, or a weight, that is not what it was, and whether a `Watch` of
+        programs that read it notices that; or None.
+        """
         for held, weights in self._weights:
             for name in held.keys() | weights.keys():
                 if held.get(name, self) is not weights.get(name, self):
-                    return name  # export would lose it below the outermost module
+                    return name, True  # export would lose it below the outermost module
+        noticed: tuple[str, bool] | None = None
         for (now, before), derived in zip(self._before, self._derived, strict=True):
             for name in now.keys() | before.keys():
                 if name in _TABLES or name in derived:
                     continue
-                if name not in now or name not in before or not _same(now[name], before[name][1]):
-                    return name
-        return None
+                if name not in now or name not in before:
+                    return name, False
+                if not _same(now[name], before[name][1]):
+                    if not isinstance(now[name], Tensor) or not isinstance(before[name][0], Tensor):
+                        return name, False
+                    noticed = name, True
+        return noticed
 
     def restore(self) -> None:
         """Puts everything back that is not what it was."""

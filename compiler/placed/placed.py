@@ -10,7 +10,7 @@ import torch
 
 from ...passes.placement.placement import Placement
 from ...passes.remarks import Remark, render
-from ..capture.arguments import as_call, canonical, signature_of
+from ..capture.arguments import as_call, canonical, canonical_tree, is_wrapped, signature_of
 from ..capture.captured import check_tensors
 from ..capture.tree import flatten, unflatten
 from ..errors import InputError
@@ -101,7 +101,8 @@ class Placed:
         """Divides the model for these arguments, once. Returns itself."""
         with self._lock:
             if self._engine is None:
-                args, kwargs, _ = canonical(self._signature, tuple(args), dict(kwargs))
+                as_given = is_wrapped(self.original)
+                args, kwargs, _ = canonical(self._signature, tuple(args), dict(kwargs), as_given)
                 engines: dict[str, Any] = {"inline": InlineEngine, "processes": LocalEngine}
                 how = self.placement_options.how()
                 if how == "torchrun":
@@ -120,7 +121,8 @@ class Placed:
         leaves, tree = flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         fixed = [None if isinstance(x, torch.Tensor) else (x,) for x in leaves]
-        if tree != captured.in_tree or not _same(fixed, captured.in_leaves):
+        known = canonical_tree(self._signature, captured.in_tree)
+        if tree != known or not _same(fixed, captured.in_leaves):
             raise InputError(
                 "PLT-INP-001", "arguments differ from those that the model was divided for",
                 f"it takes ({captured.signature()})",

@@ -384,6 +384,56 @@ def test_a_model_that_changes_its_attributes_runs_as_it_is(how: str) -> None:
     assert ids(compiled) == ["PLT-CAP-019"]
 
 
+class Table(nn.Module):
+    """Keeps a table for the length it met last, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length, self.table = 0, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.length != x.shape[0]:
+            self.length, self.table = x.shape[0], torch.arange(x.shape[0]) * 2.0
+        return x + self.table
+
+
+def test_a_model_that_keeps_what_it_made_is_compiled_after_that() -> None:
+    model, twin = Table().eval(), Table().eval()
+    compiled = compile(model)
+    for length in (3, 3, 5, 5, 3, 4):
+        x = torch.randn(length)
+        assert torch.equal(compiled(x), twin(x)) and model.length == twin.length
+        assert len(compiled.programs) == 1 and ids(compiled) == []
+    for length in (6, 7):  # its length changes too often
+        x = torch.randn(length)
+        assert torch.equal(compiled(x), twin(x)) and model.length == twin.length
+    assert not compiled.programs and ids(compiled) == ["PLT-CAP-019"]
+
+
+class Remembers(nn.Module):
+    """A call with ``new`` notes something that later calls without it read."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.note: Any = 0 if kind == "number" else torch.zeros(1)
+
+    def forward(self, x: torch.Tensor, new: Any = None) -> torch.Tensor:
+        if new is None:
+            return x + self.note
+        self.note = new.shape[0] if self.kind == "number" else new.sum()
+        return x + 1
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_what_the_original_noted_reaches_compiled_calls(kind: str) -> None:
+    model, twin = Remembers(kind).eval(), Remembers(kind).eval()
+    compiled, x = compile(model), torch.randn(2)
+    for new in (None, torch.ones(3), None, None, torch.ones(1), None, torch.ones(3), None, None):
+        assert torch.equal(compiled(x, new), twin(x, new))
+    assert compiled.programs
+
+
 def test_lazy_modules_are_compiled_once_their_shapes_are_known() -> None:
     model = nn.Sequential(nn.LazyLinear(5), nn.ReLU()).eval()
     compiled, x = compile(model), torch.randn(2, 4)
