@@ -66,8 +66,7 @@ def capture(
     tensors = distinct([x for x in leaves if isinstance(x, torch.Tensor)], weights)
     shapes = None
     if dynamic:
-        # Strides with gaps would be symbols of their own, which no call's sizes tell.
-        tensors = [t.clone() for t in tensors]
+        tensors = list(map(_packed, tensors))
         shapes = (tuple(dict(d) or None for d in dynamic),)
     try:
         with EXCLUSIVE, quiet():
@@ -109,6 +108,16 @@ def _export(
             reason = f"{count} modules of experts keep the model's way: {_first_line(error)}"
     hint = "their experts_implementation then decides how they run"
     return export(), [Remark("PLT-CAP-021", "missed", "capture", (), reason, hint)]
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy whose strides follow from its sizes, those of dimensions of size 1 included: others
+    would be symbols of their own, which no call's sizes tell.
+    """
+    for order in (torch.contiguous_format, torch.channels_last):
+        if tensor.is_contiguous(memory_format=order):
+            return tensor.clone(memory_format=order)
+    return tensor.clone()
 
 
 class _Traced(nn.Module):

@@ -189,6 +189,17 @@ def test_linear_algebra_is_captured_and_still_checks_its_arguments(name: str) ->
         compiled(bad)
 
 
+def test_strides_of_sizes_of_one_need_no_symbols() -> None:
+    """A part of a batch has its strides; where it has a single row they mean nothing."""
+    compiled = plait.compile(lambda x: (x + 1).sum(1), tune="off")
+    last = {"memory_format": torch.channels_last}
+    for shape in ((2, 3, 8, 8), (3, 3, 9, 7), (1, 3, 7, 9), (1, 3, 5, 9)):
+        x = torch.randn(2, *shape[1:2], 12, 9).contiguous(**last)
+        x = torch.cat([x, x]).contiguous(**last)[: shape[0], :, : shape[2], : shape[3]]
+        torch.testing.assert_close(compiled(x), (x + 1).sum(1))
+    assert [r.id for r in compiled.remarks if r.pass_name == "capture"] == ["PLT-CAP-002"] * 2
+
+
 def test_size_in_the_result_is_an_expression() -> None:
     def function(x: torch.Tensor) -> tuple[torch.Tensor, int, str]:
         return x * 2, x.shape[0] * 3, "text"
