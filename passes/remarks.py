@@ -184,7 +184,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-CAP-018": "An argument that is written shares memory; the original ran this call.",
     "PLT-CAP-019": "The model changes a plain attribute of a module; the original runs.",
     "PLT-CAP-020": "Weights get their shapes at the first call, which the original ran.",
-    "PLT-CAP-021": "Experts could not be captured as routed products; the model's own way ran.",
+    "PLT-CAP-021": "Experts or other adapted modules could only be captured the model's way.",
     "PLT-CAP-022": "Guards ask each object for changes, for its memory cannot be read.",
     "PLT-CNV-001": "A convolution's stride, padding or dilation depends on symbols.",
     "PLT-CNV-002": "What follows a convolution in its group is not elementwise over it.",

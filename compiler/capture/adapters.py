@@ -1,4 +1,7 @@
-"""Forwards of sparse modules outside transformers' experts interface, as routed products.
+"""Methods of transformers' modules that cannot be captured, or not well, and what stands for them.
+
+Sparse modules outside the experts interface, sizes computed by tensors, and models that do not
+compute the same when they are traced.
 
 Some architectures compute their experts in code of their own: a loop over the experts that were
 hit, sizes read from tensors, or all experts for all tokens. `ADAPTERS` names, for each of their
@@ -12,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from ...kernels import routing
+from ..errors import CaptureError
 
 Method = Callable[..., Any]
 Parts = Callable[[Any], Iterable[tuple[nn.Module, str]]]
@@ -258,7 +264,56 @@ def _llama4_moe(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     return self.shared_expert(x) + out.view(*index.shape, -1).sum(1), logits
 
 
+# -- PaliGemma -------------------------------------------------------------------------------------
+
+
+def _paligemma(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The original, where it computes what a trace of it does.
+
+    It leaves out its causal mask where the values of ``attention_mask`` allow; its attention is not
+    causal, so all tokens then see all others, and a graph cannot depend on values.
+    """
+    forward = type(self).forward
+    given = inspect.signature(forward).bind(self, *args, **kwargs).arguments
+    past = given.get("past_key_values")
+    if given.get("token_type_ids") is None and (past is None or not past.is_initialized):
+        raise CaptureError(
+            "PLT-CAP-001",
+            "without token_type_ids, what PaliGemma attends to depends on the mask's values",
+            "pass token_type_ids, as its processor does",
+        )
+    return forward(self, *args, **kwargs)
+
+
+# -- codecs of sound, whose sizes are computed by tensors ------------------------------------------
+
+
+def _codec_pad(
+    self: Any,
+    hidden_states: Tensor,
+    paddings: tuple[Any, Any],
+    mode: str = "zero",
+    value: float = 0.0,
+) -> Tensor:
+    """Like the original, but from the convolution's own numbers: the module holds them as tensors,
+    and sizes made of tensors are open until the program runs.
+    """
+    stride = self.conv.stride[0]
+    total = (self.conv.kernel_size[0] - 1) * self.conv.dilation[0] + 1 - stride
+    right = 0 if self.causal else total // 2
+    extra = -hidden_states.shape[-1] % stride  # the last stride is filled up
+    return type(self)._pad1d(hidden_states, (total - right, right + extra), mode, value)
+
+
+_CODEC = Adapter(
+    {"_get_extra_padding_for_conv1d": lambda self, hidden_states: 0, "_pad1d": _codec_pad},
+    lambda m: [(m.conv, "ParametrizedConv1d" if is_parametrized(m.conv) else "Conv1d")],
+)
+
+
 ADAPTERS = {
+    "EncodecConv1d": _CODEC,
+    "MimiConv1d": _CODEC,
     "SwitchTransformersTop1Router": Adapter(
         {"forward": _switch_router}, lambda m: [(m.classifier, "Linear")]
     ),
@@ -266,6 +321,7 @@ ADAPTERS = {
         {"forward": _switch_experts},
         _numbered_parts("SwitchTransformersDenseActDense", "wi", "wo"),
     ),
+    "PaliGemmaModel": Adapter({"forward": _paligemma}, lambda m: ()),
     "NllbMoeTop2Router": Adapter({"forward": _nllb_router}, lambda m: [(m.classifier, "Linear")]),
     "NllbMoeExperts": Adapter(
         {"forward": _nllb_experts}, _numbered_parts("NllbMoeDenseActDense", "fc1", "fc2")

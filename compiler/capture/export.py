@@ -90,7 +90,7 @@ def _export(
     shapes: Any,
     roots: list[nn.Module],
 ) -> tuple[Any, list[Remark]]:
-    """torch's exported program, with experts as routed products where these can be captured."""
+    """torch's exported program, with what `routed_experts` puts in place where that helps."""
 
     def export() -> Any:
         traced.attributes = attributes = Attributes(roots)
@@ -104,8 +104,10 @@ def _export(
             return export(), []
         try:
             return export(), []
+        except CaptureError:
+            raise  # the model's way is refused, too
         except Exception as error:
-            reason = f"{count} modules of experts keep the model's way: {_first_line(error)}"
+            reason = f"{count} modules keep the model's way: {_first_line(error)}"
     hint = "their experts_implementation then decides how they run"
     return export(), [Remark("PLT-CAP-021", "missed", "capture", (), reason, hint)]
 

@@ -49,6 +49,12 @@ def large() -> Inputs:
     return pixels(64)
 
 
+def illustrated(token: int, count: int) -> Inputs:
+    """Two images, and tokens of which ``count`` stand for the image's parts."""
+    ids = torch.cat([torch.full((2, count), token), tokens(4)["input_ids"]], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels()}
+
+
 def video() -> Inputs:
     """Two videos of four frames."""
     return noise("pixel_values", 2, 4, 3, 32, 32)
@@ -226,6 +232,14 @@ model("altclip", "AltCLIPModel", "AltCLIPConfig", image_and_text,
       projection_dim=16)
 model("owlv2", "Owlv2Model", "Owlv2Config", image_and_text, text_config={**TEXT},
       vision_config={**VISION}, projection_dim=16)
+PALIGEMMA = {"text_config": {**TEXT, **KV, **HEAD, "model_type": "gemma"},
+             "vision_config": {**VISION, "projection_dim": 32, "model_type": "siglip_vision_model"},
+             "image_token_index": 95, "projection_dim": 32, "hidden_size": 32}
+model("paligemma", "PaliGemmaForConditionalGeneration", "PaliGemmaConfig",
+      lambda: {**illustrated(95, 16), "token_type_ids": torch.eye(20, dtype=torch.int64)[18:]},
+      **PALIGEMMA)
+model("paligemma-untyped", "PaliGemmaForConditionalGeneration", "PaliGemmaConfig",
+      lambda: illustrated(95, 16), **PALIGEMMA)
 model("git", "GitForCausalLM", "GitConfig", lambda: {**pixels(), **masked()}, **TEXT,
       vision_config={**VISION})
 model("flava", "FlavaModel", "FlavaConfig", lambda: {**pixels(), **masked()},
@@ -259,6 +273,11 @@ model("univnet", "UnivNetModel", "UnivNetConfig",
       model_in_channels=8, model_hidden_channels=8, num_mel_bins=16, resblock_kernel_sizes=[3, 3],
       resblock_stride_sizes=[4, 4], resblock_dilation_sizes=[[1, 3], [1, 3]],
       kernel_predictor_hidden_channels=8)
+model("mimi", "MimiModel", "MimiConfig", lambda: noise("input_values", 2, 1, 643), num_filters=4,
+      hidden_size=16, upsampling_ratios=[4, 2], codebook_size=16, codebook_dim=8,
+      vector_quantization_hidden_dimension=8, num_quantizers=4, num_semantic_quantizers=1,
+      num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+      intermediate_size=16, upsample_groups=16, sliding_window=8)
 model("dac", "DacModel", "DacConfig", lambda: noise("input_values", 2, 1, 640),
       encoder_hidden_size=8, downsampling_ratios=[2, 4], decoder_hidden_size=16, n_codebooks=2,
       codebook_size=16, codebook_dim=4, upsampling_ratios=[4, 2])

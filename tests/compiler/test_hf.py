@@ -29,21 +29,21 @@ pytest.importorskip("transformers")
 CHOICE = """
     albert audio-spectrogram bart beit bert bert-classifier bert-eager bit blip-vision bloom
     clip clip-text clip-vision convnext convnextv2 ctrl data2vec-audio deberta-v2 deepseek-v3
-    deit dinov2 distilbert electra ernie esm falcon-alibi fnet focalnet gemma2 gemma3 gpt-bigcode
-    gpt-neo gpt-neox gpt-oss gpt2 gpt2-eager granite-moe hubert layoutlm llama mamba mistral
-    mixtral mobilenet-v1 modernbert mpt olmoe openai-gpt opt patchtsmixer patchtst phi3 poolformer
-    qwen2 qwen3 qwen3-moe resnet resnet-basic roberta segformer siglip-vision squeezebert swin t5
-    t5-encoder unispeech vit wav2vec2 whisper xlnet yolos
-    bart-classifier cpmant hifigan informer llama4 nemotron-h perceiver siglip2-vision tapas timesfm
-    univnet upernet vitdet
+    deit dinov2 distilbert electra encodec ernie esm falcon-alibi fnet focalnet gemma2 gemma3
+    gpt-bigcode gpt-neo gpt-neox gpt-oss gpt2 gpt2-eager granite-moe hubert layoutlm llama mamba
+    mistral mixtral mobilenet-v1 modernbert mpt olmoe openai-gpt opt patchtsmixer patchtst phi3
+    poolformer qwen2 qwen3 qwen3-moe resnet resnet-basic roberta segformer siglip-vision
+    squeezebert swin t5 t5-encoder unispeech vit wav2vec2 whisper xlnet yolos bart-classifier
+    cpmant hifigan informer llama4 mimi nemotron-h paligemma perceiver siglip2-vision tapas
+    timesfm univnet upernet vitdet
 """.split()
 
 NOT_CAPTURED = {
-    "encodec": "pads by an amount computed from tensors",
+    "paligemma-untyped": "attends by the values of its mask",
     "longformer": "asks a tensor whether any token attends globally",
     "led": "asks a tensor whether any token attends globally",
 }
-"""Models that torch.export cannot capture: they must run as they are, with a remark."""
+"""Models that a graph cannot stand for: they must run as they are, with a remark."""
 
 
 def selected() -> list[str]:
