@@ -12,7 +12,7 @@ any machine that is fast enough. On a slower one the clock ends the search, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,10 @@ _MANY = range(8_000, 40_000)
 enough that there is time for both."""
 
 _COARSE_SHARE = 0.6  # of the budget that it takes
+_PACK_SHARE = 0.1  # of the budget that one integer program may take
+_BRIMS = (1.0, 0.97, 0.9, 0.8, 0.65)
+"""Shares of memory up to which devices are filled where nothing else fits: ops that come later, and
+copies on their way, need the rest."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class Search:
     def run(self) -> Found:
         """Searches. Raises InfeasibleError where nothing that fits was found."""
         found = self.attempt()
-        if not found.fits:
+        if not found.fits:  # late is better than never
+            self.deadline = max(self.deadline, time.perf_counter() + self.budget)
             self._insist()
             found = self._found()
         if not found.fits:
@@ -105,7 +110,7 @@ class Search:
 
     def _found(self) -> Found:
         s, w = self.engine.state, self.engine.work
-        fits = bool(np.isfinite(s.cost[1]))
+        fits = self._fits()
         if fits:
             s.assign[:], s.offset[:] = s.best_assign, s.best_offset
         cost = self.engine.settle(0.0)
@@ -119,20 +124,24 @@ class Search:
         """Starts (cost, devices by op, offsets), cheapest first and each only once."""
         p, engine, s = self.p, self.engine, self.engine.state
         kept: dict[bytes, tuple[float, Ints, Floats]] = {}
+        over: dict[bytes, float] = {}  # by how much of its memory each is too large
 
-        def consider(name: str, assign: Ints, offset: Floats) -> float:
+        def consider(name: str, assign: Ints, offset: Floats, limit: float = np.inf) -> float:
             s.assign[:], s.offset[:] = assign, offset
             before = s.cost[1]
-            # Three times the best is no start: such schedules need not be played to the end.
-            cost = engine.settle(
-                self.weight, 3 * min((x[0] for x in kept.values()), default=np.inf)
-            )
+            cost = engine.settle(self.weight, limit)
             if s.cost[1] < before:
                 self.start = name
             key = s.assign.tobytes()
             if np.isfinite(cost) and (key not in kept or cost < kept[key][0]):
                 kept[key] = (cost, s.assign.copy(), s.offset.copy())
+                over[key] = engine.overrun()
             return cost
+
+        def consider_run(assign: Ints, offset: Floats) -> float:
+            # Three times the best is no start: such schedules need not be played to the end.
+            cheapest = min((x[0] for x in kept.values()), default=np.inf)
+            return consider("runs", assign, offset, 3 * cheapest)
 
         first = np.argmax(p.allowed, axis=1)[p.unit]
         scale = float(engine.bottom_levels(first.astype(np.int32)).max())
@@ -142,7 +151,7 @@ class Search:
         runs = []
         for device in starts.run_starts(p, self.orders, (1, 2) if large else (1, 2, 4, 8)):
             assign = device[p.unit]
-            runs.append((consider("runs", assign, zero), assign))
+            runs.append((consider_run(assign, zero), assign))
             if time.perf_counter() > self.began + 0.1 * self.budget:
                 self.hurried = True
                 break
@@ -162,13 +171,34 @@ class Search:
         for share in _LAMBDAS:
             for _, assign in runs[: 12 if large else 60]:
                 longest = float(engine.bottom_levels(assign.astype(np.int32)).max())
-                consider("runs", assign, -share * longest * place)
+                consider_run(assign, -share * longest * place)
             if time.perf_counter() > self.began + 0.2 * self.budget:
                 self.hurried = True
                 break
-        for name, listed in starts.simple_starts(self.problem, self.orders):
+        for name, listed in starts.simple_starts(self.problem, self.orders, self.budget):
             listed_start(name, listed.assign, listed.sequence)
+            if time.perf_counter() > self.began + 0.45 * self.budget:
+                self.hurried = True
+                break
+        if not self._fits():
+            for assign, sequence in self._brimful():
+                listed_start("filled", assign, sequence)
+        # Starts that overrun and yet cost half of any that fits would draw the search away from
+        # those: memory must matter more, such as where a transfer takes longer than all else.
+        while self._fits() and min(x[0] for x in kept.values()) < s.cost[1] / 2:
+            for key, (cost, *rest) in kept.items():
+                kept[key] = (cost + 3 * self.weight * over[key], *rest)
+            self.weight *= 4
         return sorted(kept.values(), key=lambda item: item[0])
+
+    def _brimful(self) -> Iterator[tuple[Ints, Ints]]:
+        """Devices by op and orders that use all of the memory: where little is to spare."""
+        p = self.p
+        for sequence in (p.topo, np.argsort(starts.depth_first(p), kind="stable")):
+            for share in _BRIMS:
+                yield starts.filled(self.problem, sequence, share).assign, sequence
+                if self._fits() or time.perf_counter() > self.began + 0.4 * self.budget:
+                    return
 
     def _anneal_rounds(self, ranked: list[tuple[float, Ints, Floats]]) -> None:
         """One cold anneal from the best start; if moves abound, trials before and rounds after."""
@@ -190,8 +220,13 @@ class Search:
                     results.append((s.cost[0], k, hot, s.assign.copy(), s.offset.copy()))
                     left -= share
             self._load(*min(results, key=lambda item: item[:3])[3:])
-        self._anneal(left if rounds < 2 else left // 3, 3e-4, 2e-5, 0.05 if rounds < 2 else 0.15)
+        whole = rounds < 2 and self._fits()
+        self._anneal(left if whole else left // 3, 3e-4, 2e-5, 0.05 if rounds < 2 else 0.15)
         left -= left // 3
+        if not self._fits():
+            self._insist()
+            if rounds < 2:
+                self._anneal(left, 3e-4, 2e-5, 0.05)
         gain = dict.fromkeys((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 1.0)
         hots = list(gain)
         rng = np.random.default_rng(self.seed)
@@ -209,9 +244,13 @@ class Search:
             gain[hot] = max(0.5 * gain[hot] + 50 * gained, 0.05)
             if s.cost[0] > before[0]:
                 self._load(*before[1:])
-            if not np.isfinite(s.cost[1]):
-                self.weight *= 2  # nothing fits yet: memory matters more
+            if s.cost[0] < s.cost[1]:
+                self.weight *= 2  # this does not fit: memory matters more
                 self._load(s.assign.copy(), s.offset.copy())
+
+    def _fits(self) -> bool:
+        """Whether anything that was looked at fits."""
+        return bool(np.isfinite(self.engine.state.cost[1]))
 
     def _optimal(self) -> bool:
         return bool(self.engine.state.cost[1] <= self.bounds["best"] * (1 + 1e-9))
@@ -240,22 +279,27 @@ class Search:
                 self.progress(min(used, 1.0), float(s.cost[1]), self.bounds["best"])
 
     def _insist(self) -> None:
-        """Nothing fits yet: pack exactly what must stay, and repair from there, past the budget."""
-        s = self.engine.state
-        self.deadline = max(self.deadline, time.perf_counter() + self.budget)
+        """Nothing fits yet: pack exactly what must stay, and repair from there."""
+        s, p = self.engine.state, self.p
+        place = starts.depth_first(p)
+        nearest = np.zeros(len(p.unit_ptr) - 1, np.int64)
+        nearest[p.unit] = s.assign
         for attempt, slack in enumerate((0.0, 0.02, 0.05, 0.1, 0.2)):
-            packed = feasible.pack(self.problem, self.budget, slack)
+            left = self.deadline - time.perf_counter()
+            if left <= 0:
+                return
+            seconds = min(left, _PACK_SHARE * self.budget)
+            packed = feasible.pack(self.problem, seconds, slack, nearest)
             if packed is None:
                 continue
-            assign = packed[self.p.unit]
+            assign = packed[p.unit]
             for share in (0.0, 1.0):
-                place = starts.depth_first(self.p)
                 s.assign[:] = assign
                 longest = float(self.engine.bottom_levels(s.assign).max())
                 self.weight = 100 * longest
                 self._load(assign, -share * longest * place)
                 self._anneal(self.moves // 8, 1e-3, 1e-5)
-                if np.isfinite(s.cost[1]):
+                if self._fits():
                     self.start = f"packing {attempt}"
                     return
 

@@ -178,6 +178,11 @@ class Engine:
         load = self.work.load
         return self._library.plait_pipeline_load(self._p, _address(assign), _address(load))
 
+    def overrun(self) -> float:
+        """Peak bytes above capacity in ``work``, as shares of it, added over the devices."""
+        cap = self.arrays.cap
+        return float((np.maximum(self.work.top - cap, 0.0) / np.maximum(cap, 1.0)).sum())
+
     def settle(self, weight: float, limit: float = np.inf) -> float:
         """Cost of ``state.assign`` under ``state.offset``; infinite, and no state, above limit."""
         return self._library.plait_settle(self._p, self._w, self._s, weight, limit)

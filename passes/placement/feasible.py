@@ -50,33 +50,40 @@ def refuse_hopeless(problem: Problem) -> None:
         )
 
 
-def pack(problem: Problem, seconds: float, slack: float = 0.0) -> Ints | None:
+def pack(
+    problem: Problem, seconds: float, slack: float = 0.0, near: Ints | None = None
+) -> Ints | None:
     """Devices by unit such that what stays fits, by integer programming (HiGHS).
 
-    ``slack`` keeps that share of each device free. None where the time ran out. Raises
-    InfeasibleError where, with no slack, there is provably no packing.
+    Units of one size that may run on the same devices are counted, not told apart, which is what
+    makes large networks tractable: their sizes repeat. Of each kind those units stay on their
+    device of ``near`` that can. ``slack`` keeps that share of each device free. None where the time
+    ran out. Raises InfeasibleError where, with no slack, there is provably no packing.
     """
     p = problem.arrays
     always = standing(problem)
     m = len(p.cap)
     big = np.flatnonzero(always > 0)
-    device = np.argmax(p.allowed, axis=1).astype(np.int64)
+    device = np.argmax(p.allowed, axis=1).astype(np.int64) if near is None else near.copy()
     if not len(big):
         return device
+    kinds, kind, count = np.unique(
+        np.column_stack([always[big], p.allowed[big]]), axis=0, return_inverse=True,
+        return_counts=True,
+    )  # fmt: skip
     scale = 1.0 / max(float(p.cap.max()), 1.0)
-    count = len(big)
-    unit = np.repeat(np.arange(count), m)
-    where = np.tile(np.arange(m), count)
-    variables = np.arange(count * m)
-    once = sparse.csr_matrix((np.ones(count * m), (unit, variables)), (count, count * m))
-    weights = np.repeat(always[big], m) * scale
-    loads = sparse.csr_matrix((weights, (where, variables)), (m, count * m))
+    many = len(kinds)
+    variables = np.arange(many * m)
+    row, where = np.repeat(np.arange(many), m), np.tile(np.arange(m), many)
+    once = sparse.csr_matrix((np.ones(many * m), (row, variables)), (many, many * m))
+    weights = np.repeat(kinds[:, 0], m) * scale
+    loads = sparse.csr_matrix((weights, (where, variables)), (m, many * m))
     solved = milp(
-        np.zeros(count * m),
-        integrality=np.ones(count * m),
-        bounds=Bounds(0, p.allowed[big].astype(float).ravel()),
+        np.zeros(many * m),
+        integrality=np.ones(many * m),
+        bounds=Bounds(0, (count[:, None] * kinds[:, 1:]).ravel()),
         constraints=[
-            LinearConstraint(once, 1, 1),
+            LinearConstraint(once, count, count),
             LinearConstraint(loads, -np.inf, p.cap * scale * (1 - slack)),
         ],
         options={"time_limit": max(seconds, 0.1)},
@@ -85,7 +92,7 @@ def pack(problem: Problem, seconds: float, slack: float = 0.0) -> Ints | None:
         total = float(always.sum())
         rooms = ", ".join(f"{x.name}: {x.memory_bytes:.0f}" for x in problem.devices[:16])
         raise InfeasibleError(
-            f"no packing exists: {count} units of {total:.0f} bytes that must stay, of up to "
+            f"no packing exists: {len(big)} units of {total:.0f} bytes that must stay, of up to "
             f"{always.max():.0f} each, cannot be divided over devices of "
             f"{rooms} bytes",
             {},
@@ -93,5 +100,15 @@ def pack(problem: Problem, seconds: float, slack: float = 0.0) -> Ints | None:
         )
     if solved.x is None:
         return None
-    device[big] = np.argmax(solved.x.reshape(count, m), axis=1)
+    numbers = np.round(solved.x.reshape(many, m)).astype(np.int64)
+    for k, units in enumerate(np.split(big[np.argsort(kind.ravel(), kind="stable")],
+                                       np.cumsum(count)[:-1])):  # fmt: skip
+        left = numbers[k].copy()
+        homeless = []
+        for u in units.tolist():
+            if left[device[u]] > 0:
+                left[device[u]] -= 1
+            else:
+                homeless.append(u)
+        device[homeless] = np.repeat(np.arange(m), left)
     return device

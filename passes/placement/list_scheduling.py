@@ -87,6 +87,14 @@ class Ledger:
         allowed, need = self.allowed[unit], self.need[unit] + extra
         return [d for d in range(self.m) if allowed[d] and need <= self.room[d]]
 
+    def able(self, op: int, device: int) -> bool:
+        """Whether a device is one of `devices`, without asking after the others."""
+        unit = self.unit[op]
+        at = self.unit_device[unit]
+        if at >= 0:
+            return at == device and self._extra(op) <= self.room[device]
+        return self.allowed[unit][device] and self.need[unit] + self._extra(op) <= self.room[device]
+
     def _extra(self, op: int) -> float:
         """Bytes that an op needs beside what its group has booked."""
         return 0.0 if self.whole else self.out[op] + self.temp[op]
@@ -223,7 +231,7 @@ def earliest_first(
         offered[op] -= 1
         if ledger.assign[op] >= 0:
             continue
-        if d not in ledger.devices(op):
+        if not ledger.able(op, d):
             if not offered[op]:
                 offer(op)  # its group went elsewhere meanwhile, or nothing is left: then it raises
             continue

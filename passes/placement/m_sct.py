@@ -86,9 +86,12 @@ def favourites(problem: Problem, seconds: float | None = None) -> Ints:
     return child
 
 
-def m_sct(problem: Problem, seconds: float | None = None, balanced: bool = False) -> Listed:
-    """Places ops by m-SCT. Raises InfeasibleError where an op finds no device with room."""
-    child = favourites(problem, seconds).tolist()
+def m_sct(problem: Problem, given: Ints | None = None, balanced: bool = False) -> Listed:
+    """Places ops by m-SCT. Raises InfeasibleError where an op finds no device with room.
+
+    ``given`` are what `favourites` answered, where it has been asked before.
+    """
+    child = (favourites(problem) if given is None else given).tolist()
     ledger = Ledger(problem, balanced=balanced)
     rank = (-upward_ranks(problem)).tolist()
     last = [-1] * ledger.m  # the op that a device ran last

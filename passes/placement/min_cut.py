@@ -59,17 +59,25 @@ def split(p: Arrays, order: Ints, slack: float, balanced: bool = False) -> Ints 
     banned = np.concatenate([np.zeros((m, 1)), np.cumsum(~p.allowed[order].T, axis=1)], axis=1)
     rate = 1.0 / np.maximum(work[:, -1], 1e-300)
     share = slack / rate.sum()
+    # Of a run (i, j], the farthest i back that fits, by bisection, for all three are monotone.
+    lows = [
+        np.maximum.reduce([
+            np.searchsorted(memory, memory - room[d] * (1 + 1e-12), "left"),
+            np.searchsorted(work[d], work[d] - share * (1 + 1e-9), "left"),
+            np.searchsorted(banned[d], banned[d], "left"),
+        ])
+        for d in range(m)
+    ]  # fmt: skip
+    reach = 0  # with every device as full as can be
+    for low in lows:
+        reach = int(np.searchsorted(low, reach, "right")) - 1
+    if reach < units:
+        return None
     cut = _cuts(p, order)
     best = np.full(units + 1, np.inf)
     best[0] = 0.0
     back = np.zeros((m, units + 1), np.int64)
-    for d in range(m):
-        # A run (i, j]: the farthest i back that fits, by bisection, for all three are monotone.
-        low = np.maximum.reduce([
-            np.searchsorted(memory, memory - room[d] * (1 + 1e-12), "left"),
-            np.searchsorted(work[d], work[d] - share * (1 + 1e-9), "left"),
-            np.searchsorted(banned[d], banned[d], "left"),
-        ])  # fmt: skip
+    for d, low in enumerate(lows):
         after = np.full(units + 1, np.inf)
         for j in range(units + 1):
             if low[j] <= j:
@@ -77,8 +85,6 @@ def split(p: Arrays, order: Ints, slack: float, balanced: bool = False) -> Ints 
                 after[j] = best[k] + (cut[j] if k < j else 0.0)
                 back[d, j] = k
         best = after
-    if not np.isfinite(best[units]):
-        return None
     device = np.zeros(units, np.int64)
     j = units
     for d in range(m - 1, -1, -1):

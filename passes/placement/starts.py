@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Callable, Iterator
 
@@ -9,9 +10,9 @@ import numpy as np
 
 from .errors import InfeasibleError
 from .heft import heft
-from .list_scheduling import Listed
+from .list_scheduling import Ledger, Listed
 from .m_etf import m_etf
-from .m_sct import m_sct
+from .m_sct import favourites, m_sct
 from .m_topo import m_topo
 from .min_cut import min_cut, single_device
 from .problem import Arrays, Floats, Ints, Problem
@@ -33,18 +34,30 @@ BALANCED: dict[str, Callable[[Problem], Listed]] = {
 }
 """The same, with memory shared out evenly: what to try where the first answer does not fit."""
 
-_SCT_LIMIT = 12_000  # ops and edges up to which the LP of m-SCT takes well under a second
+_SCT_RATE = 2_500
+"""Ops and edges for each second of the budget up to which the LP of m-SCT takes a part of it."""
+
+_SCT_SHARE = 0.2  # of the budget after which the LP is given up all the same
 
 
-def simple_starts(problem: Problem, orders: Ints) -> Iterator[tuple[str, Listed]]:
-    """What the simple algorithms answer, with and without memory limits; failures are left out."""
+def simple_starts(problem: Problem, orders: Ints, budget: float) -> Iterator[tuple[str, Listed]]:
+    """What the simple algorithms answer, with and without memory limits; failures are left out.
+
+    So the search, which keeps the best of what fits, is never worse than any of them; m-SCT is left
+    out where its linear program takes too much of ``budget``, seconds.
+    """
     p = problem.arrays
     attempts: dict[str, Callable[[Problem], Listed]] = dict(ALGORITHMS)
-    if len(p.topo) + len(p.pair_dst) > _SCT_LIMIT:
-        del attempts["m-sct"]
-    attempts["heft"] = lambda x: heft(x, contention=True)
     if not p.static:
-        attempts |= {f"{n} balanced": f for n, f in BALANCED.items() if n in attempts}
+        attempts |= {f"{name} balanced": f for name, f in BALANCED.items()}
+    if len(p.topo) + len(p.pair_dst) > _SCT_RATE * max(budget, 1.0):
+        attempts = {name: f for name, f in attempts.items() if not name.startswith("m-sct")}
+    else:
+        child = functools.cache(lambda: favourites(problem, _SCT_SHARE * budget))
+        attempts["m-sct"] = lambda x: m_sct(x, child())
+        if not p.static:
+            attempts["m-sct balanced"] = lambda x: m_sct(x, child(), balanced=True)
+    attempts["heft with queues"] = lambda x: heft(x, contention=True)
     attempts["heft without limits"] = lambda x: heft(x, contention=True, limited=False)
     attempts["min-cut"] = lambda x: min_cut(x, orders)
     for name, algorithm in attempts.items():
@@ -79,6 +92,36 @@ def run_starts(p: Arrays, orders: Ints, repeats: tuple[int, ...]) -> Iterator[In
                     device = np.zeros(units, np.int64)
                     device[order] = run
                     yield _allowed(p, device)
+
+
+def filled(problem: Problem, sequence: Ints, share: float) -> Listed:
+    """Devices filled one after another up to ``share`` of their memory, along ``sequence``.
+
+    ``sequence`` has sources first. Memory is booked as list schedulers book it. What fits nowhere
+    goes where most is left, so the answer may overrun; it is a start to be repaired.
+    """
+    ledger = Ledger(problem)
+    room, need, at = ledger.room, ledger.need, ledger.unit_device
+    spared = [(1 - share) * x for x in room]
+    allowed = [np.flatnonzero(row).tolist() for row in problem.arrays.allowed]
+    for unit, devices in enumerate(allowed):
+        if len(devices) == 1:  # has no choice: its room is kept for it
+            at[unit] = devices[0]
+            room[devices[0]] -= need[unit]
+    device = 0
+    for op in sequence.tolist():
+        unit = ledger.unit[op]
+        here = at[unit]
+        if here < 0:
+            able = ledger.devices(op)
+            fitting = [d for d in able if room[d] - need[unit] >= spared[d]]
+            here = next((d for d in fitting if d >= device), -1)
+            if here < 0:
+                here = max(fitting or able or allowed[unit], key=lambda d: room[d])
+            elif device in allowed[unit]:
+                device = here
+        ledger.place(op, here, 0.0)
+    return Listed(np.array(ledger.assign, np.int64), sequence)
 
 
 def depth_first(p: Arrays) -> Floats:

@@ -1,0 +1,111 @@
+"""Little memory: what fits is found, in time, and never worse than what simple algorithms find."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from plait.passes.placement.errors import InfeasibleError
+from plait.passes.placement.feasible import pack
+from plait.passes.placement.list_scheduling import Ledger
+from plait.passes.placement.plan import NAMES, place
+from plait.passes.placement.problem import Problem
+from plait.passes.placement.problem_file import problem_from_dict
+
+from . import rules
+
+
+def chain(sizes: list[int], rooms: list[float], latency: float = 0.0, **first: object) -> Problem:
+    """A chain of ops of these sizes in static memory; ``first`` are fields of the first op."""
+    ops = [{"name": f"o{k}", "time_s": 1e-3, "param_bytes": s} for k, s in enumerate(sizes)]
+    ops[0] |= first
+    return problem_from_dict(
+        {
+            "format": "placement-problem v1",
+            "memory_model": "static",
+            "devices": [{"name": f"d{k}", "memory_bytes": x} for k, x in enumerate(rooms)],
+            "default_link": {"latency_s": latency, "bandwidth_Bps": 1e9},
+            "ops": ops,
+            "edges": [
+                {"src": f"o{k}", "dst": f"o{k + 1}", "bytes": 1} for k in range(len(sizes) - 1)
+            ],
+        }
+    )
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_devices_that_a_chain_fills_exactly_are_filled(pinned: bool) -> None:
+    rng = random.Random(5)
+    sizes = [rng.randrange(1, 10**9) for _ in range(160)]
+    cuts = [0, 20, 22, 70, 71, 130, 160]
+    parts = [sizes[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    rooms = [float(sum(part)) for part in parts]
+    first: dict[str, object] = {}
+    if pinned:  # the first op may only be on the last device, which has room for just that
+        rooms = [rooms[0] - sizes[0], *rooms[1:-1], rooms[-1] + sizes[0]]
+        first = {"time_s": [None] * 5 + [1e-3]}
+    report = place(chain(sizes, rooms, **first), budget=0.5).report
+    assert list(report["peak_bytes"].values()) == rooms
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sizes_that_repeat_are_packed_exactly(seed: int) -> None:
+    """Devices have just as much room as is needed; one unit may only be where it was."""
+    rng = random.Random(seed)
+    sizes = [rng.choice([0, 3, 7, 7, 64, 500, 1024]) for _ in range(2000)]
+    home = [rng.randrange(5) for _ in sizes]
+    rooms = np.bincount(home, sizes, 5).tolist()
+    problem = chain(sizes, rooms, time_s=[1.0 if d == home[0] else None for d in range(5)])
+    near = np.array(home)
+    near[1::100] = 0  # most is as it should be
+    device = pack(problem, 5.0, 0.0, near)
+    assert device is not None
+    assert (np.bincount(device, sizes, 5) <= problem.arrays.cap).all()
+    assert device[0] == home[0]
+    assert (device == home).mean() > 0.4
+
+
+def test_an_overrun_is_no_bargain_where_links_are_slow() -> None:
+    """One device would do in a thousandth of the time, and is a little too small."""
+    rng = random.Random(105)
+    n = 140
+    ops = [{"name": f"o{k}", "time_s": rng.choice([0, 1e-3]), "param_bytes": rng.randrange(50),
+            "output_bytes": rng.randrange(50)} for k in range(n)]  # fmt: skip
+    edges = [
+        {"src": f"o{max(0, k - 1 - int(rng.expovariate(0.05)))}", "dst": f"o{k}", "bytes": 0}
+        for k in range(1, n)
+        for _ in range(2)
+    ]
+    total = sum(x["param_bytes"] + x["output_bytes"] for x in ops)
+    raw: rules.Json = {
+        "format": "placement-problem v1",
+        "memory_model": "static",
+        "devices": [{"name": x, "memory_bytes": total * share} for x, share in
+                    (("a", 0.55), ("b", 0.5))],
+        "default_link": {"latency_s": 100, "bandwidth_Bps": 1e9},
+        "ops": ops,
+        "edges": edges,
+    }  # fmt: skip
+    problem = problem_from_dict(raw)
+    best = place(problem, budget=1.0).report["makespan_s"]
+    answers = []
+    for name in NAMES[1:]:
+        try:
+            answers.append(place(problem, algorithm=name).report["makespan_s"])
+        except InfeasibleError:
+            continue
+    assert best <= min(answers)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_device_is_able_where_the_list_of_all_has_it(seed: int) -> None:
+    problem = problem_from_dict(rules.random_problem(random.Random(seed), 14, 3, tight=True))
+    ledger = Ledger(problem)
+    for op in problem.arrays.topo.tolist():
+        able = ledger.devices(op)
+        assert able == [d for d in range(3) if ledger.able(op, d)]
+        if not able:
+            break
+        ledger.place(op, able[-1], 0.0)
