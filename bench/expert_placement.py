@@ -3,9 +3,12 @@
 Routes of the trained mixture of experts of `bench.trained_moe`, recorded on batches that it was
 trained on; experts are placed from those, and judged on held-out text. "equal" are placements with
 as many experts on each device, whatever their load; "even" ones also have no device handle more of
-a layer than 1.2 times the mean, or than round robin lets it. "hindsight" is "best" placed from the
-held-out batches themselves: what no forecast can beat where it is exact. Messages count what is
-sent if a token's results are added where its first expert is, once to each device.
+a layer than 1.2 times the mean, or than round robin lets it; "even+1" ones have room on each device
+for one copy of another expert in each layer. What crosses is counted on the held-out routes token
+by token, by the rule of `passes.placement.expert_copies`; "model" is what the flow model there,
+which only knows counts, makes of the same text. "hindsight" is "best" placed from the held-out
+batches themselves: what no forecast can beat where it is exact. Messages count what is sent if a
+token's results are added where its first expert is, once to each device.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 
 from ..compiler.routing.collect import Collector
+from ..passes.placement.expert_copies import Model, crossings, loads_of, replay
 from ..passes.placement.expert_search import place_experts
 from ..passes.placement.experts import ExpertPlacement, ExpertTraffic
 from ..passes.placement.placement import write_text
@@ -64,14 +68,14 @@ def encoded(batches: Batches) -> list[torch.Tensor]:
     return found
 
 
-def messages(routes: Routes, where: Sequence[Ints]) -> int:
+def messages(played: Sequence[Ints]) -> int:
     """Messages if results of a token are added where its first expert is, and sent on from there.
 
-    Each device gets a token once, however many of its experts are there.
+    ``played`` are devices, ``[tokens, k]`` for each layer. Each gets a token once, however many of
+    its experts are there.
     """
     total = 0
-    layers = [place[route] for place, route in zip(where, routes.values(), strict=True)]
-    for before, after in zip(layers, layers[1:], strict=False):
+    for before, after in zip(played, played[1:], strict=False):
         home = before[:, 0]
         for side in (before, after):
             for device in np.unique(side):
@@ -98,31 +102,41 @@ class Case:
         return place_experts(traffic, names, budget=self.budget, seed=self.seed, **how)
 
 
-def compare(case: Case, fitted: Routes, held: Routes) -> list[dict[str, Any]]:
-    """A row for each rule and algorithm, counts on the held-out routes."""
+def compare(
+    case: Case, fitted: Routes, held: Routes, copies: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """A row for each rule and algorithm, counts on the held-out routes; also with ``copies``."""
     seen, judge = case.traffic(fitted), case.traffic(held)
+    model = Model(judge)
+    rules = dict.fromkeys(RULES, 0) | {f"even+{count}": count for count in copies}
     found = []
-    for rule in RULES:
+    for rule, count in rules.items():
         balance = float(case.devices) if rule == "equal" else None
         for algorithm in ALGORITHMS:
-            if rule == "even" and algorithm == "quadratic-assignment":
+            if rule != "equal" and algorithm == "quadratic-assignment":
                 continue  # it knows nothing of load
+            if count and algorithm == "round-robin":
+                continue  # it makes no copies
             source = judge if algorithm == "hindsight" else seen
             method = "best" if algorithm == "hindsight" else algorithm
-            placed = case.place(source, balance=balance, algorithm=method)
-            where = placed.indices(judge)
+            placed = case.place(source, balance=balance, algorithm=method, copies=count)
+            where = placed.held(judge)
+            played = replay(held, where)
+            loads = loads_of(played, case.devices)
             found.append(
                 {
                     "devices": case.devices,
                     "rule": rule,
+                    "copies": sum(int(x.sum()) - len(x) for x in where),
                     "algorithm": algorithm,
                     "seed": case.seed,
                     "exact": placed.report["exact"],
                     "tokens": judge.total,
-                    "cross_tokens": judge.crossing(where),
-                    "messages": messages(held, where),
-                    "imbalance": max(judge.imbalance(where, case.devices)),
-                    "experts": {k: list(v) for k, v in placed.experts.items()},
+                    "cross_tokens": crossings(played),
+                    "model_cross_tokens": round(model.flow(where).crossing),
+                    "messages": messages(played),
+                    "imbalance": max(float(x.max() * case.devices / x.sum()) for x in loads),
+                    "experts": placed.to_dict()["experts"],
                 }
             )
     return found
@@ -152,14 +166,16 @@ def drift(case: Case, fitted: Routes, drifted: Routes) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Means over seeds, and the range of what is saved."""
-    head = f"{'devices':>7s} {'rule':>6s}  {'algorithm':21s} {'cross':>6s}"
-    print(f"{head} {'below round robin':>24s} {'messages':>9s} {'load':>5s}")
+    head = (
+        f"{'devices':>7s} {'rule':>6s}  {'algorithm':21s} {'cross':>6s} {'below round robin':>24s}"
+    )
+    print(f"{head} {'model':>6s} {'messages':>9s} {'load':>5s} {'copies':>6s}")
     groups: dict[tuple[int, str, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
         key = row["devices"], row["rule"], row["algorithm"]
         groups.setdefault(key, {})[row["seed"]] = row
     for (devices, rule, algorithm), mine in groups.items():
-        base = groups[devices, rule, "round-robin"]
+        base = groups[devices, rule.split("+")[0], "round-robin"]
 
         def saved(what: str, mine: Any = mine, base: Any = base) -> list[float]:
             return [1 - row[what] / base[seed][what] for seed, row in mine.items()]
@@ -169,9 +185,11 @@ def show(rows: list[dict[str, Any]]) -> None:
         load = max(r["imbalance"] for r in mine.values())
         name = algorithm + ("*" if all(r["exact"] for r in mine.values()) else "")
         span = f"{np.mean(less):.1%} ({min(less):.1%} to {max(less):.1%})"
-        sent = np.mean(saved("messages"))
+        sent, model = np.mean(saved("messages")), np.mean(saved("model_cross_tokens"))
+        made = np.mean([r["copies"] for r in mine.values()])
         print(
-            f"{devices:7d} {rule:>6s}  {name:21s} {cross:6.1%} {span:>24s} {sent:9.1%} {load:5.2f}"
+            f"{devices:7d} {rule:>6s}  {name:21s} {cross:6.1%} {span:>24s} {model:6.1%} "
+            f"{sent:9.1%} {load:5.2f} {made:6.1f}"
         )
 
 
@@ -194,6 +212,8 @@ def main() -> None:
     """Records, places and judges for each seed; prints two tables."""
     parser = argparse.ArgumentParser(prog="plait.bench.expert_placement", description=__doc__)
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--copies", type=int, nargs="*", default=[1, 2],
+                        help="slots for copies on each device and layer, also tried")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batches", type=int, default=12, help="to place from")
     parser.add_argument("--held-out", type=int, default=12, help="batches to judge by")
@@ -212,7 +232,7 @@ def main() -> None:
         fitted = record(model, drawn(train, options.batches, seed))
         for devices in options.devices:
             case = Case(experts, devices, seed, options.budget)
-            rows += compare(case, fitted, held)
+            rows += compare(case, fitted, held, options.copies)
             drifts += drift(case, fitted, drifted)
         print(f"seed {seed} done", file=sys.stderr)
     tokens = len(next(iter(held.values())))

@@ -342,6 +342,9 @@ def place_experts(
     capacity: Annotated[
         int | None, typer.Option(help="Most experts of a layer on a device (as even as can be).")
     ] = None,
+    copies: Annotated[
+        int, typer.Option(help="Room on each device for copies of busy experts, in each layer.")
+    ] = 0,
     balance: Annotated[
         float | None,
         typer.Option(help="Most load of a device, times the mean (1.2, or as round robin has it)."),
@@ -369,7 +372,7 @@ def place_experts(
     with reported():
         from . import experts
 
-        options = {"capacity": capacity, "balance": balance, "previous": previous,
+        options = {"capacity": capacity, "copies": copies, "balance": balance, "previous": previous,
                    "move_cost": move_cost, "layers": layer or None, "algorithm": algorithm,
                    "budget": budget, "seed": seed}  # fmt: skip
         experts.run(profile, devices, output, quiet, options)

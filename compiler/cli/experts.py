@@ -41,6 +41,8 @@ def show(placed: ExpertPlacement) -> None:
     console.print(_crossing("profiled", report))
     if "heldout" in report:
         console.print(_crossing("held out", report["heldout"]))
+    if "copies" in report:
+        console.print(f"{report['copies']} copies of experts")
     if "moved" in report:
         console.print(f"{report['moved']} experts moved")
     table = Table("layer", box=box.SIMPLE_HEAD)
@@ -48,7 +50,8 @@ def show(placed: ExpertPlacement) -> None:
     for name in placed.devices:
         table.add_column(name)
     for layer, where in placed.experts.items():
-        cells = [" ".join(str(e) for e, d in enumerate(where) if d == x) for x in placed.devices]
+        held = [(x,) if isinstance(x, str) else x for x in where]
+        cells = [" ".join(str(e) for e, d in enumerate(held) if x in d) for x in placed.devices]
         table.add_row(layer, f"{report['imbalance'][layer]:.2f}", *cells)
     console.print(table)
 

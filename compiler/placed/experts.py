@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...passes.placement import expert_search
+from ...passes.placement.expert_copies import Model
 from ...passes.placement.experts import (
     ExpertPlacement,
     ExpertTraffic,
@@ -29,6 +30,7 @@ def place_experts(
     *,
     devices: int | Sequence[str],
     capacity: int | Sequence[int] | None = None,
+    copies: int = 0,
     balance: float | None = None,
     previous: ExpertPlacement | str | Path | None = None,
     move_cost: float = 0.0,
@@ -45,10 +47,13 @@ def place_experts(
 
     Each device gets at most ``capacity`` experts of a layer (as even as can be), and handles at
     most ``balance`` times the layer's mean load: without one 1.2, or what round robin has where
-    that is more. With ``previous`` (a placement or its file) an expert moves only where that saves
-    more than ``move_cost`` tokens: the bytes of an expert over the bytes of a token, over how often
-    the profile's traffic will come until the next placement. ``algorithm`` is "best",
-    "round-robin" or "quadratic-assignment"; ``budget`` about the seconds that "best" may take.
+    that is more. With ``copies`` it has room for so many more of each layer: experts that are
+    needed everywhere lie on several devices, and a token is handled where it is if it can be
+    (`passes/placement/expert_copies.py`: the rule, and what its counts assume). With ``previous``
+    (a placement or its file) an expert moves only where that saves more than ``move_cost`` tokens:
+    the bytes of an expert over the bytes of a token, over how often the profile's traffic will come
+    until the next placement. ``algorithm`` is "best", "round-robin" or "quadratic-assignment";
+    ``budget`` about the seconds that "best" may take.
 
     A profile's fitted batches decide; ``report["heldout"]`` tells what its held-out ones say.
 
@@ -72,22 +77,22 @@ def place_experts(
         raise InputError("PLT-PLC-005", f"a {kind} is no profile", "plait.profile makes one")
     if isinstance(previous, str | Path):
         previous = read_expert_placement(previous)
-    options: dict[str, Any] = {"capacity": capacity, "balance": balance, "previous": previous,
-                               "move_cost": move_cost, "algorithm": algorithm, "budget": budget,
-                               "seed": seed}  # fmt: skip
+    options: dict[str, Any] = {"capacity": capacity, "copies": copies, "balance": balance,
+                               "previous": previous, "move_cost": move_cost,
+                               "algorithm": algorithm, "budget": budget, "seed": seed}  # fmt: skip
     names = _device_names(devices)
     placed = expert_search.place_experts(traffic, names, **options)
     if held is None or held.names != traffic.names:
         return placed
     count = len(names)
-    where = placed.indices(traffic)
+    flow = Model(held).flow(placed.held(traffic))
     room = limits_of(traffic, count, capacity, balance).capacity
     dealt = [round_robin(len(x), room) for x in traffic.loads]
     seen = {
         "tokens": held.total,
-        "cross_tokens": held.crossing(where),
+        "cross_tokens": round(flow.crossing),
         "round_robin_cross_tokens": held.crossing(dealt),
-        "imbalance": dict(zip(held.names, held.imbalance(where, count), strict=True)),
+        "imbalance": dict(zip(held.names, flow.imbalance(), strict=True)),
     }
     return replace(placed, report={**placed.report, "heldout": seen})
 

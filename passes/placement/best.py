@@ -368,12 +368,14 @@ def _coarse_start(
     price: float,
 ) -> tuple[Ints, Ints] | None:
     """Devices and starting order of the ops by a search on a coarser graph; None without one."""
+    end = time.perf_counter() + budget
     coarse = coarsen(problem)
     if len(coarse.problem.ops) > 0.8 * len(problem.ops):
         return None
-    end = time.perf_counter() + budget
     try:
-        found = Search(coarse.problem, objective, seed, end, budget, progress, None, price).run()
-    except InfeasibleError:  # of joined ops; the ops themselves may yet fit
+        found = Search(
+            coarse.problem, objective, seed, end, budget, progress, None, price
+        ).attempt()
+    except InfeasibleError:  # a proof, but of joined ops; the ops themselves may yet fit
         return None
     return found.assign[coarse.member], coarse.members(found.sequence)

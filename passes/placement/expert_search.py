@@ -2,131 +2,38 @@
 
 Layers that follow each other in a line and have few balanced placements each, such as 8 experts on
 4 devices, are solved exactly, by dynamic programming over whole placements of a layer. Everything
-else is annealed from several starts: within a layer experts do not interact, so a step looks at all
-exchanges of two experts of one layer at once, and takes one by the heat-bath rule.
+else is annealed (`expert_slots`; `expert_copies_search` where experts may lie on several devices).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
 
 from .errors import InfeasibleError, PlacementError
-from .expert_lines import best_of_lines
+from .expert_copies import Model
+from .expert_copies_search import best_with_copies
+from .expert_slots import (
+    each_once,
+    quadratic_assignment,
+    slots_of,
+    unlimited,
+    worth_of_staying,
+)
 from .experts import (
     ExpertPlacement,
     ExpertTraffic,
+    Held,
     Limits,
     least_crossing,
     limits_of,
     round_robin,
 )
-from .problem import Floats, Ints
+from .problem import Ints
 
-_ROUNDS = 4
 ALGORITHMS = ("best", "round-robin", "quadratic-assignment")
-
-
-@dataclass
-class Slots:
-    """The search's state. A layer has as many slots as devices have room for its experts; slots
-    beyond its experts are empty, so that moving an expert is exchanging it with an empty slot.
-    """
-
-    traffic: ExpertTraffic
-    limits: Limits
-    weights: list[list[tuple[int, Floats]]]  # of each layer: neighbours, tokens [experts, theirs]
-    stay: list[Floats]  # [slots, devices]: what staying there is worth, in tokens
-    where: list[Ints]  # [slots] devices; experts come first
-    load: list[Ints]  # [slots]
-    worth: float  # tokens that an expert that stays is worth
-
-    def gains(self, layer: int) -> Floats:
-        """``[slots, devices]``: what each expert is worth on each device as things are."""
-        gain = self.stay[layer].copy()
-        for other, table in self.weights[layer]:
-            place = self.where[other][: table.shape[1]]
-            gain[: len(table)] += table @ _one_hot(place, gain.shape[1])
-        return gain
-
-    def value(self) -> float:
-        """Tokens that stay, and what experts that stay are worth."""
-        worth = sum(
-            float(s[np.arange(len(w)), w].sum()) for s, w in zip(self.stay, self.where, strict=True)
-        )
-        return self.traffic.total - self.traffic.crossing(self.experts()) + worth
-
-    def experts(self) -> list[Ints]:
-        """Devices of the experts alone."""
-        return [w[: len(x)].copy() for w, x in zip(self.where, self.traffic.loads, strict=True)]
-
-    def put(self, experts: Sequence[Ints]) -> None:
-        """Takes a placement that keeps capacities; empty slots fill what is left."""
-        for layer, place in enumerate(experts):
-            left = self.limits.capacity - np.bincount(place, minlength=len(self.limits.capacity))
-            rest = np.repeat(np.arange(len(left)), left)
-            self.where[layer] = np.concatenate([place, rest])
-
-    def exchanges(self, layer: int, price: float) -> Floats:
-        """``[slots, slots]``: what exchanging two is worth; a token of overload costs ``price``."""
-        where, load, most = self.where[layer], self.load[layer], self.limits.load[layer]
-        gain = self.gains(layer)
-        there = gain[:, where]
-        own = np.diagonal(there)
-        worth = there + there.T - own[:, None] - own[None, :]
-        on = np.bincount(where, load, gain.shape[1])[where]
-        over = np.maximum(on[:, None] - load[:, None] + load[None, :] - most, 0.0)
-        before = np.maximum(on - most, 0.0)
-        more = over + over.T - before[:, None] - before[None, :]
-        more[where[:, None] == where[None, :]] = 0.0
-        return worth - price * more
-
-    def exchange(self, layer: int, score: Floats, above: float) -> bool:
-        """Exchanges the pairs of the highest scores ``[slots, slots]`` above a threshold.
-
-        Several at once, as long as they concern different devices: such do not touch each other's
-        loads, and within a layer nothing else is shared. Whether there were any.
-        """
-        where = self.where[layer]
-        flat = score.ravel()
-        most = min(2 * len(self.limits.capacity), len(flat))
-        best = np.argpartition(flat, -most)[-most:]
-        used: set[int] = set()
-        for pair in best[np.argsort(-flat[best], kind="stable")].tolist():
-            if flat[pair] <= above:
-                break
-            a, b = divmod(pair, len(where))
-            ends = {int(where[a]), int(where[b])}
-            if len(ends) == 2 and not ends & used:
-                where[a], where[b] = where[b], where[a]
-                used |= ends
-        return bool(used)
-
-    def descend(self, steps: int) -> None:
-        """Takes the best exchanges of each layer in turn while any help; overload goes first."""
-        price = 4.0 * self.traffic.total + self.limits.capacity.sum() * self.worth + 1.0
-        idle = 0
-        layer = 0
-        for _ in range(steps):
-            if self.exchange(layer, self.exchanges(layer, price), 1e-9):
-                idle = 0
-                continue
-            idle += 1
-            layer = (layer + 1) % len(self.where)
-            if idle == len(self.where):
-                return
-
-    def fits(self) -> bool:
-        """Whether no device is overloaded."""
-        devices = len(self.limits.capacity)
-        return all(
-            np.bincount(where, load, devices).max() <= most
-            for where, load, most in zip(self.where, self.load, self.limits.load, strict=True)
-        )
 
 
 def place_experts(
@@ -134,6 +41,7 @@ def place_experts(
     devices: Sequence[str],
     *,
     capacity: int | Sequence[int] | None = None,
+    copies: int = 0,
     balance: float | None = None,
     previous: ExpertPlacement | None = None,
     move_cost: float = 0.0,
@@ -145,44 +53,99 @@ def place_experts(
     few experts move.
 
     ``capacity`` is the most experts of one layer on a device, one number for all or one for each
-    (as even as can be). No device handles more than ``balance`` times the mean load of any layer;
-    without one, `BALANCE`, or what round robin has where that is more. With ``previous`` an expert
-    moves where that saves more than ``move_cost`` tokens. "best" minimises tokens plus moves;
-    "quadratic-assignment" is Brainstorm's formulation (OSDI 2023), solved by the fast approximate
-    method of Vogelstein et al. (2015), with equal numbers of experts and no regard to load;
-    "round-robin" is that. ``budget`` is the work to do, in seconds of an ordinary core.
+    (as even as can be). Each device has room for ``copies`` more, so that experts may lie on
+    several; crossings and loads are then those of the model of `expert_copies`, and an expert moves
+    to each device that did not hold it before. No device handles more than ``balance`` times the
+    mean load of any layer; without one, `BALANCE`, or what round robin has where that is more. With
+    ``previous`` an expert moves where that saves more than ``move_cost`` tokens. "best" minimises
+    tokens plus moves; "quadratic-assignment" is Brainstorm's formulation (OSDI 2023), solved by the
+    fast approximate method of Vogelstein et al. (2015), with equal numbers of experts and no regard
+    to load; "round-robin" is that. ``budget`` is the work to do, in seconds of an ordinary core.
 
     Raises PlacementError for what has no meaning, InfeasibleError where loads cannot be balanced.
     """
     began = time.perf_counter()
-    _check(devices, move_cost, algorithm, budget, seed)
+    _check(devices, copies, move_cost, algorithm, budget, seed)
     limits = limits_of(traffic, len(devices), capacity, balance)
     before = _previous(traffic, devices, previous)
     rng = np.random.default_rng(seed)
     exact = False
-    if algorithm == "round-robin":
-        found = [round_robin(len(x), limits.capacity) for x in traffic.loads]
-    elif algorithm == "quadratic-assignment":
-        state = _slots(traffic, _unlimited(limits), before, 0.0)
-        found = _quadratic_assignment(state, budget, rng)
+    if algorithm == "best":
+        held, exact = _best(traffic, limits, copies, before, move_cost, budget, rng)
+    elif algorithm == "round-robin":
+        held = _spread([round_robin(len(x), limits.capacity) for x in traffic.loads], len(devices))
     else:
-        state = _slots(traffic, limits, before, move_cost)
-        balanced = [_balanced(state, layer) for layer in range(len(traffic.loads))]
-        solved = best_of_lines(traffic, limits, state.stay)
-        exact = solved is not None
-        found = (
-            _anneal_from_starts(state, balanced, before, budget, rng) if solved is None else solved
-        )
-    report = _report(traffic, limits, before, found, devices)
+        state = slots_of(traffic, unlimited(limits), before, 0.0)
+        held = _spread(quadratic_assignment(state, budget, rng), len(devices))
+    report = _report(traffic, limits, copies, before, held, devices)
     report |= {"algorithm": algorithm, "exact": exact, "seed": seed}
     report["seconds"] = time.perf_counter() - began
-    named = zip(traffic.names, found, strict=True)
-    experts = {name: tuple(devices[d] for d in where) for name, where in named}
+    named = zip(traffic.names, held, strict=True)
+    experts = {name: tuple(_where(row, devices) for row in rows) for name, rows in named}
     return ExpertPlacement(tuple(devices), experts, report)
 
 
+def _where(row: Held, devices: Sequence[str]) -> str | tuple[str, ...]:
+    """The device of an expert, or all that hold a copy."""
+    names = tuple(devices[d] for d in np.flatnonzero(row).tolist())
+    return names[0] if len(names) == 1 else names
+
+
+def _best(
+    traffic: ExpertTraffic,
+    limits: Limits,
+    copies: int,
+    before: list[Held] | None,
+    move_cost: float,
+    budget: float,
+    rng: np.random.Generator,
+) -> tuple[list[Held], bool]:
+    """Which devices hold which experts, and whether that is proven to be the best."""
+    devices = len(limits.capacity)
+    if not copies:
+        found, exact = each_once(traffic, limits, before, move_cost, budget, rng)
+        return _spread(found, devices), exact
+    model = Model(traffic)
+    if model.back:
+        late, early = (traffic.names[x] for x in model.back[0])
+        raise PlacementError(
+            f"pairs {late!r} -> {early!r} go against the order of layers, which copies follow; "
+            "name layers in the order in which tokens pass them, or leave copies out"
+        )
+    # Good places for single experts are good starts, within the limits or not.
+    starts: list[list[Held]] = []
+    refused: InfeasibleError | None = None
+    for allowed in (limits, unlimited(limits)):
+        try:
+            found, _ = each_once(traffic, allowed, before, move_cost, 0.15 * budget, rng)
+            starts.append(_spread(found, devices))
+        except InfeasibleError as error:
+            refused = error
+    room = limits.capacity + copies
+    if before is not None and all(x.any(1).all() and (x.sum(0) <= room).all() for x in before):
+        starts.append(before)
+    worth = worth_of_staying(traffic, 0.0 if before is None else move_cost, devices)
+    hold = [np.full((len(x), devices), worth) for x in traffic.loads]
+    for layer, old in enumerate(before or []):
+        hold[layer][old] = 0.0
+    best = best_with_copies(model, limits, room, hold, starts, 0.7 * budget, rng)
+    if best is None:
+        raise InfeasibleError(
+            f"found no placement with {copies} copies a device that keeps the limits; with none, "
+            f"{refused}",
+            {},
+            False,
+        )
+    return best, False
+
+
 def _check(
-    devices: Sequence[str], move_cost: float, algorithm: str, budget: float, seed: int
+    devices: Sequence[str],
+    copies: int,
+    move_cost: float,
+    algorithm: str,
+    budget: float,
+    seed: int,
 ) -> None:
     if not devices or len(set(devices)) < len(devices):
         raise PlacementError(f"devices must be at least one, of distinct names; are {devices!r}")
@@ -190,6 +153,10 @@ def _check(
         raise PlacementError(
             f"algorithm {algorithm!r} is unknown; use one of {', '.join(ALGORITHMS)}"
         )
+    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 0:
+        raise PlacementError(f"copies must be a number of experts, 0 or more; is {copies!r}")
+    if copies and algorithm != "best":
+        raise PlacementError(f"algorithm {algorithm!r} makes no copies; leave copies out")
     if not 0 <= move_cost < float("inf"):
         raise PlacementError(f"move_cost must be a number of tokens, is {move_cost!r}")
     if not 0 < budget < float("inf"):
@@ -200,225 +167,51 @@ def _check(
 
 def _previous(
     traffic: ExpertTraffic, devices: Sequence[str], previous: ExpertPlacement | None
-) -> list[Ints] | None:
-    """Devices of the experts before; -1 where the device is no longer there."""
+) -> list[Held] | None:
+    """Which of the devices there are held which experts before."""
     if previous is None:
         return None
-    now = {name: k for k, name in enumerate(devices)}
-    number = np.array([now.get(name, -1) for name in previous.devices], np.int64)
-    return [number[where] for where in previous.indices(traffic)]
+    old = {name: k for k, name in enumerate(previous.devices)}
+    found = []
+    for held in previous.held(traffic):
+        padded = np.append(held, np.zeros((len(held), 1), np.bool_), axis=1)
+        found.append(padded[:, [old.get(name, -1) for name in devices]])
+    return found
 
 
-def _unlimited(limits: Limits) -> Limits:
-    return Limits(limits.capacity, np.full_like(limits.load, np.iinfo(np.int64).max))
-
-
-def _slots(
-    traffic: ExpertTraffic, limits: Limits, before: list[Ints] | None, move_cost: float
-) -> Slots:
-    slots, devices = int(limits.capacity.sum()), len(limits.capacity)
-    weights: list[list[tuple[int, Floats]]] = [[] for _ in traffic.loads]
-    for (a, b), table in traffic.pairs.items():
-        flow = table.astype(float)  # counts far below 2**53: exact, and BLAS takes them as they are
-        weights[a].append((b, flow))
-        weights[b].append((a, np.ascontiguousarray(flow.T)))
-    # Tokens are whole numbers: less than one for all moves together decides among equals only.
-    experts = sum(len(x) for x in traffic.loads)
-    worth = move_cost + 0.5 / experts
-    stay = [np.zeros((slots, devices)) for _ in traffic.loads]
-    for layer, old in enumerate(before or []):
-        (known,) = np.nonzero(old >= 0)
-        stay[layer][known, old[known]] = worth
-    load = [np.pad(x, (0, slots - len(x))) for x in traffic.loads]
-    state = Slots(traffic, limits, weights, stay, [np.zeros(0, np.int64)] * len(load), load, worth)
-    state.put([round_robin(len(x), limits.capacity) for x in traffic.loads])
-    return state
-
-
-def _balanced(state: Slots, layer: int) -> Ints:
-    """Devices of a layer's experts within its limits; raises InfeasibleError where none are."""
-    limits, load = state.limits, state.traffic.loads[layer]
-    most = state.limits.load[layer]
-    dealt = round_robin(len(load), limits.capacity)
-    if np.bincount(dealt, load, len(limits.capacity)).max() <= most:
-        return dealt
-    place, on, room = np.zeros(len(load), np.int64), np.zeros(len(limits.capacity)), limits.capacity
-    room = room.copy()
-    for e in np.argsort(-load, kind="stable"):  # heaviest first, to the least loaded (LPT)
-        d = int(np.where(room > 0, on, np.inf).argmin())
-        place[e], on[d], room[d] = d, on[d] + load[e], room[d] - 1
-    return place if on.max() <= most else _packed(state, layer)
-
-
-def _packed(state: Slots, layer: int) -> Ints:
-    """The same by integer programming (HiGHS): the most loaded device as light as can be."""
-    load, room = state.traffic.loads[layer], state.limits.capacity
-    n, m = len(load), len(room)
-    scale = 1.0 / max(float(load.sum()), 1.0)
-    once = np.hstack([np.kron(np.eye(n), np.ones(m)), np.zeros((n, 1))])
-    count = np.hstack([np.kron(np.ones(n), np.eye(m)), np.zeros((m, 1))])
-    heavy = np.hstack([np.kron(load * scale, np.eye(m)), -np.ones((m, 1))])
-    solved = milp(
-        np.append(np.zeros(n * m), 1.0),
-        integrality=np.append(np.ones(n * m), 0.0),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(once, 1, 1),
-            LinearConstraint(count, 0, room),
-            LinearConstraint(heavy, -np.inf, 0),
-        ],
-        options={"time_limit": 10.0},
-    )
-    limit = state.limits.load[layer]
-    least = np.inf
-    if solved.x is not None:
-        place = solved.x[:-1].reshape(n, m).argmax(1)
-        least = np.bincount(place, load, m).max()
-        if least <= limit:
-            return place
-    mean = load.sum() / m
-    proven = solved.status == 0
-    what = "no placement has less than" if proven else "the best found has"
-    raise InfeasibleError(
-        f"layer {state.traffic.names[layer]!r}: a device may handle {limit / mean:.3f} times the "
-        f"mean load, {what} {least / mean:.3f}; give a larger balance or capacity",
-        {},
-        proven,
-    )
-
-
-def _quadratic_assignment(state: Slots, budget: float, rng: np.random.Generator) -> list[Ints]:
-    """Frank-Wolfe on layer-wise doubly stochastic matrices, rounded, then pairwise exchanges."""
-    capacity = state.limits.capacity
-    owner = np.repeat(np.arange(len(capacity)), capacity)
-    slots = len(owner)
-    sweeps = 0.6 * budget / (len(state.where) * (50e-6 + 1e-9 * slots**3))
-    restarts = min(max(int(sweeps / 30), 1), 4)
-    iterations = min(max(int(sweeps / restarts), 3), 30)
-    steps = _steps(state, 0.4 * budget / restarts)
-
-    def gains(soft: Sequence[Floats]) -> list[Floats]:
-        made = []
-        for layer in range(len(soft)):
-            gain = np.zeros((slots, len(capacity)))
-            for other, table in state.weights[layer]:
-                gain[: len(table)] += table @ soft[other][: table.shape[1]]
-            made.append(gain)
-        return made
-
-    def rounded(gain: Floats) -> Ints:
-        return owner[linear_sum_assignment(-gain[:, owner])[1]]
-
-    best: tuple[float, list[Ints]] | None = None
-    for _ in range(restarts):
-        # The barycentre alone treats all devices alike, and would stay there.
-        soft = [np.tile(capacity / slots, (slots, 1)) for _ in state.where]
-        soft = [
-            0.5 * x + 0.5 * _one_hot(owner[rng.permutation(slots)], len(capacity)) for x in soft
-        ]
-        for _ in range(iterations):
-            slope = gains(soft)
-            corner = [_one_hot(rounded(g), len(capacity)) for g in slope]
-            way = [c - x for c, x in zip(corner, soft, strict=True)]
-            first = sum(float((g * w).sum()) for g, w in zip(slope, way, strict=True))
-            second = 0.5 * sum(float((g * w).sum()) for g, w in zip(gains(way), way, strict=True))
-            step = 1.0 if second >= 0 else min(1.0, -first / (2 * second))
-            if first <= 1e-9 * max(state.traffic.total, 1) or step <= 0:
-                break
-            soft = [x + step * w for x, w in zip(soft, way, strict=True)]
-        for layer, gain in enumerate(soft):
-            state.where[layer] = rounded(gain)
-        state.descend(steps)
-        value = state.value()
-        if best is None or value > best[0]:
-            best = value, state.experts()
-    assert best is not None
-    return best[1]
-
-
-def _anneal_from_starts(
-    state: Slots,
-    balanced: list[Ints],
-    before: list[Ints] | None,
-    budget: float,
-    rng: np.random.Generator,
-) -> list[Ints]:
-    """The best of several descents, annealed for the rest of the budget."""
-    free = replace(state, limits=_unlimited(state.limits), where=list(state.where))
-    starts = [balanced, _quadratic_assignment(free, 0.25 * budget, rng)]
-    if before is not None and all((x >= 0).all() for x in before):
-        starts.append(before)
-    best = -np.inf, balanced
-    for start in starts:
-        if all(_has_room(x, state.limits.capacity) for x in start):
-            state.put(start)
-            state.descend(_steps(state, 0.05 * budget))
-            best = _better(state, best)
-    flow = max(state.traffic.total, 1) / sum(len(x) for x in state.traffic.loads)
-    for hot in np.geomspace(1.0, 0.05, _ROUNDS):
-        state.put(best[1])
-        _anneal(state, _steps(state, 0.5 * budget / _ROUNDS), flow * hot, flow * hot / 100, rng)
-        state.descend(_steps(state, 0.1 * budget / _ROUNDS))
-        best = _better(state, best)
-    return best[1]
-
-
-def _steps(state: Slots, seconds: float) -> int:
-    """How many steps take so long on one core of the machine that this was written on."""
-    slots = len(state.where[0])
-    return max(int(seconds / (80e-6 + 60e-9 * slots * slots)), 2 * len(state.where))
-
-
-def _has_room(place: Ints, capacity: Ints) -> bool:
-    return bool((np.bincount(place, minlength=len(capacity)) <= capacity).all())
-
-
-def _better(state: Slots, best: tuple[float, list[Ints]]) -> tuple[float, list[Ints]]:
-    """The state where it fits and is worth more than the best, which else stays."""
-    value = state.value() if state.fits() else -np.inf
-    return (value, state.experts()) if value > best[0] else best
-
-
-def _anneal(state: Slots, steps: int, hot: float, cold: float, rng: np.random.Generator) -> None:
-    """Anneals; overload is cheap at first, for with tight limits few single exchanges keep them."""
-    layers = rng.integers(len(state.where), size=steps)
-    tokens = 2.0 * state.traffic.total / max(sum(int(x.sum()) for x in state.load), 1)
-    for k, layer in enumerate(layers.tolist()):
-        done = k / steps
-        # The largest of worth / heat plus Gumbel noise is a draw by the heat-bath rule; doing
-        # nothing is among the draws, for a slot may be exchanged with itself.
-        score = state.exchanges(layer, 0.3 * tokens * 30**done)
-        score += rng.gumbel(size=score.shape) * (hot * (cold / hot) ** done)
-        state.exchange(layer, score, float(np.diagonal(score).max()))
+def _spread(where: Sequence[Ints], devices: int) -> list[Held]:
+    """Experts on one device each."""
+    return [np.eye(devices, dtype=np.bool_)[place] for place in where]
 
 
 def _report(
     traffic: ExpertTraffic,
     limits: Limits,
-    before: list[Ints] | None,
-    found: list[Ints],
+    copies: int,
+    before: list[Held] | None,
+    held: list[Held],
     devices: Sequence[str],
 ) -> dict[str, object]:
     dealt = [round_robin(len(x), limits.capacity) for x in traffic.loads]
     count = len(devices)
+    model = Model(traffic)
+    flow = model.flow(held)
     report: dict[str, object] = {
         "tokens": traffic.total,
-        "cross_tokens": traffic.crossing(found),
+        "cross_tokens": round(flow.crossing),
         "round_robin_cross_tokens": traffic.crossing(dealt),
-        "lower_bound_tokens": least_crossing(traffic, limits.capacity),
-        "imbalance": dict(zip(traffic.names, traffic.imbalance(found, count), strict=True)),
+        "lower_bound_tokens": least_crossing(traffic, limits.capacity, copies),
+        "imbalance": dict(zip(traffic.names, flow.imbalance(), strict=True)),
         "imbalance_limit": {
             name: float(most * count / load.sum()) if load.sum() else 1.0
             for name, most, load in zip(traffic.names, limits.load, traffic.loads, strict=True)
         },
     }
+    if copies:
+        report["copies"] = sum(int(x.sum()) - len(x) for x in held)
     if before is not None:
-        moved = sum(int((a != b).sum()) for a, b in zip(before, found, strict=True))
-        report["moved"] = moved
-        if all((x >= 0).all() for x in before):
-            report["previous_cross_tokens"] = traffic.crossing(before)
+        pairs = zip(before, held, strict=True)
+        report["moved"] = sum(int((now & ~old).sum()) for old, now in pairs)
+        if all(x.any(1).all() for x in before):
+            report["previous_cross_tokens"] = round(model.flow(before).crossing)
     return report
-
-
-def _one_hot(place: Ints, devices: int) -> Floats:
-    return np.eye(devices)[place]

@@ -7,6 +7,7 @@ it. With several experts a token each pair counts, as in Brainstorm (Cui et al.,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ from .errors import InfeasibleError, PlacementError
 from .placement import json_text, write_text
 from .problem import Ints
 from .problem_file import read_json
+
+Held = npt.NDArray[np.bool_]
+"""Which devices hold which experts of a layer: ``[experts, devices]``."""
 
 FORMAT = "expert-placement v1"
 BALANCE = 1.2
@@ -119,14 +123,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """The device of each expert: ``experts[layer][e]`` is a name in ``devices``.
+    """The device of each expert: ``experts[layer][e]`` is a name in ``devices``, or the names of
+    all devices that hold a copy of it, if several do (`expert_copies` tells which handles a token).
 
     ``report`` tells how many tokens cross, of how many, at round robin, at least; the imbalance of
     each layer; what moved.
     """
 
     devices: tuple[str, ...]
-    experts: Mapping[str, tuple[str, ...]]
+    experts: Mapping[str, tuple[str | tuple[str, ...], ...]]
     report: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +139,10 @@ class ExpertPlacement:
         return {
             "format": FORMAT,
             "devices": list(self.devices),
-            "experts": {name: list(where) for name, where in self.experts.items()},
+            "experts": {
+                name: [x if isinstance(x, str) else list(x) for x in where]
+                for name, where in self.experts.items()
+            },
             "report": dict(self.report),
         }
 
@@ -142,8 +150,8 @@ class ExpertPlacement:
         """Writes the file whole or not at all. Raises PlacementError where it cannot."""
         write_text(Path(path), json_text(self.to_dict()))
 
-    def indices(self, traffic: ExpertTraffic) -> list[Ints]:
-        """Positions in ``devices`` of each layer's experts. Raises PlacementError at a mismatch."""
+    def held(self, traffic: ExpertTraffic) -> list[Held]:
+        """Which devices hold each layer's experts. Raises PlacementError at a mismatch."""
         number = {name: k for k, name in enumerate(self.devices)}
         found = []
         for name, load in zip(traffic.names, traffic.loads, strict=True):
@@ -152,8 +160,22 @@ class ExpertPlacement:
                 raise PlacementError(
                     f"layer {name!r} has {len(load)} experts, the placement places {len(where)}"
                 )
-            found.append(np.array([number[x] for x in where], np.int64))
+            held = np.zeros((len(where), len(number)), np.bool_)
+            for expert, names in enumerate(where):
+                for device in (names,) if isinstance(names, str) else names:
+                    held[expert, number[device]] = True
+            found.append(held)
         return found
+
+    def indices(self, traffic: ExpertTraffic) -> list[Ints]:
+        """Positions in ``devices`` of each layer's experts, where each is on one device.
+
+        Raises PlacementError where experts have copies, and at a mismatch.
+        """
+        held = self.held(traffic)
+        if any((x.sum(1) != 1).any() for x in held):
+            raise PlacementError("experts lie on several devices each; ask for held() instead")
+        return [x.argmax(1) for x in held]
 
 
 def read_expert_placement(path: str | Path) -> ExpertPlacement:
@@ -167,15 +189,23 @@ def read_expert_placement(path: str | Path) -> ExpertPlacement:
     if not isinstance(experts, Mapping):
         raise PlacementError(f"{path}: field 'experts' must map layers to lists of devices")
     for name, where in experts.items():
-        if not _names(where):
-            raise PlacementError(f"{path}: layer {name!r} must list a device for each expert")
-        for device in where:
+        sets = (
+            [[x] if isinstance(x, str) else x for x in where] if isinstance(where, list) else None
+        )
+        if sets is None or not all(_names(x) and x for x in sets):
+            raise PlacementError(
+                f"{path}: layer {name!r} must list a device, or a list of devices, for each expert"
+            )
+        for device in itertools.chain(*sets):
             if device not in devices:
                 raise PlacementError(f"{path}: layer {name!r}: there is no device {device!r}")
     report = data.get("report", {})
     return ExpertPlacement(
         tuple(devices),
-        {name: tuple(where) for name, where in experts.items()},
+        {
+            name: tuple(x if isinstance(x, str) else tuple(x) for x in where)
+            for name, where in experts.items()
+        },
         report if isinstance(report, Mapping) else {},
     )
 
@@ -223,18 +253,21 @@ def round_robin(experts: int, capacity: Ints) -> Ints:
     return np.array(deal[:experts], np.int64)
 
 
-def least_crossing(traffic: ExpertTraffic, capacity: Ints) -> int:
+def least_crossing(traffic: ExpertTraffic, capacity: Ints, copies: int = 0) -> int:
     """A lower bound on the tokens that cross, whatever the placement and its loads.
 
     An expert shares its device with no more than the largest capacity of each neighbouring layer,
-    so of each row or column of a table no more than that many entries, the largest, can stay.
+    so of each row or column of a table no more than that many entries, the largest, can stay. An
+    expert with copies can follow all that leads to it, so with them only rows count: from each of
+    its devices an expert's tokens go on alike.
     """
-    room = int(capacity.max())
+    room = int(capacity.max()) + copies
     crossing = 0
     for table in traffic.pairs.values():
-        by_column = np.sort(table, axis=0)[-room:].sum() if room else 0
-        by_row = np.sort(table, axis=1)[:, -room:].sum() if room else 0
-        crossing += int(table.sum() - min(by_column, by_row))
+        staying = [np.sort(table, axis=1)[:, -room:].sum() if room else 0]
+        if not copies:
+            staying.append(np.sort(table, axis=0)[-room:].sum() if room else 0)
+        crossing += int(table.sum() - min(staying))
     return crossing
 
 
