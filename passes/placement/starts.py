@@ -97,29 +97,51 @@ def run_starts(p: Arrays, orders: Ints, repeats: tuple[int, ...]) -> Iterator[In
 def filled(problem: Problem, sequence: Ints, share: float) -> Listed:
     """Devices filled one after another up to ``share`` of their memory, along ``sequence``.
 
-    ``sequence`` has sources first. Memory is booked as list schedulers book it. What fits nowhere
+    ``sequence`` has sources first. Memory is booked as list schedulers book it, but parameters are
+    there from the beginning: they must fit beside the most that was ever live. What fits nowhere
     goes where most is left, so the answer may overrun; it is a start to be repaired.
     """
     ledger = Ledger(problem)
-    room, need, at = ledger.room, ledger.need, ledger.unit_device
-    spared = [(1 - share) * x for x in room]
+    need, at, cap = ledger.need, ledger.unit_device, problem.arrays.cap.tolist()
     allowed = [np.flatnonzero(row).tolist() for row in problem.arrays.allowed]
+    stays, most = [0.0] * ledger.m, [0.0] * ledger.m  # bytes: parameters; the most live beside
     for unit, devices in enumerate(allowed):
         if len(devices) == 1:  # has no choice: its room is kept for it
             at[unit] = devices[0]
-            room[devices[0]] -= need[unit]
+            stays[devices[0]] += need[unit]
+            ledger.room[devices[0]] -= need[unit]
+
+    def live(op: int, d: int) -> float:
+        """Bytes on a device beside parameters while an op runs there."""
+        if ledger.whole:
+            return 0.0
+        held = cap[d] - stays[d] - ledger.room[d] + ledger.out[op] + ledger.temp[op]
+        sources = {t: ledger.tensor_src[t] for t in ledger.inputs[op]}
+        return held + sum(
+            ledger.tensor_bytes[t]
+            for t, u in sources.items()
+            if ledger.assign[u] != d and d not in ledger.live[u]
+        )
+
     device = 0
     for op in sequence.tolist():
         unit = ledger.unit[op]
         here = at[unit]
         if here < 0:
-            able = ledger.devices(op)
-            fitting = [d for d in able if room[d] - need[unit] >= spared[d]]
+            fitting = [
+                d
+                for d in allowed[unit]
+                if stays[d] + need[unit] + max(most[d], live(op, d)) <= share * cap[d]
+            ]
             here = next((d for d in fitting if d >= device), -1)
             if here < 0:
-                here = max(fitting or able or allowed[unit], key=lambda d: room[d])
+                here = max(fitting or allowed[unit], key=lambda d: ledger.room[d])
             elif device in allowed[unit]:
                 device = here
+            stays[here] += need[unit]
+            most[here] = max(most[here], live(op, here) + need[unit])
+        else:
+            most[here] = max(most[here], live(op, here))
         ledger.place(op, here, 0.0)
     return Listed(np.array(ledger.assign, np.int64), sequence)
 
