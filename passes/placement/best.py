@@ -87,6 +87,8 @@ class Search:
         self.began, self.budget = time.perf_counter(), max(budget, 1e-3)
         self.weight = 0.0
         self.start = ""
+        self.nearest: tuple[float, Ints, Floats] | None = None
+        """Of the starts that which overruns the least: its overrun, devices by op, offsets."""
         self.hurried = False  # whether the clock kept a start from being looked at
 
     def run(self) -> Found:
@@ -136,6 +138,8 @@ class Search:
             if np.isfinite(cost) and (key not in kept or cost < kept[key][0]):
                 kept[key] = (cost, s.assign.copy(), s.offset.copy())
                 over[key] = engine.overrun()
+                if self.nearest is None or over[key] < self.nearest[0]:
+                    self.nearest = over[key], *kept[key][1:]
             return cost
 
         def consider_run(assign: Ints, offset: Floats) -> float:
@@ -279,29 +283,34 @@ class Search:
                 self.progress(min(used, 1.0), float(s.cost[1]), self.bounds["best"])
 
     def _insist(self) -> None:
-        """Nothing fits yet: pack exactly what must stay, and repair from there."""
-        s, p = self.engine.state, self.p
-        place = starts.depth_first(p)
-        nearest = np.zeros(len(p.unit_ptr) - 1, np.int64)
-        nearest[p.unit] = s.assign
+        """Nothing fits yet: repair the nearest start, then exact packings of what must stay."""
+        p, place = self.p, starts.depth_first(self.p)
+        if self.nearest is not None and self._repaired(*self.nearest[1:]):
+            self.start = "nearest"
+            return
+        near = np.zeros(len(p.unit_ptr) - 1, np.int64)
+        near[p.unit] = self.engine.state.assign
         for attempt, slack in enumerate((0.0, 0.02, 0.05, 0.1, 0.2)):
             left = self.deadline - time.perf_counter()
             if left <= 0:
                 return
             seconds = min(left, _PACK_SHARE * self.budget)
-            packed = feasible.pack(self.problem, seconds, slack, nearest)
+            packed = feasible.pack(self.problem, seconds, slack, near)
             if packed is None:
                 continue
-            assign = packed[p.unit]
             for share in (0.0, 1.0):
-                s.assign[:] = assign
-                longest = float(self.engine.bottom_levels(s.assign).max())
-                self.weight = 100 * longest
-                self._load(assign, -share * longest * place)
-                self._anneal(self.moves // 8, 1e-3, 1e-5)
-                if self._fits():
+                longest = float(self.engine.bottom_levels(packed[p.unit].astype(np.int32)).max())
+                if self._repaired(packed[p.unit], -share * longest * place):
                     self.start = f"packing {attempt}"
                     return
+
+    def _repaired(self, assign: Ints, offset: Floats) -> bool:
+        """Whether something that fits is found close to a placement, with memory made very dear."""
+        longest = float(self.engine.bottom_levels(assign.astype(np.int32)).max())
+        self.weight = 100 * longest
+        self._load(assign, offset)
+        self._anneal(self.moves // 8, 1e-3, 1e-5)
+        return self._fits()
 
     def _give_up(self) -> None:
         p, s, w = self.p, self.engine.state, self.engine.work
