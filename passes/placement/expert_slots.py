@@ -76,20 +76,19 @@ class Slots:
         return worth - price * more
 
     def exchange(self, layer: int, score: Floats, above: float) -> bool:
-        """Exchanges the pairs of the highest scores ``[slots, slots]`` above a threshold.
+        """Exchanges slots with their best partners by ``score``, ``[slots, slots]``, where above.
 
-        Several at once, as long as they concern different devices: such do not touch each other's
-        loads, and within a layer nothing else is shared. Whether there were any.
+        The best pairs first, and several as long as they concern different devices: such do not
+        touch each other's loads, and within a layer nothing else is shared. Whether there were any.
         """
         where = self.where[layer]
-        flat = score.ravel()
-        most = min(2 * len(self.limits.capacity), len(flat))
-        best = np.argpartition(flat, -most)[-most:]
+        partner = score.argmax(1)
+        best = score[np.arange(len(where)), partner]
         used: set[int] = set()
-        for pair in best[np.argsort(-flat[best], kind="stable")].tolist():
-            if flat[pair] <= above:
+        for a in np.argsort(-best, kind="stable")[: 2 * len(self.limits.capacity)].tolist():
+            if best[a] <= above:
                 break
-            a, b = divmod(pair, len(where))
+            b = int(partner[a])
             ends = {int(where[a]), int(where[b])}
             if len(ends) == 2 and not ends & used:
                 where[a], where[b] = where[b], where[a]
@@ -298,7 +297,7 @@ def _anneal_from_starts(
 def _steps(state: Slots, seconds: float) -> int:
     """How many steps take so long on one core of the machine that this was written on."""
     slots = len(state.where[0])
-    return max(int(seconds / (80e-6 + 60e-9 * slots * slots)), 2 * len(state.where))
+    return max(int(seconds / (80e-6 + 40e-9 * slots * slots)), 2 * len(state.where))
 
 
 def _has_room(place: Ints, capacity: Ints) -> bool:

@@ -138,8 +138,8 @@ def filled(problem: Problem, sequence: Ints, share: float) -> Listed:
                 here = max(fitting or allowed[unit], key=lambda d: ledger.room[d])
             elif device in allowed[unit]:
                 device = here
+            most[here] = max(most[here], live(op, here))
             stays[here] += need[unit]
-            most[here] = max(most[here], live(op, here) + need[unit])
         else:
             most[here] = max(most[here], live(op, here))
         ledger.place(op, here, 0.0)
