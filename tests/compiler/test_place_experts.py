@@ -146,9 +146,25 @@ def test_the_command_writes_a_placement(tmp_path: Path) -> None:
     assert (quiet.exit_code, quiet.output) == (0, "")
 
 
+def test_copies_are_placed_written_and_shown(tmp_path: Path) -> None:
+    """Without them, three devices cannot share four experts evenly."""
+    options = ["--devices", "a,b,c", "--balance", "1.2"]
+    assert command(tmp_path, *options).exit_code == 2
+    result = command(tmp_path, *options, "--copies", "2")
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert any(isinstance(x, list) for where in written["experts"].values() for x in where)
+    assert max(written["report"]["imbalance"].values()) <= 1.2 + 1e-9
+    assert f"{written['report']['copies']} copies of experts" in result.output
+    placed = plait.place_experts(profiled(), devices=["a", "b", "c"], copies=2, balance=1.2)
+    assert placed.to_dict()["experts"] == written["experts"]
+    assert placed.report["heldout"]["tokens"] == 40
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--devices", "2", "--copies", "-1"], "copies must be a number of experts"),
         (["--devices", "0"], "devices must be at least one"),
         (["--devices", "a,,b"], "devices 'a,,b' are not understood"),
         (["--devices", "2", "--capacity", "1"], "2 too few"),
