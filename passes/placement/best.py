@@ -248,8 +248,8 @@ class Search:
             gain[hot] = max(0.5 * gain[hot] + 50 * gained, 0.05)
             if s.cost[0] > before[0]:
                 self._load(*before[1:])
-            if s.cost[0] < s.cost[1]:
-                self.weight *= 2  # this does not fit: memory matters more
+            if not self._fits():
+                self.weight *= 2  # memory matters more
                 self._load(s.assign.copy(), s.offset.copy())
 
     def _fits(self) -> bool:
