@@ -99,3 +99,31 @@ def summary_table(means: dict[str, float]) -> Table:
     for name, value in means.items():
         table.add_row(name, _times(value))
     return table
+
+
+def budget_table(document: dict[str, Any], size: str) -> Table:
+    """The times of models under a weight budget; rows have their ``size`` under that name."""
+    table = Table(title=f"weight budget {document['budget']}", title_justify="left")
+    for column in (size, "mode", "p50 ms", "slower", "hits", "MB a call"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for row in document["rows"]:
+        table.add_row(
+            str(row[size]),
+            row["mode"],
+            "-" if row["p50_seconds"] is None else f"{row['p50_seconds'] * 1e3:.3g}",
+            "-" if row["slowdown"] is None else f"{row['slowdown']:+.1%}",
+            f"{row['hit_rate']:.1%}",
+            f"{row['moved_per_call'] / 1e6:.1f}",
+        )
+    return table
+
+
+def budget_memory(document: dict[str, Any]) -> str:
+    """What was resident at most under a weight budget, as a sentence."""
+    memory = document["memory"]
+    return (
+        f"{document['weight_bytes'] / 1e6:.0f} MB of weights; resident at most: "
+        f"{memory['resident'] / 1e6:.0f} MB with all of them, {memory['budget'] / 1e6:.0f} MB "
+        f"under the budget, {memory['constant'] / 1e6:.0f} MB without any: the budget costs "
+        f"{memory['share']:.1%} of the weights"
+    )

@@ -25,7 +25,7 @@ import subprocess
 import sys
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,28 +127,51 @@ def run(rounds: int = 5, seconds: float = 0.25, folder: Path | None = None) -> d
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as scratch:
         for tokens in TOKENS:
             document["rows"] += _times(model, profile, text, tokens, rounds, seconds)
-        document["memory"] = _memory(model, windows(text, 128, 2)[0], Path(scratch))
+        example = (windows(text, 128, 2)[0],)
+        document["memory"] = memory((model, example), (_slim(model), example), Path(scratch))
     return document
 
 
 def _times(
     model: nn.Module, profile: Any, text: Batches, tokens: int, rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    inputs = windows(text, tokens, 64)
-    compiled = {
+    inputs = [(window,) for window in windows(text, tokens, 64)]
+    compiled = compile_modes(model, inputs[0], MODES, profile=profile)
+    return [{"tokens": tokens, **row} for row in times(compiled, inputs, rounds, seconds)]
+
+
+def compile_modes(
+    model: nn.Module, example: tuple[Any, ...], modes: Mapping[str, str | None], **options: Any
+) -> dict[str, Any]:
+    """A copy of ``model`` compiled for each of ``modes``, which are options of `prefetch-weights`
+    or None for all weights in memory; ``options`` are those of `plait.compile`.
+    """
+    return {
         name: api.compile(
             copy.deepcopy(model),
-            example_inputs=(inputs[0],),
-            profile=profile,
-            weight_budget=None if options is None else BUDGET,
-            pipeline=PIPELINE % (options or ""),
+            example_inputs=example,
+            weight_budget=None if mode is None else BUDGET,
+            pipeline=PIPELINE % (mode or ""),
+            **options,
         )
-        for name, options in MODES.items()
+        for name, mode in modes.items()
     }
+
+
+def times(
+    compiled: Mapping[str, Any],
+    inputs: Sequence[tuple[Any, ...]],
+    rounds: int,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """A row for each compiled model, one of which is called "resident", on the same inputs.
+
+    Raises AssertionError where answers are not the resident one's.
+    """
     for x in inputs[:16]:
-        wanted = compiled["resident"](x).logits
+        wanted = _answer(compiled["resident"](*x))
         for name, other in compiled.items():
-            assert torch.equal(other(x).logits, wanted), f"{name} gives other answers"
+            assert torch.equal(_answer(other(*x)), wanted), f"{name} gives other answers"
 
     calls = {name: _Calls(other, inputs) for name, other in compiled.items()}
     for call in calls.values():
@@ -156,28 +179,32 @@ def _times(
     timings: dict[str, Timing] = interleave(calls, rounds, seconds)
     rows = []
     for name, timing in timings.items():
-        row = {"mode": name, "tokens": tokens, "p50_seconds": timing.median}
+        row: dict[str, Any] = {"mode": name, "p50_seconds": timing.median}
         ratios = [
             a / b - 1.0 for a, b in zip(timing.rounds, timings["resident"].rounds, strict=True)
         ]
         row |= {"slowdown": statistics.median(ratios), **calls[name].counted()}
         rows.append(row)
         if name == "budget":
-            bound = {"mode": "oracle", "tokens": tokens, "p50_seconds": None, "slowdown": None}
+            bound = {"mode": "oracle", "p50_seconds": None, "slowdown": None}
             rows.append({**bound, **calls[name].oracle()})
     return rows
+
+
+def _answer(result: Any) -> Tensor:
+    return result if isinstance(result, Tensor) else result.logits
 
 
 class _Calls:
     """Calls of a compiled model on one input after the other."""
 
-    def __init__(self, compiled: Any, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, compiled: Any, inputs: Sequence[tuple[Any, ...]]) -> None:
         self.compiled, self.inputs, self.number = compiled, inputs, 0
         self.before: dict[str, Any] = {}
 
     def __call__(self) -> Any:
         self.number += 1
-        return self.compiled(self.inputs[self.number % len(self.inputs)])
+        return self.compiled(*self.inputs[self.number % len(self.inputs)])
 
     def start(self) -> None:
         """Counts from now on."""
@@ -221,20 +248,26 @@ class _Calls:
 # -- resident memory -------------------------------------------------------------------------------
 
 
-def _memory(model: Any, example: Tensor, folder: Path) -> dict[str, Any]:
+Example = tuple[nn.Module, tuple[Any, ...]]
+"""A model and inputs for it."""
+
+
+def memory(model: Example, slim_model: Example, folder: Path) -> dict[str, Any]:
     """High-water marks in bytes of processes that load and run: the model with all weights and
-    under the budget, and one without experts to speak of, which tells what a process needs anyway.
+    under the budget, and a slim one, without experts to speak of, which tells what a process needs
+    anyway.
     """
     slim = folder / "slim.plait"
-    api.compile(_slim(model), example_inputs=(example,)).save(slim)
+    api.compile(slim_model[0], example_inputs=slim_model[1]).save(slim)
     full = folder / "full.plait"
-    api.compile(model, example_inputs=(example,)).save(full)
+    api.compile(model[0], example_inputs=model[1]).save(full)
+    limit = max([int(t.max()) + 1 for t in model[1] if not t.is_floating_point()], default=1)
     found = {
-        "constant": _child(slim, None),
-        "resident": _child(full, None),
-        "budget": _child(full, BUDGET),
+        "constant": _child(slim, None, limit),
+        "resident": _child(full, None, limit),
+        "budget": _child(full, BUDGET, limit),
     }
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(p.nbytes for p in model[0].parameters())
     found["share"] = (found["budget"] - found["constant"]) / weights
     return found
 
@@ -246,22 +279,29 @@ def _slim(model: Any) -> nn.Module:
     return type(model)(config).eval()
 
 
-def _child(path: Path, budget: str | None) -> int:
+def _child(path: Path, budget: str | None, limit: int) -> int:
     code = "from plait.bench.weight_budget import measure; measure()"
-    command = [sys.executable, "-c", code, str(path), budget or ""]
+    command = [sys.executable, "-c", code, str(path), budget or "", str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])
 
 
 def measure() -> None:
     """In a process of its own: loads the file of the first argument under the budget of the second,
-    runs it on random tokens and prints the high-water mark of its resident memory.
+    runs it on random inputs, integers below the third, and prints the high-water mark of its
+    resident memory.
     """
-    path, budget = sys.argv[1:]
+    path, budget, limit = sys.argv[1:]
     model = api.load(path, weight_budget=budget or None)
-    shape = model.programs[0].captured.inputs[0].shape
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _ in range(20):
-            model(torch.randint(0, 256, [int(d) for d in shape], generator=generator))
+            inputs = []
+            for spec in model.programs[0].captured.inputs:
+                shape = [int(d) for d in spec.shape]
+                if spec.dtype.is_floating_point:
+                    inputs.append(torch.randn(shape, generator=generator))
+                else:
+                    inputs.append(torch.randint(0, int(limit), shape, generator=generator))
+            model(*inputs)
     print(json.dumps({"peak": high_water()}))

@@ -87,8 +87,9 @@ def compile(
     a pass pipeline as text, ``tune`` "off", "quick" or "full". ``profile`` (`plait.profile`) tells
     how the model routes; results do not depend on it. ``profile="online"`` learns that from the
     first calls, and compiles again in the background. ``weight_budget`` is how much of the weights
-    may be in memory at once, in bytes or as a share of all ("40%"): experts beyond that lie in a
-    file, and come when they are routed to. Without ``model`` it returns a decorator.
+    may be in memory at once, in bytes or as a share of all ("40%"): experts and branches of routers
+    beyond that lie in files, and come when they are routed to. Without ``model`` it returns a
+    decorator.
 
     ``devices`` (such as ``["cuda:0", "cuda:1"]`` or ``"4xcpu:2GB"``) divides a module among devices
     that none of them need hold it, as ``placement`` says, and returns a `Placed`.

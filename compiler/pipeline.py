@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,24 +24,26 @@ import torch.fx as fx
 
 from ..kernels import target as targets
 from ..passes.base import copy_graph
+from ..passes.batch_norm import KEEP
 from ..passes.fuse_horizontal import FUSE
 from ..passes.ir import branches_of
 from ..passes.manager import PassManager
 from ..passes.merge_parallel import JUDGE, Judge, MergeParallelOps
-from ..passes.prefetch_weights import BUDGET, TIERED, Tiered
+from ..passes.prefetch_weights import BRANCH, BUDGET, TIERED, Tiered
 from ..passes.remarks import Remark
 from ..passes.route_odds import Routes
 from ..passes.schedule import SCHEDULE, SchedulePass
 from ..passes.speculate_routes import LIKELY, ROUTES, SIZED, Likely, SpeculateRoutes
 from ..passes.streams import STREAMS
-from ..runtime.bank import Bank
 from ..runtime.executor import Executor, Part, Recorder
+from ..runtime.fetching import Wanted
 from ..runtime.plan import BranchStep, Plan
 from ..runtime.trace import made_up
 from .capture.captured import Captured
 from .capture.export import EXCLUSIVE
 from .errors import OptionError
 from .lowering import lower, select, subgraphs
+from .lowering.least import least
 from .lowering.lowered import Lowered
 from .measure import merging
 from .measure.bets import Sample, Speculation, judge_capacities, judge_likely, refused
@@ -165,6 +168,8 @@ class Deferred:
         self._lock = threading.Lock()
         self._executor: Executor | None = None
         self._recorder: Recorder | None = None
+        constants = module.graph.find_nodes(op="get_attr")
+        self._tiered = any(node.meta.get(TIERED) == BRANCH for node in constants)
 
     def observe(self, recorder: Recorder) -> None:
         """See `Executor.observe`."""
@@ -172,6 +177,14 @@ class Deferred:
             self._recorder = recorder
             if self._executor is not None:
                 self._executor.observe(recorder)
+
+    def wants(self, make: bool = True) -> Wanted | None:
+        """See `Part.wants`."""
+        if not self._tiered:
+            return Wanted()
+        if make:
+            return self._made().wants()
+        return None if self._executor is None else self._executor.wants()
 
     def visits(self) -> list[str]:
         """See `Executor.visits`."""
@@ -181,10 +194,13 @@ class Deferred:
         self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         """See `Executor.run`; the first call compiles."""
+        return self._made().run(tensors, into)
+
+    def _made(self) -> Executor:
         with self._lock:
             if self._executor is None:
                 self._executor = self._compile()
-        return self._executor.run(tensors, into)
+        return self._executor
 
     def _compile(self) -> Executor:
         from ..passes.fuse_vertical import groups_of
@@ -278,10 +294,11 @@ def _make(
         if routes is not None:
             graph.meta[ROUTES] = routes
         if store is not None:
-            graph.meta[BUDGET] = store.budget
+            graph.meta[BUDGET], graph.meta[KEEP] = store.budget, store.keep
         result = manager.run(graph)
         graph = result.graph_module
         graph.meta.pop(JUDGE)
+        graph.meta.pop(KEEP, None)
         tiered: Tiered | None = graph.meta.get(TIERED)
         if routes is not None:
             _finish_sized(graph, _after(manager, SpeculateRoutes.name), tiered)
@@ -293,13 +310,14 @@ def _make(
             trial.enter_context(store.trying())
         lowered = lower.lower(graph, groups_of(graph), kernels, captured.symbols, store=store)
         if store is not None and tiered is not None:
-            store.close(tiered, _banks(lowered), lowered.stayed)
+            store.close(tiered, least(lowered), lowered.stayed)
         lap("lower")
         bets: list[Remark] = []
         if routes is not None:
             values = _sizes_of(captured)
             build = functools.partial(_executor, kernels=kernels, store=store)
-            bets += judge_capacities(lowered, build, routes, values)
+            room = math.inf if store is None or store.tier is None else store.tier.capacity
+            bets += judge_capacities(lowered, build, routes, values, room)
             lap("bets on capacities")
         engine: Executor | Speculation = _scheduled(graph, lowered, kernels, store)
         lap("schedule")
@@ -311,13 +329,18 @@ def _make(
             other = _after(manager, SpeculateRoutes.name).run(likely.graph).graph_module
             groups = groups_of(other)
             special = lower.lower(other, groups, kernels, captured.symbols, "likely", store)
-            if _fits(likely, special, tiered, store, bets):
+            verdict: Executor | Speculation | None = None
+            held: Tiered | None = other.meta.get(TIERED)
+            largest = max(least(lowered), least(special))
+            if _fits(likely, special, held, largest, store, bets):
                 quick = _scheduled(other, special, kernels, store)
                 sample = Sample(made_up(lowered.plan, values), routes)
                 verdict = judge_likely(likely, engine, quick, sample, bets)
                 if verdict is quick:  # right for every route: nothing has to stand behind it
                     graph, lowered = other, special
                 engine = verdict or engine
+            if verdict is None and store is not None and store.tier is not None:
+                store.tier.limit(int(room))  # the refused plan needs none of it
             lap("bets on likely routes")
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
     remarks = (*captured.remarks, *result.remarks, *told, *lowered.remarks, *bets)
@@ -411,6 +434,7 @@ def _fits(
     likely: Likely,
     special: Lowered,
     tiered: Tiered | None,
+    largest: int,
     store: WeightStore | None,
     remarks: list[Remark],
 ) -> bool:
@@ -418,12 +442,8 @@ def _fits(
     if store is None or tiered is None:
         return True
     try:
-        store.close(tiered, _banks(special), special.stayed)
+        store.close(tiered, largest, special.stayed)
     except OptionError as error:
         remarks.append(refused(likely, str(error)))
         return False
     return True
-
-
-def _banks(lowered: Lowered) -> list[Bank]:
-    return [*lowered.banks.values(), *(b for part in lowered.parts.values() for b in _banks(part))]

@@ -10,6 +10,7 @@ again would cost more accuracy than the normalisation in float32 that takes thei
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,10 @@ from .base import allow
 from .ir import Aliases, Rewriter, alias_root, argument, aten, is_call
 from .remarks import Remark
 
+KEEP = "keep"
+"""Key of a graph module's ``meta``: what puts large folded weights where weights lie (`Keep`)."""
+Keep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From a folded weight and what it was made of to an equal tensor."""
 _INFERENCE: dict[Any, tuple[int, bool]] = {
     # operator -> (position of eps, whether it returns a tuple)
     aten.batch_norm.default: (7, False),
@@ -170,7 +175,11 @@ def _fold_into(rewriter: Rewriter, norm: _Norm, aliases: Aliases) -> bool:
     stem = alias_root(weight_node).name
     args = list(source.args) + [None] * (3 - len(source.args))
     kwargs = {k: v for k, v in source.kwargs.items() if k not in ("weight", "bias")}
-    args[1] = rewriter.constant(_laid_out(new_weight, weight), stem, like)
+    new_weight = _laid_out(new_weight, weight)
+    keep: Keep | None = rewriter.graph_module.meta.get(KEEP)
+    if keep is not None:
+        new_weight = keep(new_weight, weight)
+    args[1] = rewriter.constant(new_weight, stem, like)
     args[2] = rewriter.constant(new_bias, f"{stem}_shift", like)
     new = rewriter.call(source.target, tuple(args), kwargs, like=like)  # type: ignore[arg-type]
     rewriter.replace(norm.result, new)

@@ -123,16 +123,7 @@ class _Outliner:
         )
 
     def _gather_of(self, scatter: fx.Node) -> fx.Node:
-        index, count = ops.argument(scatter, "index"), ops.argument(scatter, "branches")
-        found = [
-            n
-            for n in index.users
-            if _is_call(n, "plait.gather.default")
-            and ops.argument(n, "index") is index
-            and len(ops.argument(n, "outs")) == count
-        ]
-        below = _below(scatter)
-        found = [n for n in self.graph.nodes if n in below and n in found]
+        found = _gathers(scatter)
         if not found:
             raise _Refused("PLT-BRN-002", "no gather belongs to this scatter")
         first, *later = found  # routers one after another may share an index
@@ -281,6 +272,28 @@ class _Outliner:
         for node in reversed(list(self.graph.nodes)):
             if node in gone or (node.op == "get_attr" and not node.users):
                 self.graph.erase_node(node)
+
+
+def between(scatter: fx.Node) -> set[fx.Node]:
+    """What depends on the cells of a scatter and goes into its gather: the operators of branches,
+    those of routers within them included. Nothing where no gather belongs to it.
+    """
+    found = _gathers(scatter)
+    return _below(scatter) & _above(found[0]) if found else set()
+
+
+def _gathers(scatter: fx.Node) -> list[fx.Node]:
+    """The gathers of a scatter's branches, in the graph's order."""
+    index, count = ops.argument(scatter, "index"), ops.argument(scatter, "branches")
+    found = [
+        n
+        for n in index.users
+        if _is_call(n, "plait.gather.default")
+        and ops.argument(n, "index") is index
+        and len(ops.argument(n, "outs")) == count
+    ]
+    below = _below(scatter)
+    return [n for n in scatter.graph.nodes if n in below and n in found]
 
 
 def _renamed(mode: Any, part: fx.Node, name: str) -> Sizes:

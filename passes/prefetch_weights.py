@@ -1,8 +1,9 @@
-"""`prefetch-weights`: weights of routed products lie on a slower tier, within a budget of bytes.
+"""`prefetch-weights`: weights that routes choose lie on a slower tier, within a budget of bytes.
 
-A routed product reads the matrices of those experts that the routes name, so only these must be in
-memory. The pass marks the weights whose every reader is such a product; the lowering puts them into
-a file, a fetch of what a route wants goes before the products, and the runtime keeps the budget
+A routed product reads the matrices of those experts that the routes name, and a branch of a router
+its own weights if any cell goes there, so only these must be in memory. The pass marks the weights
+whose every reader is such a product, and those that only branches read; the lowering puts them into
+files, what a route wants is fetched before it is read, and the runtime keeps the budget
 (`runtime/tier.py`): it loads what is likely to be wanted next ahead of time, everything else on
 demand, and drops what is worth least. Results do not depend on any of it. The idea is Brainstorm's
 (Cui et al., OSDI 2023), which loads weights speculatively to a GPU.
@@ -12,8 +13,8 @@ The budget of a graph lies in its ``meta["weight_budget"]``; without one nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,31 +23,49 @@ import torch.fx as fx
 from ..kernels import ops
 from .base import Pass, PassResult, allow, copy_graph
 from .ir import attribute, branches_of
+from .outline_branches import INNER
 from .remarks import Remark
+from .route_regions import COND
 
 BUDGET = "weight_budget"
 """Key of a graph module's ``meta``: bytes of weights that may be resident at once, or a share of
 all as text such as "40%"; of a variant of a graph, what was decided for that (`Tiered`)."""
 TIERED = "tiered"
-"""Key of a graph module's ``meta``: what the pass found (`Tiered`). Of a ``get_attr`` node's: True
-for weights on the slower tier."""
+"""Key of a graph module's ``meta``: what the pass found (`Tiered`). Of a ``get_attr`` node's, for
+weights on the slower tier: `EXPERTS` or `BRANCH`."""
+EXPERTS = "experts"
+"""Weights of routed products, of which each expert's are wanted on their own."""
+BRANCH = "branch"
+"""Weights that are wanted as a whole where the branch that reads them has rows."""
+LEAST = 1 << 16
+"""Bytes below which a branch's weights are not worth the system call that fetches them."""
+
+Place = tuple[int, int]
+"""Address and bytes of a tensor."""
 
 
 @dataclass(frozen=True)
 class Tiered:
-    """Weights of a graph in bytes, the ``budget`` that was asked for, and the pass's options."""
+    """What was decided: bytes of all weights and ``places`` of those on the slower tier, the
+    ``budget`` that was asked for, and the pass's options.
+    """
 
     total: int
-    tiered: int
+    places: frozenset[Place]
     budget: int
     ahead: bool
     evict: str
     cached: bool
 
+    @property
+    def tiered(self) -> int:
+        """Bytes of the weights on the slower tier."""
+        return sum(size for _, size in self.places)
+
 
 @dataclass(frozen=True)
 class PrefetchWeights(Pass):
-    """Puts the weights of routed products on a slower tier where there is a budget.
+    """Puts the weights of routed products and of branches on a slower tier where there is a budget.
 
     Attributes:
         ahead: a side thread loads what the next router is likely to want; else all is loaded on
@@ -72,54 +91,80 @@ class PrefetchWeights(Pass):
             return PassResult(graph_module)
         if isinstance(wanted, Tiered):
             return self._decided(graph_module, wanted)
-        weights = dict(_weights(graph_module))
-        total = sum(weights.values())
+        total = sum(size for _, size in {place for _, place, _ in _weights(graph_module)})
         budget = bytes_of(wanted, total)
         result = copy_graph(graph_module)
         remarks: list[Remark] = []
-        marked: dict[Any, int] = {}
         if total > budget:
-            self._mark(result, marked, remarks)
-        tiered = sum(marked.values())
-        result.meta[TIERED] = Tiered(total, tiered, budget, self.ahead, self.evict, self.cached)
+            inside, outside = _places(result, True), _places(result, False)
+            self._mark(result, False, inside - outside, remarks)
+        marked = frozenset(place for node, place, _ in _weights(result) if TIERED in node.meta)
+        found = Tiered(total, marked, budget, self.ahead, self.evict, self.cached)
+        result.meta[TIERED] = found
         result.recompile()
         share = f"{budget / 2**20:.1f} MiB of weights may be resident"
         if total <= budget:
             reason = f"{share}, there are {total / 2**20:.1f}: all of them stay"
             remarks.append(Remark("PLT-PRE-004", "note", self.name, (), reason))
         elif marked:
-            reason = (
-                f"{share}; {tiered / 2**20:.1f} of {total / 2**20:.1f} MiB lie on a slower tier"
-            )
+            part = f"{found.tiered / 2**20:.1f} of {total / 2**20:.1f} MiB"
+            reason = f"{share}; {part} lie on a slower tier"
             remarks.insert(0, Remark("PLT-PRE-001", "done", self.name, (), reason))
         return PassResult(result, tuple(remarks))
 
     def _decided(self, graph_module: fx.GraphModule, tiered: Tiered) -> PassResult:
-        """A variant of a graph leaves the same weights where they are."""
+        """A variant of a graph, or of a branch's, leaves the same weights where they are. What it
+        reads as a whole outside of branches, such as a branch that became part of it, is resident.
+        """
         result = copy_graph(graph_module)
-        if tiered.tiered:
-            self._mark(result, {}, [])
+        if tiered.places:
+            branch = any(n.meta.get(INNER) for n in result.graph.find_nodes(op="placeholder"))
+            self._mark(result, branch, tiered.places - _places(result, False, branch), [])
+            weights = _weights(result, branch)
+            resident = {place for node, place, _ in weights if TIERED not in node.meta}
+            tiered = replace(tiered, places=tiered.places - resident)
         result.meta[TIERED] = tiered
         result.recompile()
         return PassResult(result)
 
-    def _mark(self, module: fx.GraphModule, marked: dict[Any, int], remarks: list[Remark]) -> None:
-        """Marks the routed weights of a graph and of its branches, in place."""
+    def _mark(
+        self, module: fx.GraphModule, branch: bool, movable: Set[Place], remarks: list[Remark]
+    ) -> None:
+        """Marks weights of a graph (that of a ``branch``, or not) and of those in it, in place:
+        routed ones, and those of branches that are among the ``movable``.
+        """
+
+        def stay(remark: str, node: fx.Node, reason: str) -> None:
+            text = f"{reason}, so they stay resident"
+            remarks.append(Remark(remark, "missed", self.name, (node.name,), text))
+
         for node in module.graph.find_nodes(op="get_attr"):
             readers = [user for user in node.users if is_routed_weight(node, user)]
-            if not readers:
-                continue
-            if len(readers) < len(node.users):
+            large = branch and _is_large(node, module)
+            if readers and len(readers) == len(node.users):
+                kind = EXPERTS
+            elif large and _place(attribute(module, str(node.target))) in movable:
+                kind = BRANCH
+            elif readers:
                 other = next(user for user in node.users if user not in readers)
-                reason = f"{other.name} reads all of the weights, so they stay resident"
-                remarks.append(Remark("PLT-PRE-002", "missed", self.name, (node.name,), reason))
-            elif allow("put weights on a slower tier", [node]):
-                node.meta[TIERED] = True
-                tensor = attribute(module, str(node.target))
-                marked[_place(tensor)] = tensor.nbytes
+                stay("PLT-PRE-002", node, f"{other.name} reads all of the weights")
+                continue
+            elif large:
+                stay("PLT-PRE-006", node, "what is no branch reads these weights of one, too")
+                continue
+            else:
+                continue
+            if allow("put weights on a slower tier", [node]):
+                node.meta[TIERED] = kind
+        for node in () if branch else module.graph.find_nodes(op="call_function", target=COND):
+            given = [attribute(module, str(a.target)) for a in node.args[3] if _is_large(a, module)]
+            if given:
+                size = sum(tensor.nbytes for tensor in given) / 2**20
+                stay("PLT-PRE-007", node, f"a torch.cond reads {size:.2f} MiB of weights")
+        routed = _routed(module)
         for name, inner in branches_of(module):
             copied = copy_graph(inner)
-            self._mark(copied, marked, remarks)
+            self._mark(copied, name in routed, movable, remarks)
             copied.recompile()
             setattr(module, name, copied)
 
@@ -151,15 +196,37 @@ def bytes_of(budget: int | str, total: int) -> int:
     raise ValueError(f"a budget is a number of bytes or a share such as '40%', not {budget!r}")
 
 
-def _weights(module: fx.GraphModule) -> Iterator[tuple[Any, int]]:
-    """Where every constant of a graph and its branches lies, and its bytes."""
+def _routed(module: fx.GraphModule) -> set[str]:
+    """Attributes of the graphs that are branches of routers."""
+    nodes = (n for n in module.graph.nodes if str(n.target) == "plait_branches")
+    return {str(graph.target) for node in nodes for graph in node.args[0]}
+
+
+def _weights(module: fx.GraphModule, branch: bool = False) -> Iterator[tuple[fx.Node, Place, bool]]:
+    """Every constant of a graph (that of a ``branch``, or not) and of those in it: the node, where
+    it lies, and whether the graph that reads it is a branch's.
+    """
     for node in module.graph.find_nodes(op="get_attr"):
         tensor = attribute(module, str(node.target))
         if isinstance(tensor, torch.Tensor):
-            yield _place(tensor), tensor.nbytes
-    for _, inner in branches_of(module):
-        yield from _weights(inner)
+            yield node, _place(tensor), branch
+    routed = _routed(module)
+    for name, inner in branches_of(module):
+        yield from _weights(inner, name in routed)
 
 
-def _place(tensor: torch.Tensor) -> Any:
+def _places(module: fx.GraphModule, inside: bool, branch: bool = False) -> set[Place]:
+    """Where the constants lie that branches read, if ``inside``, or else what is no branch."""
+    return {place for _, place, read in _weights(module, branch) if read == inside}
+
+
+def _is_large(node: Any, module: fx.GraphModule) -> bool:
+    """Whether an argument is weights worth fetching."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return False
+    tensor = attribute(module, str(node.target))
+    return isinstance(tensor, torch.Tensor) and tensor.nbytes >= LEAST
+
+
+def _place(tensor: torch.Tensor) -> Place:
     return tensor.data_ptr(), tensor.nbytes

@@ -59,10 +59,13 @@ class PrivateFile:
         except OSError as error:
             raise BankError(f"cannot make a file in {folder}: {error.strerror}") from error
 
-    def __del__(self) -> None:
-        descriptor = vars(self).get("descriptor")
-        if descriptor is not None:
+    def close(self) -> None:
+        """Gives up the descriptor, of which a process has few; what is mapped stays."""
+        descriptor, self.descriptor = vars(self).get("descriptor", -1), -1
+        if descriptor >= 0:
             os.close(descriptor)
+
+    __del__ = close
 
     def write(self, content: Any, piece: int = SMALL) -> None:
         """Appends bytes, ``piece`` at a time. Raises BankError, as when the disk is full."""
@@ -113,19 +116,25 @@ class Mapped:
 class Bank:
     """A tensor ``[units, ...]`` whose units are loaded and dropped one by one.
 
-    ``units`` gives them in order, all of one shape and type. ``cached`` tells whether dropped units
-    may stay in the operating system's page cache (else they leave the machine's memory, too).
-    Raises BankError.
+    ``units`` gives them in order, all of one shape and type; ``alone`` tells that it is only one.
+    ``cached`` tells whether dropped units may stay in the operating system's page cache (else they
+    leave the machine's memory, too). Raises BankError.
     """
 
-    def __init__(self, folder: Path, units: Iterable[torch.Tensor], cached: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        units: Iterable[torch.Tensor],
+        cached: bool = True,
+        alone: bool = False,
+    ) -> None:
         self.file = PrivateFile(folder)
         self.cached = cached
         count, piece = 0, HUGE
         shape, dtype = torch.Size(), torch.uint8
         for unit in units:
             shape, dtype = unit.shape, unit.dtype
-            if unit.nbytes % HUGE:
+            if unit.nbytes % HUGE and not alone:
                 piece = SMALL  # parts of a huge page could not be dropped
             self.file.write(raw_bytes(unit.contiguous()), piece)
             count += 1
@@ -134,7 +143,9 @@ class Bank:
         self.count, self.unit_bytes = count, self.file.size // count
         self.tensor = self.file.map().tensor(0, (count, *shape), dtype)
         self._base = self.tensor.data_ptr()
-        if not cached:
+        if cached:
+            self.file.close()
+        else:
             self.file.settle()
             self._forget(0, self.file.size)
 

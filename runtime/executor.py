@@ -16,7 +16,7 @@ import torch
 from . import driver, library
 from .bank import Bank
 from .bound import Bound
-from .fetching import Fetching
+from .fetching import Wanted, fetching_of
 from .plan import (
     BranchStep,
     FetchStep,
@@ -64,6 +64,12 @@ class Part(Protocol):
         """See `Executor.observe`."""
         ...
 
+    def wants(self, make: bool = True) -> Wanted | None:
+        """The weights of a slower tier that whoever runs it must fetch. Where it is not compiled
+        yet it is now, if ``make``, and else they are None.
+        """
+        ...
+
     def run(
         self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
@@ -77,7 +83,8 @@ class Executor:
     ``constants`` maps names to prepared tensors, ``functions`` kernel hashes to addresses,
     ``calls`` names of library targets that are not operators (subgraphs) to callables, ``parts``
     the plan's parts to executors. ``keep`` holds what must stay alive, such as loaded libraries.
-    ``banks`` are those constants that lie on the slower tier ``tier``.
+    ``banks`` are those constants that lie on the slower tier ``tier``; those that the plan calls
+    ``fetched`` are the caller's to fetch.
     """
 
     instance_type: ClassVar[type[Instance]]
@@ -122,11 +129,11 @@ class Executor:
             for s in plan.steps
             if isinstance(s, LibraryStep)
         }
-        self.fetching = None
-        if any(isinstance(s, FetchStep) for s in plan.steps):
-            if tier is None:
-                raise PlanError("weights of the plan are on a slower tier, but there is none")
-            self.fetching = Fetching(plan, tier, self.banks)
+        if set(plan.fetched) - self.banks.keys():
+            raise PlanError("weights of the plan on a slower tier are missing: compile again")
+        self.fetching = fetching_of(plan, tier, self.banks, self.parts)
+        beside = 0 if self.fetching is None else self.fetching.beside()
+        self._wanted = Wanted(tuple(self.banks[name] for name in plan.fetched), beside)
         self._symbols = list(plan.symbols.items())
         self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
         self._launch = driver.launch_function()
@@ -144,6 +151,10 @@ class Executor:
         self.recorder = recorder
         for part in self.parts.values():
             part.observe(recorder)
+
+    def wants(self, make: bool = True) -> Wanted:
+        """The weights of a slower tier that whoever runs it must fetch."""
+        return self._wanted
 
     def visits(self) -> list[str]:
         """How often each branch ran, as lines of text."""
@@ -331,15 +342,36 @@ class Instance(Bound):
             for result, value in zip(results, parts[name].run(operands), strict=True):
                 result.copy_(value)
             return
+        fetching = self.executor.fetching
+        if fetching is None or step.name not in fetching.sites:
+            self._run_range(0, len(step.plans), step, choice, operands, results[0])
+            return
+        fetching.run_branches(
+            step,
+            choice,
+            lambda first, last: self._run_range(first, last, step, choice, operands, results[0]),
+        )
+
+    def _run_range(
+        self,
+        first: int,
+        last: int,
+        step: BranchStep,
+        offsets: Sequence[int],
+        operands: Sequence[torch.Tensor],
+        result: torch.Tensor,
+    ) -> None:
+        """Runs branches ``first`` to ``last - 1`` on their rows, where they have any."""
         rows, *others = operands
-        begin, *ends = choice
-        for b, (name, end) in enumerate(zip(step.plans, ends, strict=True)):
+        for b in range(first, last):
+            begin, end = offsets[b], offsets[b + 1]
             if step.sized and step.sized[b][0] and begin < end:
-                begin = self._run_sized(step.sized[b], begin, end, rows, others, results[0])
+                begin = self._run_sized(step.sized[b], begin, end, rows, others, result)
             if begin < end:
+                name = step.plans[b]
                 self.executor.taken[name] += 1
-                parts[name].run([rows[begin:end], *others], into=results[0][begin:end])
-            begin = end
+                part = self.executor.parts[name]
+                part.run([rows[begin:end], *others], into=result[begin:end])
 
     def _choice(self, step: BranchStep, selector: torch.Tensor) -> Any:
         """Which way a step goes: offsets of the branches' rows, or a truth value."""

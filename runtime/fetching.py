@@ -1,17 +1,20 @@
-"""The `FetchStep`s of a plan at work: weights of a slower tier come before they are read.
+"""Weights of a slower tier come before a plan reads them: `FetchStep`s and `BranchStep`s at work.
 
 Where the units that a route wants do not fit into the budget together, the steps that read them
 run in *waves*: the route's offsets are narrowed to as many neighbouring branches as fit, so that
 the kernel sees the others empty. Waves go from the first branch to the last. A kernel writes the
 rows of its branches and zeros to those behind, which the waves after it overwrite; each branch's
 rows are computed by one wave from the same operands as otherwise, so the results are the same bits.
+
+The plans of a `BranchStep` run one after the other anyway: a wave of them are those that fit.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from .bank import Bank
-from .plan import FetchStep, KernelStep, Plan, PlanError
+from .plan import BranchStep, FetchStep, KernelStep, Plan, PlanError
 from .residency import Residency, Root, fetch_function
 from .site import Site
 from .spans import Span
@@ -31,13 +34,34 @@ _ROOT = "root of residency"
 _WINDOW = "window of a route"  # a buffer of the narrowed offsets; no name of a plan's has blanks
 
 
-class Fetching:
-    """What the fetches of one executor share. Raises PlanError where banks do not fit the plan."""
+@dataclass(frozen=True)
+class Wanted:
+    """Weights of a slower tier that a plan needs: ``banks`` as long as it runs, and ``beside`` them
+    at least so many bytes for what it fetches itself.
+    """
 
-    def __init__(self, plan: Plan, tier: Tier, banks: Mapping[str, Bank]) -> None:
-        self.tier, self.banks = tier, banks
+    banks: tuple[Bank, ...] = ()
+    beside: int = 0
+
+
+class Fetching:
+    """What the fetches of one executor share: ``sites`` by the name of the step that fetches.
+
+    ``parts`` are what runs the plans that branch steps name. Raises PlanError where banks do not
+    fit the plan.
+    """
+
+    def __init__(
+        self, plan: Plan, tier: Tier, banks: Mapping[str, Bank], parts: Mapping[str, Any]
+    ) -> None:
+        self.tier, self.banks, self.parts = tier, banks, parts
         self.sites: dict[str, Site] = {}
+        self._unmade: dict[str, set[int]] = {}  # of a step the branches that are not compiled yet
+        self._used: list[Site] = []
         for step in plan.steps:
+            if isinstance(step, BranchStep):
+                self._make_site(step)
+                continue
             if not isinstance(step, FetchStep):
                 continue
             branches = int(step.selector.shape[0]) - 1
@@ -45,7 +69,66 @@ class Fetching:
                 raise PlanError(f"weights that {step.name} fetches are missing: compile again")
             own = [banks[n] for n in step.banks]
             self.sites[step.name] = tier.site([[(b, u) for b in own] for u in range(branches)])
-        weakref.finalize(self, tier.leave, list(self.sites.values()))
+        self._used += self.sites.values()
+        weakref.finalize(self, tier.leave, self._used)
+
+    # -- branches ---------------------------------------------------------------------------------
+
+    def _make_site(self, step: BranchStep) -> None:
+        """A site whose unit b is all that the plans of branch b want to be resident, if any want
+        something, or may do so once they are compiled.
+        """
+        if step.kind != "rows":
+            return
+        found = [[self.parts[name].wants(make=False) for name in names] for names in step.units]
+        if all(wanted is not None and not wanted.banks for own in found for wanted in own):
+            return
+        units: list[list[tuple[Bank, int]]] = []
+        beside: list[int] = []
+        for own in found:
+            known = [wanted for wanted in own if wanted is not None]
+            units.append([(b, 0) for b in dict.fromkeys(b for w in known for b in w.banks)])
+            beside.append(max((w.beside for w in known), default=0))
+        self._unmade[step.name] = {b for b, own in enumerate(found) if None in own}
+        self.sites[step.name] = self.tier.site(units, beside)
+
+    def beside(self) -> int:
+        """Bytes of weights that the plan fetches at least, at any one time."""
+        found = [0]
+        for name, site in self.sites.items():
+            if name in self._unmade:
+                sizes = zip(site.bytes, site.beside, strict=True)
+                found += [size + beside for size, beside in sizes]
+            else:
+                found += [bank.unit_bytes for bank, _ in site.units[0]]
+        return max(found)
+
+    def run_branches(
+        self, step: BranchStep, offsets: Sequence[int], run: Callable[[int, int], None]
+    ) -> None:
+        """Calls ``run(first, end)`` for ranges of branches that together are all of them, in order,
+        while the weights of those of the range that have rows are resident. Raises BankError.
+        """
+        counts = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
+        unmade = self._unmade[step.name]
+        made = [b for b in unmade if counts[b]] if unmade else []
+        if made:
+            for b in made:
+                for name in step.units[b]:
+                    self.parts[name].wants()
+            old = self.sites[step.name]
+            self._make_site(step)
+            self._used[self._used.index(old)] = self.sites[step.name]
+            self.tier.leave([old])
+        site = self.sites[step.name]
+        if self.tier.fetch(site, counts):
+            run(0, len(counts))
+            return
+        with closing(self.tier.waves(site, counts)) as waves:
+            for first, end in waves:
+                run(first, end)
+
+    # -- routed products --------------------------------------------------------------------------
 
     def run_whole(self, instance: Any, workspace: Any) -> bool:
         """Runs all kernels of an instance, which fetches between them and does nothing else, as one
@@ -130,6 +213,39 @@ class Fetching:
         for begin, end in self.tier.waves(site, _counts(offsets), only):
             np.clip(offsets, offsets[begin], offsets[end], out=single.window.numpy())
             launch(single.table.address, ext)
+
+
+def fetching_of(
+    plan: Plan, tier: Tier | None, banks: Mapping[str, Bank], parts: Mapping[str, Any]
+) -> Fetching | None:
+    """What brings the weights that a plan fetches; None where it fetches nothing.
+
+    Raises PlanError where banks do not fit the plan, or there is no tier to fetch from.
+    """
+    if tier is None:
+        if any(isinstance(step, FetchStep) for step in plan.steps):
+            raise PlanError("weights of the plan are on a slower tier, but there is none")
+        return None
+    found = Fetching(plan, tier, banks, parts)
+    return found if found.sites else None
+
+
+@contextmanager
+def resident(tier: Tier | None, banks: Sequence[Bank]) -> Iterator[None]:
+    """Within it ``banks`` of one unit are resident, for who runs a plan that is a part of another.
+
+    Raises BankError.
+    """
+    if tier is None or not banks:
+        yield
+        return
+    site = tier.site([[(bank, 0) for bank in banks]])
+    try:
+        with tier.using():
+            tier.fetch(site, [1])
+            yield
+    finally:
+        tier.leave([site])
 
 
 def _counts(offsets: NDArray[np.int64]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .sizes import Size, evaluate
 
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 
 
 class PlanError(ValueError):
@@ -119,6 +119,12 @@ class BranchStep:
         """All plans that it may run."""
         return (*self.plans, *(name for _, name in self.sized if name))
 
+    @property
+    def units(self) -> tuple[tuple[str, ...], ...]:
+        """The plans that each branch may run."""
+        sized = [name for _, name in self.sized] or [""] * len(self.plans)
+        return tuple((n, *([s] if s else [])) for n, s in zip(self.plans, sized, strict=True))
+
 
 @dataclass(frozen=True)
 class FetchStep:
@@ -176,7 +182,9 @@ class Plan:
     ``outputs`` describe the caller's tensors; an output may be an alias of an input or of a
     constant. ``arena_bytes`` is the workspace's peak. ``parts`` are the plans that `BranchStep`
     names; a name without a plan is ``deferred``: it is compiled when it is first needed.
-    ``workers`` is the number of threads for which its steps are placed, 0 if they are not.
+    ``fetched`` are constants on a slower tier that whoever runs the plan as a part of another makes
+    resident first. ``workers`` is the number of threads for which its steps are placed, 0 if they
+    are not.
 
     A plan for a GPU has a `Lane` for every step in ``lanes``, and in ``urgent`` the streams that
     come first where the GPU has to choose.
@@ -192,6 +200,7 @@ class Plan:
     arena_bytes: Size = 0
     parts: dict[str, Plan] = field(default_factory=dict)
     deferred: tuple[str, ...] = ()
+    fetched: tuple[str, ...] = ()
     workers: int = 0
     lanes: list[Lane] = field(default_factory=list)
     urgent: tuple[int, ...] = ()
@@ -240,12 +249,15 @@ class Plan:
         document["guards"] = [Guard(**g) for g in document["guards"]]
         document["parts"] = {k: Plan._read(part) for k, part in document["parts"].items()}
         document["deferred"] = tuple(document["deferred"])
+        document["fetched"] = tuple(document["fetched"])
         document["lanes"] = [Lane(k["stream"], tuple(k["waits"])) for k in document["lanes"]]
         document["urgent"] = tuple(document["urgent"])
         return Plan(**document)
 
     def __str__(self) -> str:
         lines = [f"plan {self.name}: {len(self.steps)} steps, workspace {self.arena_bytes} bytes"]
+        if self.fetched:
+            lines.append(f"       fetched where it has rows: {', '.join(self.fetched)}")
         for i, step in enumerate(self.steps):
             if isinstance(step, KernelStep):
                 reads = ", ".join(a.buffer for a in step.args[: step.reads])

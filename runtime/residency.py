@@ -380,8 +380,9 @@ class Residency:
 
     def add(self, site: Site) -> None:
         """Takes in the next site; no launch that fetches may be under way."""
-        rows = np.zeros((len(site.units), UNIT), np.int64)
-        for row, unit, size in zip(rows, site.units, site.bytes, strict=True):
+        rows = np.zeros((len(site.bytes), UNIT), np.int64)
+        units = site.units or [()] * len(rows)  # what nobody fetches any more has no banks
+        for row, unit, size in zip(rows, units, site.bytes, strict=True):
             pieces = np.array([(*b.span(n), *b.pages(n)) for b, n in unit], np.int64)
             self._pieces.append(pieces)
             row[1], row[3], row[4] = size, pieces.ctypes.data, len(pieces)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,16 +56,29 @@ class Counters:
 
 @dataclass
 class Site:
-    """A place that fetches: for each unit of work the (bank, number) that it reads."""
+    """A place that fetches: for each unit of work the (bank, number) that it reads, and bytes that
+    what runs with it fetches ``beside`` it, one unit at a time.
+    """
 
     number: int
     units: Sequence[Sequence[tuple[Bank, int]]]
     bytes: list[int]
+    beside: Sequence[int] = ()
     users: int = 0
+
+    def __post_init__(self) -> None:
+        self.mask = sum(1 << unit for unit, size in enumerate(self.bytes) if size)
+        """The units that have anything to load."""
+        self.nested = any(self.beside)
+        """Whether anything is fetched beside units."""
 
     def size(self, mask: int) -> int:
         """Bytes of the units whose bits are set."""
         return sum(self.bytes[unit] for unit in bits(mask))
+
+    def reserved(self, units: Iterable[int]) -> int:
+        """Bytes to be kept free while these units are in use."""
+        return max((self.beside[unit] for unit in units), default=0) if self.nested else 0
 
 
 def bits(mask: int) -> Iterator[int]:

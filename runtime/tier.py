@@ -83,6 +83,7 @@ class Tier:
         self._sizes = np.zeros((0, 0), dtype=np.int64)  # of units; a row per site
         self._cheap = False  # loads take less than waking the side thread does
         self._bytes = 0
+        self._waving = 0  # of them, those of waves in progress
         self._now = 0
         self._seen = 0  # fetches that the forecast was told of
         self._thread: ThreadPoolExecutor | None = None
@@ -96,9 +97,19 @@ class Tier:
         """What is resident now."""
         return int(self._native.root[Root.BYTES]) if self._given else self._bytes
 
-    def site(self, units: Sequence[Sequence[tuple[Bank, int]]]) -> Site:
-        """The place that fetches ``units``, the same one for the same banks, until `leave`."""
-        key = tuple(tuple((id(bank), number) for bank, number in unit) for unit in units)
+    def limit(self, capacity: int) -> None:
+        """Lets at most ``capacity`` bytes be resident from now on."""
+        with self._turn, self._state:
+            self._take_back()
+            self.capacity = capacity
+            self._make_room(0)
+
+    def site(self, units: Sequence[Sequence[tuple[Bank, int]]], beside: Sequence[int] = ()) -> Site:
+        """The place that fetches ``units``, the same one for the same banks, until `leave`; what it
+        fetches ``beside`` each as in `Site`.
+        """
+        banks = (tuple((id(bank), number) for bank, number in unit) for unit in units)
+        key = (*banks, tuple(beside))
         with self._turn, self._state:
             self._take_back()
             self._forget()
@@ -106,7 +117,7 @@ class Tier:
             if found is None:
                 number = self.forecast.add(len(units))
                 sizes = [sum(bank.unit_bytes for bank, _ in unit) for unit in units]
-                found = Site(number, units, sizes)
+                found = Site(number, units, sizes, beside)
                 self.sites.append(found)
                 self._resident.append(0)
                 self._sizes = grown(self._sizes, len(units), 0)
@@ -168,6 +179,7 @@ class Tier:
             if count:
                 wanted |= bit
             bit <<= 1
+        reserved, wanted = site.reserved(bits(wanted)), wanted & site.mask
         counters = self._count
         with self._state:
             self._take_back()
@@ -182,8 +194,8 @@ class Tier:
                 if self.record is not None:
                     self.record.append((number, tuple(bits(wanted))))
             missing = wanted & ~self._resident[number]
-            if missing:  # what is resident needs no room
-                if site.size(wanted) + self._held() > self.capacity:
+            if missing or site.nested:  # what is resident needs no room
+                if site.size(wanted) + reserved + self._held() > self.capacity:
                     return False
                 counters.misses += missing.bit_count()
             self._frames[-1] = number, wanted
@@ -273,13 +285,15 @@ class Tier:
             sum(b.unit_bytes for b, _ in unit if only is None or b in only) for unit in site.units
         ]
         room = self.capacity - self._held()
-        wanted = [unit for unit, count in enumerate(counts) if count]
+        wanted = [u for u, count in enumerate(counts) if count and (sizes[u] or site.nested)]
         begin, group = 0, wanted[:1]
         for unit in [*wanted[1:], None]:
             size = sum(sizes[u] for u in group)
-            if unit is not None and size + sizes[unit] <= room:
-                group.append(unit)
-                continue
+            if unit is not None:
+                reserved = site.reserved([*group, unit])
+                if size + sizes[unit] + reserved <= room:
+                    group.append(unit)
+                    continue
             end = len(sizes) if unit is None else unit
             with self._wave(site, group, size, only):
                 yield begin, end
@@ -293,6 +307,7 @@ class Tier:
         with self._state:
             self._make_room(size)
             self._bytes += size
+            self._waving += size
             self._count.peak_bytes = max(self._count.peak_bytes, self._bytes)
             self._count.waves += 1
             self._count.misses += len(units)
@@ -306,6 +321,7 @@ class Tier:
         finally:
             with self._state:
                 self._bytes -= size
+                self._waving -= size
                 drop(parts)
                 resident = self._resident[site.number]  # what is, lost a part
                 self._drop([(site.number, unit) for unit in units if resident >> unit & 1])
@@ -355,7 +371,7 @@ class Tier:
         if len(self._frames) < 2:
             return 0
         frames = [frame for frame in self._frames[:-1] if frame is not None]
-        return sum(self.sites[s].size(mask) for s, mask in frames)
+        return self._waving + sum(self.sites[s].size(mask) for s, mask in frames)
 
     def _keep(self, site: Site, mask: int) -> None:
         self._resident[site.number] |= mask

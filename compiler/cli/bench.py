@@ -98,26 +98,7 @@ def _bench_weights(rounds: int, seconds: float, threads: int | None, output: Pat
     console, header = Console(), environment()
     console.print(report.header(header), highlight=False)
     document = weight_budget.run(rounds, seconds)
-    table = Table(title=f"weight budget {document['budget']}", title_justify="left")
-    for column in ("tokens", "mode", "p50 ms", "slower", "hits", "MB a call"):
-        table.add_column(column, justify="left" if column == "mode" else "right")
-    for row in document["rows"]:
-        table.add_row(
-            str(row["tokens"]),
-            row["mode"],
-            "-" if row["p50_seconds"] is None else f"{row['p50_seconds'] * 1e3:.3g}",
-            "-" if row["slowdown"] is None else f"{row['slowdown']:+.1%}",
-            f"{row['hit_rate']:.1%}",
-            f"{row['moved_per_call'] / 1e6:.1f}",
-        )
-    console.print(table)
-    memory = document["memory"]
-    console.print(
-        f"{document['weight_bytes'] / 1e6:.0f} MB of weights; resident at most: "
-        f"{memory['resident'] / 1e6:.0f} MB with all of them, {memory['budget'] / 1e6:.0f} MB "
-        f"under the budget, {memory['constant'] / 1e6:.0f} MB without any: the budget costs "
-        f"{memory['share']:.1%} of the weights",
-        highlight=False,
-    )
+    console.print(report.budget_table(document, "tokens"))
+    console.print(report.budget_memory(document), highlight=False)
     if output is not None:
         write_text(output, json.dumps({"environment": header, **document}, indent=1))

@@ -15,15 +15,13 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ...kernels.abi import Pack, TensorArg
+from ...kernels.abi import TensorArg
 from ...kernels.group import Group
 from ...passes.plan_memory import Lifetime, MemoryPlan, describe, plan_memory
-from ...passes.prefetch_weights import TIERED
 from ...passes.remarks import Remark
 from ...passes.route_regions import ROUTER
 from ...passes.speculate_routes import DEFERRED, SIZED
 from ...runtime import library
-from ...runtime.bank import Bank
 from ...runtime.plan import (
     BranchStep,
     Buffer,
@@ -37,7 +35,9 @@ from ...runtime.plan import (
 from .. import sizes
 from ..weights.budget import WeightStore
 from . import fetches
-from .lowered import Absent, Kernels, Lowered
+from .constants import Constants, to_files
+from .least import marked_bytes
+from .lowered import Kernels, Lowered
 from .select import Choice, Selected, missed
 from .storage import Place, Storage, buffer_bytes, is_tensor, runs_parts, split_concats
 from .subgraphs import bound_symbols, subgraph_call
@@ -74,17 +74,16 @@ class _Lowering:
         store: WeightStore | None,
     ) -> None:
         self.graph_module, self.kernels, self.store = graph_module, kernels, store
-        self.banks: dict[str, Bank] = {}
         self.symbols, self.name = dict(symbols), name
         self.forced: dict[fx.Node, Remark] = {}
         self.remarks: list[Remark] = []
         self.groups = split_concats(graph_module, groups, self.is_library)
-        self.constants: dict[str, torch.Tensor] = {}
+        self.constants = Constants(graph_module, kernels, store)
+        self.stayed = 0
         self.calls: dict[str, Callable[..., Any]] = {}
         self.buffers: dict[str, Buffer] = {}
         self.parts: dict[str, Lowered] = {}
         self.deferred: dict[str, fx.GraphModule] = {}
-        self.absent: dict[str, Absent] = {}
 
     def is_library(self, group: Group) -> bool:
         return group.kind == "library" or group.nodes[0] in self.forced
@@ -106,13 +105,15 @@ class _Lowering:
             arena_bytes=memory.total,
             parts={name: part.plan for name, part in self.parts.items()},
             deferred=tuple(self.deferred),
+            fetched=tuple(self.constants.whole),
         )
         used = sorted({s.kernel for s in steps if isinstance(s, KernelStep)})
-        stayed = self._stayed() + sum(part.stayed for part in self.parts.values())
-        remarks = [*self.forced.values(), *self.remarks]
+        stayed, told = self.constants.stayed(self.storage.roots.values())
+        stayed += self.stayed + sum(part.stayed for part in self.parts.values())
+        remarks = [*self.forced.values(), *self.remarks, *told]
         return Lowered(
             plan,
-            self.constants,
+            self.constants.tensors,
             self.calls,
             used,
             remarks,
@@ -122,9 +123,9 @@ class _Lowering:
             self.storage,
             self.parts,
             self.deferred,
-            self.banks,
+            {**self.constants.banks, **self.constants.whole},
             stayed,
-            self.absent,
+            self.constants.absent,
         )
 
     # -- which groups are kernels -----------------------------------------------------------
@@ -195,9 +196,8 @@ class _Lowering:
                 group = self.groups[k]
                 if k in selected:
                     step = self._kernel_step(self._as_kernel_group(group), selected[k], k)
-                    banks = tuple(
-                        a.buffer for a in step.args[: step.reads] if a.buffer in self.banks
-                    )
+                    reads = (a.buffer for a in step.args[: step.reads])
+                    banks = tuple(name for name in reads if name in self.constants.banks)
                     if banks:
                         offsets = fetches.offsets_of(group)
                         fetches.add(steps, step, banks, offsets, self._operand(offsets))
@@ -223,7 +223,13 @@ class _Lowering:
         for node, pack in zip(group.inputs, chosen.packs, strict=True):
             place = self.storage.places[node]
             assert isinstance(place, Place)
-            args.append(self._ref(place) if pack is None else self._packed(place, pack))
+            if pack is None:
+                args.append(self._ref(place))
+                continue
+            name = self.constants.packed(self.storage.roots[place.root], place, pack)
+            made = self.constants.tensors[name]
+            dtype = str(made.dtype)[6:]
+            args.append(TensorRef(name, dtype, tuple(made.shape), tuple(made.stride())))
         args += [self._ref(self.storage.places[n]) for n in group.outputs]
         return KernelStep(
             name=chosen.name,
@@ -237,71 +243,15 @@ class _Lowering:
             group=number,
         )
 
-    def _packed(self, place: Place, pack: Pack) -> TensorRef:
-        """A constant reordered for one kernel; prepared once however many kernels want it."""
-        params = ",".join(f"{k}={v}" for k, v in pack.params)
-        view = f"{place.offset}:{place.shape}:{place.strides}"
-        name = f"{place.root}|{pack.op}({params})|{view}"
-        if name not in self.constants:
-            source = self._constant(place.root)
-            offset = source.storage_offset() + int(place.offset)
-            tensor = source.as_strided(place.shape, place.strides, offset)
-            node = self.storage.roots[place.root].node
-            if self.store is not None and node is not None and node.meta.get(TIERED):
-                self.banks[name] = bank = self.store.bank(tensor, pack)
-                self.constants[name] = bank.tensor
-                self._set_constant(place.root, self.store.filed(source))
-            else:
-                self.constants[name] = self.kernels.pack(tensor, pack)
-            if source.is_meta:
-                shape, strides = tuple(tensor.shape), tensor.stride()
-                self.absent[name] = Absent(
-                    self._target_of(place.root), shape, strides, int(place.offset), pack
-                )
-        tensor = self.constants[name]
-        return TensorRef(name, str(tensor.dtype)[6:], tuple(tensor.shape), tuple(tensor.stride()))
-
-    def _target_of(self, name: str) -> str:
-        """The attribute of the graph that a constant root is."""
-        node = self.storage.roots[name].node
-        assert node is not None
-        return str(node.target)
-
-    def _constant(self, name: str) -> torch.Tensor:
-        value: Any = self.graph_module
-        for part in self._target_of(name).split("."):
-            value = getattr(value, part)
-        return value.detach()
-
-    def _set_constant(self, name: str, value: torch.Tensor) -> None:
-        node = self.storage.roots[name].node
-        assert node is not None
-        *path, last = str(node.target).split(".")
-        owner: Any = self.graph_module
-        for part in path:
-            owner = getattr(owner, part)
-        setattr(owner, last, value)
-
-    def _stayed(self) -> int:
-        """Bytes of weights that were meant for a slower tier but have no kernel, each with a
-        remark.
-        """
-        size = 0
-        for name, root in self.storage.roots.items():
-            node = root.node
-            if node is None or name not in self.constants or not node.meta.get(TIERED):
-                continue
-            reason = "the product that reads these weights is no kernel, so they stay resident"
-            self.remarks.append(missed("PLT-PRE-003", (node.name,), reason))
-            size += self.constants[name].nbytes
-        return size
-
     def _other_step(self, node: fx.Node, number: int) -> LibraryStep | BranchStep:
         if runs_parts(node):
             try:
                 return self._branch_step(node, number)
             except NotImplementedError as error:
                 hint = "pass what the branch needs as a tensor that has this size"
+                graphs = (a for a in node.all_input_nodes if a.op == "get_attr")
+                inner = (getattr(self.graph_module, str(a.target)) for a in graphs)
+                self.stayed += sum(marked_bytes(m) for m in inner if isinstance(m, fx.GraphModule))
                 self.remarks.append(missed("PLT-BRN-007", (node.name,), str(error), hint))
         return self._library_step(node, number)
 
@@ -322,6 +272,8 @@ class _Lowering:
             bound = bound_symbols(module)
             if b in node.meta.get(DEFERRED, ()):
                 self.deferred[name] = module
+                if self.store is not None:
+                    to_files(module, self.store)
                 continue
             part = lower(module, groups_of(module), self.kernels, bound, name, self.store)
             self.parts[name] = part
@@ -467,15 +419,12 @@ class _Lowering:
                 index, outputs = outputs, outputs + 1
             self.buffers[name] = Buffer(name, root.kind, nbytes, index)
             if root.kind == "const":
-                self.constants[name] = tensor = self._constant(name)
-                if tensor.is_meta:
-                    geometry = tuple(tensor.shape), tensor.stride()
-                    self.absent[name] = Absent(self._target_of(name), *geometry, 0, None)
+                self.constants.plain(root)
             if root.kind == "arena":
                 lifetimes.append(Lifetime(name, nbytes, first[name], last[name]))
-        for name in self.constants:
+        for name, tensor in self.constants.tensors.items():
             if name not in self.buffers:
-                self.buffers[name] = Buffer(name, "const", self.constants[name].nbytes)
+                self.buffers[name] = Buffer(name, "const", tensor.nbytes)
         memory = plan_memory(lifetimes)
         if lifetimes:
             self.remarks.append(describe(lifetimes, memory))

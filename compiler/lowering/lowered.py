@@ -63,7 +63,8 @@ class Lowered:
     """A plan and what it runs on.
 
     ``constants`` are prepared (packed) tensors by buffer name, ``banks`` those of them on a slower
-    tier; ``stayed`` are bytes of weights that were meant to be there, but have no kernel.
+    tier (of one unit where the plan calls them ``fetched``); ``stayed`` are bytes of weights that
+    were meant to be there, but have no kernel.
     Constants in ``absent`` are on the meta device until `weights.absent.fill` makes them.
     """
 

@@ -19,9 +19,11 @@ from ...passes.remarks import Remark
 from ...passes.route_odds import Key, Loads, Routes, fractions
 from ...passes.speculate_routes import Likely, grouped_key, name_group
 from ...runtime.executor import Executor
+from ...runtime.fetching import resident
 from ...runtime.plan import BranchStep
 from ...runtime.rehearsal import Rehearsal, Script
 from ...runtime.trace import made_up
+from ..lowering import least
 from ..lowering.lowered import Lowered
 
 MARGIN = 0.05
@@ -191,9 +193,16 @@ def judge_likely(
 
 
 def judge_capacities(
-    lowered: Lowered, build: Build, routes: Routes, values: Mapping[str, int]
+    lowered: Lowered,
+    build: Build,
+    routes: Routes,
+    values: Mapping[str, int],
+    room: float = math.inf,
 ) -> list[Remark]:
-    """Takes the plans for a number of rows that do not pay out of ``lowered``, which it changes."""
+    """Takes the plans for a number of rows that do not pay out of ``lowered``, which it changes.
+
+    ``room`` are the bytes of weights on a slower tier that may be resident.
+    """
     remarks: list[Remark] = []
     keys = {name_of(key): pair for key, pair in routes.items()}
     for number, step in enumerate(lowered.plan.steps):
@@ -205,7 +214,16 @@ def judge_capacities(
             if not name or held is None:
                 sized.append((0, ""))
                 continue
-            kept = _judge_capacity(lowered, step, b, build, held, values, remarks)
+            wanted = least.of_branch(lowered, step.units[b])
+            if wanted > room:
+                reason = (
+                    f"{wanted / 2**20:.2f} MiB of weights for {rows} rows of branch {b} are more"
+                )
+                text = f"router {step.router.rpartition('#')[0]!r}: {reason} than the budget allows"
+                remarks.append(Remark("PLT-SPC-009", "missed", PASS, (step.name,), text))
+            kept = wanted <= room and _judge_capacity(
+                lowered, step, b, build, held, values, remarks
+            )
             sized.append((rows, name) if kept else (0, ""))
             if not kept:
                 del lowered.parts[name], lowered.plan.parts[name]
@@ -213,7 +231,7 @@ def judge_capacities(
             sized = []
         lowered.plan.steps[number] = replace(step, sized=tuple(sized))
     for part in lowered.parts.values():
-        remarks += judge_capacities(part, build, routes, values)
+        remarks += judge_capacities(part, build, routes, values, room - least.held(part))
     return remarks
 
 
@@ -245,8 +263,10 @@ def _judge_capacity(
         return False
     before, after, fast = 0.0, -math.inf, 0.0
     usual: dict[int, float] = {}
+    banks = tuple(dict.fromkeys((*general.wants().banks, *special.wants().banks)))
     for _ in range(TIMES):
-        *times, special_time = timed(calls)
+        with resident(general.tier, banks):
+            *times, special_time = timed(calls)
         now = dict(zip(sizes, times, strict=True))
         costs = [
             now[n] if n < rows else special_time + (now[n - rows] if n > rows else 0.0)

@@ -2,7 +2,8 @@
 
 One `WeightStore` serves all programs of a model, so they share banks and budget. With it
 
-* packed weights of routed products are written to a file, unit by unit, and become a `Bank`;
+* packed weights of routed products and of branches are written to files, those of routed products
+  unit by unit, and become a `Bank`;
 * the tensors they were made from, the model's own parameters, move into a file, too: they keep
   their values, their names and their place in the module, and come into memory when they are read.
 """
@@ -15,7 +16,7 @@ import gc
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,9 @@ from torch import nn
 
 from ...kernels.abi import Pack
 from ...kernels.ops import argument
-from ...passes.prefetch_weights import Tiered
+from ...passes.ir import attribute
+from ...passes.outline_branches import between
+from ...passes.prefetch_weights import LEAST, Tiered
 from ...runtime.bank import Bank, BankError, Mapped, PrivateFile, raw_bytes, release
 from ...runtime.tier import Tier
 from ..capture.captured import Captured
@@ -72,21 +75,21 @@ class WeightStore:
         if self.tier is None:
             self.tier = Tier(tiered.budget, tiered.ahead, tiered.evict)  # type: ignore[arg-type]
 
-    def close(self, tiered: Tiered, banks: Iterable[Bank], stayed: int) -> None:
+    def close(self, tiered: Tiered, largest: int, stayed: int) -> None:
         """Fixes what the tier may hold: the budget less what is always resident.
 
-        ``stayed`` are bytes that were meant for the tier, but could not go there. Raises
-        OptionError where that leaves no room for the largest unit.
+        ``largest`` are the bytes that must be resident at once at least, ``stayed`` those that were
+        meant for the tier, but could not go there. Raises OptionError where there is no room.
         """
         always = tiered.total - tiered.tiered + stayed
-        largest = max((bank.unit_bytes for bank in banks), default=0)
         capacity = tiered.budget - always
         if tiered.total > tiered.budget and (capacity < largest or not largest):
             detail = (
-                f"{_mib(always)} outside of routed products are always resident, the largest "
-                f"expert's weights are {_mib(largest)}"
+                f"{_mib(always)} outside of routed products and branches are always resident, the "
+                f"largest expert's or branch's weights are {_mib(largest)}"
                 if largest
-                else "there are no routed products with kernels, whose weights could lie in a file"
+                else "there are no routed products with kernels, and no branches with large "
+                "weights, that could lie in a file"
             )
             least = (always + largest) if largest else tiered.total
             raise OptionError(
@@ -95,7 +98,7 @@ class WeightStore:
                 f"give at least {least} bytes",
             )
         if self.tier is not None:
-            self.tier.capacity = min(self.tier.capacity, capacity)
+            self.tier.limit(min(self.tier.capacity, capacity))
 
     def trying(self) -> AbstractContextManager[None]:
         """What is fetched within it, to time plans, counts for nothing."""
@@ -103,43 +106,46 @@ class WeightStore:
 
     # -- files ------------------------------------------------------------------------------------
 
-    def bank(self, source: torch.Tensor, pack: Pack) -> Bank:
-        """``source`` ``[units, ...]`` packed, as a bank; the same one for the same contents.
+    def bank(self, source: torch.Tensor, pack: Pack | None, whole: bool = False) -> Bank:
+        """``source`` ``[units, ...]``, or of any shape where it is one ``whole`` unit, packed, as a
+        bank; the same one for the same contents. Without a ``pack`` it is as it is.
 
         Raises FileError where it cannot be written.
         """
         from ...kernels import packing
 
         filed = self._filed(source)
-        key = source.data_ptr(), source.shape, source.stride(), source._version, pack
+        key = source.data_ptr(), source.shape, source.stride(), source._version, pack, whole
         digest = filed.digests.get(key) if filed else None
         if digest is None:
-            digest = self._digest(source, pack)
+            digest = self._digest(source, pack, whole)
             if filed:
                 filed.digests[key] = digest
         bank = self._banks.get(digest)
         if bank is None:
 
             def packed() -> Iterator[torch.Tensor]:
-                for unit in self._units(source):
-                    yield packing.apply(pack, unit)[0]
+                for unit in self._units(source, whole):
+                    made = unit if pack is None else packing.apply(pack, unit)
+                    yield made if whole else made[0]
+                    del made
                     _trim()  # what packing needed meanwhile
 
             with self.reported():
-                bank = Bank(self._folder, packed(), self._cached)
+                bank = Bank(self._folder, packed(), self._cached, alone=whole)
             self._banks[digest] = bank
         return bank
 
-    def _digest(self, source: torch.Tensor, pack: Pack) -> bytes:
-        digest = hashlib.sha256(repr((source.dtype, source.shape, pack)).encode())
-        for unit in self._units(source):
+    def _digest(self, source: torch.Tensor, pack: Pack | None, whole: bool) -> bytes:
+        digest = hashlib.sha256(repr((source.dtype, source.shape, pack, whole)).encode())
+        for unit in self._units(source, whole):
             digest.update(raw_bytes(unit.contiguous()))
         return digest.digest()
 
-    def _units(self, source: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _units(self, source: torch.Tensor, whole: bool) -> Iterator[torch.Tensor]:
         """One after the other; what it brought of a file into memory is given back behind it."""
         filed = self._filed(source)
-        for unit in source.split(1):
+        for unit in (source,) if whole else source.split(1):
             yield unit
             if filed and filed.fresh is not None:
                 release(unit)
@@ -175,6 +181,15 @@ class WeightStore:
         self.note(result, mapped)
         return result.as_strided(tensor.shape, tensor.stride())
 
+    def keep(self, made: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """A large tensor ``made`` of ``source`` in a file; and nothing of ``source`` in memory that
+        a file has. Raises FileError.
+        """
+        filed = self._filed(source)
+        if filed and filed.fresh is not None:
+            release(source)
+        return self.filed(made) if _is_large(made) else made
+
     def note(self, tensor: torch.Tensor, mapped: Mapped) -> None:
         """Remembers that ``tensor`` lies in a file."""
         space = weakref.ref(mapped.space)
@@ -189,18 +204,19 @@ class WeightStore:
 
     @contextlib.contextmanager
     def moved(self, captured: Captured, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Moves the parameters that routed products read into files, to be compiled within it.
+        """Moves the parameters that routed products and branches read into files, to be compiled
+        within it.
 
         The parameters of ``modules`` stay the objects they are. Raises FileError.
         """
         try:
             module = captured.graph_module
             holders = _holders(modules)
-            for attribute in sorted(_routed_constants(module)):
-                tensor = getattr(module, attribute)
+            for name in sorted(_chosen_constants(module)):
+                tensor = getattr(module, name)
                 found = holders.get(tensor.untyped_storage().data_ptr(), [])
                 if all(_same_memory(tensor, parameter) for parameter in found):
-                    setattr(module, attribute, self._move(tensor, found))
+                    setattr(module, name, self._move(tensor, found))
             yield
         finally:
             self.settle()
@@ -235,15 +251,10 @@ class WeightStore:
     # -- forecasts --------------------------------------------------------------------------------
 
     def learn(self, executor: Executor, profile: Profile) -> None:
-        """Starts the forecasts of an executor's sites from a profile."""
-        fetching = executor.fetching
-        if fetching is None:
+        """Starts the forecasts of an executor's sites, and of its parts', from a profile."""
+        if self.tier is None:
             return
-        forecast = fetching.tier.forecast
-        sites: dict[str, int] = {}
-        for step in executor.plan.steps:
-            if getattr(step, "router", "") and step.name in fetching.sites:
-                sites[step.router] = fetching.sites[step.name].number
+        forecast, sites = self.tier.forecast, dict(_sites(executor))
         for router in profile.total:
             site = sites.get(f"{router.name}#{router.call}")
             if site is not None:
@@ -252,6 +263,17 @@ class WeightStore:
             before, after = (sites.get(f"{name}#{call}") for name, call in pair)
             if before is not None and after is not None:
                 forecast.prior_pair(before, after, table)
+
+
+def _sites(executor: Executor) -> Iterator[tuple[str, int]]:
+    """Routers and the numbers of their sites, of an executor and its parts."""
+    for step in executor.plan.steps:
+        fetching = executor.fetching
+        if fetching is not None and getattr(step, "router", "") and step.name in fetching.sites:
+            yield step.router, fetching.sites[step.name].number
+    for part in executor.parts.values():
+        if hasattr(part, "parts"):  # else it is not compiled yet
+            yield from _sites(part)  # type: ignore[arg-type]
 
 
 def _trim() -> None:
@@ -307,25 +329,31 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return whole and same and a.data_ptr() == b.data_ptr()
 
 
-def _routed_constants(module: fx.GraphModule) -> set[str]:
-    """Attributes that matrices of routed products are made of."""
-    found: set[str] = set()
+def _chosen_constants(module: fx.GraphModule) -> set[str]:
+    """Attributes of a captured graph that matrices of routed products are made of, and large ones
+    that only branches of routers read.
+    """
+    sources: dict[fx.Node, frozenset[str] | None] = {}  # None: depends on an input
+    branches: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        found = [sources[a] for a in node.all_input_nodes]
+        known = node.op == "call_function" and None not in found
+        sources[node] = frozenset().union(*found) if known else None  # type: ignore[arg-type]
+        if node.op == "get_attr":
+            sources[node] = frozenset([str(node.target)])
+        elif str(node.target) == "plait.scatter.default":
+            branches |= between(node)
+    routed: set[str] = set()
+    inside: set[str] = set()
+    outside: set[str] = set()
     for node in module.graph.nodes:
         if str(node.target) == "plait.routed_linear.default":
-            found |= _sources(argument(node, "weight")) or set()
-    return found
+            routed |= sources[argument(node, "weight")] or set()
+        if sources[node] is None:
+            taken = inside if node in branches else outside
+            taken.update(*(sources[source] or () for source in node.all_input_nodes))
+    return routed | {name for name in inside - outside if _is_large(attribute(module, name))}
 
 
-def _sources(node: Any) -> set[str] | None:
-    """The attributes that ``node`` is computed from; None where an input is among its sources."""
-    if node.op == "get_attr":
-        return {str(node.target)}
-    if node.op != "call_function":
-        return None
-    found: set[str] = set()
-    for source in node.all_input_nodes:
-        inner = _sources(source)
-        if inner is None:
-            return None
-        found |= inner
-    return found
+def _is_large(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.nbytes >= LEAST

@@ -6,10 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx as fx
 
 from plait.kernels import routing  # noqa: F401 - defines the operators
+from plait.kernels.routing_rows import branches
+from plait.passes.outline_branches import INNER
 from plait.passes.pipeline_text import parse_pipeline
-from plait.passes.prefetch_weights import BUDGET, TIERED, PrefetchWeights, bytes_of
+from plait.passes.prefetch_weights import (
+    BRANCH,
+    BUDGET,
+    EXPERTS,
+    LEAST,
+    TIERED,
+    PrefetchWeights,
+    bytes_of,
+)
 
 from .graphs import Builder, aten
 
@@ -46,6 +57,7 @@ def test_routed_weights_are_marked_on_a_copy() -> None:
     module = graph("50%")
     result, remarks = PrefetchWeights(ahead=False).run(module)
     assert marked(result) == ["up", "down"] and not marked(module)
+    assert {n.meta[TIERED] for n in result.graph.nodes if TIERED in n.meta} == {EXPERTS}
     assert [r.id for r in remarks] == ["PLT-PRE-001"]
     found = result.meta[TIERED]
     assert (found.total, found.tiered, found.budget) == (4096, 4096, 2048)
@@ -84,3 +96,75 @@ def test_budgets_are_bytes_or_shares() -> None:
     for wrong in (0, -1, True, 2.0, "40", "0%", "101%", "%", None):
         with pytest.raises(ValueError, match="a budget is"):
             bytes_of(wrong, 1000)  # type: ignore[arg-type]
+
+
+# -- branches --------------------------------------------------------------------------------------
+
+WIDE = LEAST // 4 // 8  # rows of a weight of the least size, 8 columns wide
+LARGE, SMALL, TIED = torch.randn(WIDE, 8), torch.randn(WIDE - 1, 8), torch.randn(WIDE + 1, 8)
+
+
+def branch(*weights: torch.Tensor) -> Any:
+    """A branch that adds up products of its rows with each of the weights."""
+    build = Builder()
+    rows = build.input(3, 8)
+    rows.meta[INNER] = True
+    found = [build.constant(w, f"weight{k}") for k, w in enumerate(weights)]
+    products = [build.call(aten.linear.default, rows, w) for w in found]
+    return build.finish(*(build.call(aten.sum.dim_IntList, p, [1]) for p in products))
+
+
+def routed(*inner: Any, outside: torch.Tensor | None = None, budget: Any = 1) -> Any:
+    """A graph that routes to branches, and may read a weight itself."""
+    build = Builder()
+    rows, offsets = build.input(6, 8), build.input(len(inner) + 1, dtype=torch.int64)
+    graphs = []
+    for k, module in enumerate(inner):
+        build.root.add_module(f"branch{k}", module)
+        graphs.append(build.graph.get_attr(f"branch{k}"))
+    ran = build.graph.call_function(branches, (tuple(graphs), rows, offsets, ()))
+    ran.meta["val"] = rows.meta["val"]
+    results = [ran]
+    if outside is not None:
+        results.append(build.call(aten.linear.default, rows, build.constant(outside, "own")))
+    module = build.finish(*results)
+    module.meta[BUDGET] = budget
+    return module
+
+
+def kinds(module: fx.GraphModule, name: str) -> list[Any]:
+    inner = getattr(module, name)
+    return [n.meta.get(TIERED) for n in inner.graph.find_nodes(op="get_attr")]
+
+
+def test_large_weights_of_branches_are_marked() -> None:
+    module = routed(branch(LARGE, SMALL), branch(TIED))
+    result, remarks = PrefetchWeights().run(module)
+    assert kinds(result, "branch0") == [BRANCH, None] and kinds(result, "branch1") == [BRANCH]
+    assert kinds(module, "branch0") == [None, None]
+    assert [r.id for r in remarks] == ["PLT-PRE-001"]
+    found = result.meta[TIERED]
+    assert found.tiered == LARGE.nbytes + TIED.nbytes
+    assert found.total == found.tiered + SMALL.nbytes
+
+
+def test_branches_may_share_weights_with_each_other_but_with_nothing_else() -> None:
+    result, _ = PrefetchWeights().run(routed(branch(LARGE), branch(LARGE)))
+    assert kinds(result, "branch0") == kinds(result, "branch1") == [BRANCH]
+    assert result.meta[TIERED].tiered == result.meta[TIERED].total == LARGE.nbytes
+    result, remarks = PrefetchWeights().run(routed(branch(LARGE, TIED), outside=TIED))
+    assert kinds(result, "branch0") == [BRANCH, None]
+    assert [r.id for r in remarks] == ["PLT-PRE-001", "PLT-PRE-006"]
+
+
+def test_variants_leave_weights_where_they_are() -> None:
+    general, _ = PrefetchWeights().run(routed(branch(LARGE, TIED)))
+    decided = general.meta[TIERED]
+    sized = branch(LARGE, TIED, torch.randn(WIDE, 8))  # that of one branch alone
+    sized.meta[BUDGET] = decided
+    result, _ = PrefetchWeights().run(sized)
+    marks = [n.meta.get(TIERED) for n in result.graph.find_nodes(op="get_attr")]
+    assert marks == [BRANCH, BRANCH, None] and result.meta[TIERED].places == decided.places
+    inlined, _ = PrefetchWeights().run(routed(branch(LARGE, TIED), outside=TIED, budget=decided))
+    assert kinds(inlined, "branch0") == [BRANCH, None]
+    assert inlined.meta[TIERED].tiered == decided.tiered - TIED.nbytes

@@ -52,6 +52,15 @@ def test_only_loaded_units_are_resident(tmp_path: Path, unit_bytes: int) -> None
     assert resident(bank) <= slack
 
 
+def test_a_unit_alone_goes_as_a_whole(tmp_path: Path) -> None:
+    bank = Bank(tmp_path, iter(torch.randn(1, (HUGE + 5 * PAGE) // 4)), alone=True)
+    assert resident(bank) <= banks.SMALL
+    bank.load(0)
+    assert resident(bank) >= bank.nbytes
+    drop([(bank, 0)])
+    assert resident(bank) == 0
+
+
 def test_half_types_are_kept(tmp_path: Path) -> None:
     source = torch.randn(3, 7).bfloat16()
     bank = Bank(tmp_path, iter(source))
@@ -59,9 +68,17 @@ def test_half_types_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_file_has_no_name(tmp_path: Path) -> None:
-    bank = Bank(tmp_path, iter(torch.randn(2, 8)))
+    file = PrivateFile(tmp_path)
     assert not list(tmp_path.iterdir())
-    assert os.fstat(bank.file.descriptor).st_nlink == 0
+    assert os.fstat(file.descriptor).st_nlink == 0
+    file.close()
+    file.close()  # nothing is left to be done
+
+
+def test_banks_hold_no_descriptors(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [Bank(tmp_path, iter(torch.randn(2, 8))) for _ in range(20)]
+    assert len(os.listdir("/proc/self/fd")) < before + len(kept)
 
 
 def test_what_is_written_to_the_tensor_does_not_reach_the_file(tmp_path: Path) -> None:

@@ -136,6 +136,50 @@ def test_an_inner_call_does_not_drop_what_the_outer_one_uses() -> None:
     assert tier.counters.over == 0
 
 
+def test_waves_leave_room_for_what_is_fetched_within_them() -> None:
+    outer, inner = Pretended(4), Pretended(4, 700)
+    tier = Tier(2 * BYTES, ahead=False)
+    units: list[Any] = [[(outer, 0)], [], [(outer, 2)], [(outer, 3)]]
+    one = tier.site(units, [0, 1100, 0, 0])  # the second has nothing of its own
+    (two,) = sites(tier, [inner])
+    seen = []
+    with tier.using():
+        assert tier.fetch(one, counts([0, 2], 4))
+        assert tier.fetch(one, counts([1], 4))
+        assert not tier.fetch(one, counts([0, 1], 4))  # would fit if nothing ran within
+        for begin, end in tier.waves(one, counts([0, 1, 2, 3], 4)):
+            seen.append((begin, end))
+            with tier.using():
+                assert tier.fetch(two, counts([3], 4)) == (end - begin == 1)
+                if begin == 1:
+                    assert not tier.fetch(two, counts([0, 1, 2], 4))
+                    assert list(tier.waves(two, counts([0, 1, 2], 4))) == [(0, 2), (2, 4)]
+            assert mapped([outer, inner]) <= 2 * BYTES
+    assert seen == [(0, 1), (1, 2), (2, 4)]
+    assert tier.counters.over == 0 and tier.counters.peak_bytes <= 2 * BYTES
+
+
+def test_units_without_anything_to_load_are_neither_hits_nor_misses() -> None:
+    bank = Pretended(1)
+    tier = Tier(BYTES, ahead=False)
+    site = tier.site([[], [(bank, 0)], []])
+    for _ in range(3):
+        with tier.using():
+            assert tier.fetch(site, [4, 5, 6])
+    assert (tier.counters.hits, tier.counters.misses) == (2, 1)
+    assert tier.resident_bytes == BYTES
+
+
+def test_a_lower_limit_drops_at_once() -> None:
+    bank = Pretended(4)
+    tier = Tier(4 * BYTES, ahead=False)
+    (site,) = sites(tier, [bank])
+    with tier.using():
+        tier.fetch(site, counts([0, 1, 2], 4))
+    tier.limit(BYTES)
+    assert tier.resident_bytes == mapped([bank]) == BYTES and not tier.counters.over
+
+
 def test_likely_units_are_loaded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plait.runtime.tier.WAKE", 0.0)
     banks = [Pretended(4), Pretended(4)]
