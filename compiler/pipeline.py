@@ -29,7 +29,7 @@ from ..passes.fuse_horizontal import FUSE
 from ..passes.ir import branches_of
 from ..passes.manager import PassManager
 from ..passes.merge_parallel import JUDGE, Judge, MergeParallelOps
-from ..passes.prefetch_weights import BRANCH, BUDGET, TIERED, Tiered
+from ..passes.prefetch_weights import BUDGET, TIERED, Tiered
 from ..passes.remarks import Remark
 from ..passes.route_odds import Routes
 from ..passes.schedule import SCHEDULE, SchedulePass
@@ -43,7 +43,7 @@ from .capture.captured import Captured
 from .capture.export import EXCLUSIVE
 from .errors import OptionError
 from .lowering import lower, select, subgraphs
-from .lowering.least import least
+from .lowering.least import least, marked_bytes
 from .lowering.lowered import Lowered
 from .measure import merging
 from .measure.bets import Sample, Speculation, judge_capacities, judge_likely, refused
@@ -168,8 +168,7 @@ class Deferred:
         self._lock = threading.Lock()
         self._executor: Executor | None = None
         self._recorder: Recorder | None = None
-        constants = module.graph.find_nodes(op="get_attr")
-        self._tiered = any(node.meta.get(TIERED) == BRANCH for node in constants)
+        self._tiered = store is not None and marked_bytes(module) > 0
 
     def observe(self, recorder: Recorder) -> None:
         """See `Executor.observe`."""

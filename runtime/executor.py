@@ -16,7 +16,7 @@ import torch
 from . import driver, library
 from .bank import Bank
 from .bound import Bound
-from .fetching import Wanted, fetching_of
+from .fetching import Wanted, beside, fetching_of
 from .plan import (
     BranchStep,
     FetchStep,
@@ -132,8 +132,8 @@ class Executor:
         if set(plan.fetched) - self.banks.keys():
             raise PlanError("weights of the plan on a slower tier are missing: compile again")
         self.fetching = fetching_of(plan, tier, self.banks, self.parts)
-        beside = 0 if self.fetching is None else self.fetching.beside()
-        self._wanted = Wanted(tuple(self.banks[name] for name in plan.fetched), beside)
+        inner = 0 if tier is None else beside(plan, self.banks, self.parts)
+        self._wanted = Wanted(tuple(self.banks[name] for name in plan.fetched), inner)
         self._symbols = list(plan.symbols.items())
         self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
         self._launch = driver.launch_function()

@@ -60,7 +60,9 @@ class Fetching:
         self._used: list[Site] = []
         for step in plan.steps:
             if isinstance(step, BranchStep):
-                self._make_site(step)
+                found = [w for own in self._wanted(step) for w in own]
+                if any(wanted is None or wanted.banks for wanted in found):
+                    self._make_site(step)
                 continue
             if not isinstance(step, FetchStep):
                 continue
@@ -75,14 +77,8 @@ class Fetching:
     # -- branches ---------------------------------------------------------------------------------
 
     def _make_site(self, step: BranchStep) -> None:
-        """A site whose unit b is all that the plans of branch b want to be resident, if any want
-        something, or may do so once they are compiled.
-        """
-        if step.kind != "rows":
-            return
-        found = [[self.parts[name].wants(make=False) for name in names] for names in step.units]
-        if all(wanted is not None and not wanted.banks for own in found for wanted in own):
-            return
+        """A site whose unit b is all that the plans of branch b want to be resident."""
+        found = self._wanted(step)
         units: list[list[tuple[Bank, int]]] = []
         beside: list[int] = []
         for own in found:
@@ -92,16 +88,11 @@ class Fetching:
         self._unmade[step.name] = {b for b, own in enumerate(found) if None in own}
         self.sites[step.name] = self.tier.site(units, beside)
 
-    def beside(self) -> int:
-        """Bytes of weights that the plan fetches at least, at any one time."""
-        found = [0]
-        for name, site in self.sites.items():
-            if name in self._unmade:
-                sizes = zip(site.bytes, site.beside, strict=True)
-                found += [size + beside for size, beside in sizes]
-            else:
-                found += [bank.unit_bytes for bank, _ in site.units[0]]
-        return max(found)
+    def _wanted(self, step: BranchStep) -> list[list[Wanted | None]]:
+        """What the plans of each branch want; None where that is known once they are compiled."""
+        if step.kind != "rows":
+            return []
+        return [[self.parts[name].wants(make=False) for name in names] for names in step.units]
 
     def run_branches(
         self, step: BranchStep, offsets: Sequence[int], run: Callable[[int, int], None]
@@ -228,6 +219,21 @@ def fetching_of(
         return None
     found = Fetching(plan, tier, banks, parts)
     return found if found.sites else None
+
+
+def beside(plan: Plan, banks: Mapping[str, Bank], parts: Mapping[str, Any]) -> int:
+    """Bytes of weights that a plan and its parts fetch at least, at any one time."""
+    found = [0]
+    for step in plan.steps:
+        if isinstance(step, FetchStep):
+            found += [banks[name].unit_bytes for name in step.banks]
+        elif isinstance(step, BranchStep):
+            for names in step.units:
+                known = [w for n in names if (w := parts[n].wants(make=False)) is not None]
+                own = dict.fromkeys(bank for wanted in known for bank in wanted.banks)
+                inner = max((wanted.beside for wanted in known), default=0)
+                found.append(sum(bank.nbytes for bank in own) + inner)
+    return max(found)
 
 
 @contextmanager
