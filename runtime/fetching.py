@@ -80,13 +80,13 @@ class Fetching:
         """A site whose unit b is all that the plans of branch b want to be resident."""
         found = self._wanted(step)
         units: list[list[tuple[Bank, int]]] = []
-        beside: list[int] = []
+        within: list[int] = []
         for own in found:
             known = [wanted for wanted in own if wanted is not None]
             units.append([(b, 0) for b in dict.fromkeys(b for w in known for b in w.banks)])
-            beside.append(max((w.beside for w in known), default=0))
+            within.append(max((w.beside for w in known), default=0))
         self._unmade[step.name] = {b for b, own in enumerate(found) if None in own}
-        self.sites[step.name] = self.tier.site(units, beside)
+        self.sites[step.name] = self.tier.site(units, within)
 
     def _wanted(self, step: BranchStep) -> list[list[Wanted | None]]:
         """What the plans of each branch want; None where that is known once they are compiled."""
