@@ -188,7 +188,10 @@ class WeightStore:
         filed = self._filed(source)
         if filed and filed.fresh is not None:
             release(source)
-        return self.filed(made) if _is_large(made) else made
+        if not _is_large(made):
+            return made
+        _trim()  # what making it needed: of large pieces the allocator may keep all
+        return self.filed(made)
 
     def note(self, tensor: torch.Tensor, mapped: Mapped) -> None:
         """Remembers that ``tensor`` lies in a file."""

@@ -451,10 +451,10 @@ print(high_water())
         sizes.append(weights(model))
         x = torch.randn(4, 1024) if kind == "linear" else torch.randn(4, 64, 2, 2)
         plait.compile(model, example_inputs=(x,), tune="off").save(path)
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(path), budget], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        command = [sys.executable, "-c", code, str(path), budget]
+        for _ in range(2):  # the first may have to compile kernels, which takes memory, too
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
     assert sizes[1] > 140 << 20
     assert peaks[1] - peaks[0] < 0.35 * sizes[1], (peaks, sizes)
