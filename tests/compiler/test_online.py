@@ -190,7 +190,7 @@ def loads(generator: torch.Generator, shares: list[float], calls: int, slots: in
     return LiveLoads(tuple(counts), (slots,) * calls)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)  # chance may alarm, if rarely
 @given(seed=st.integers(0, 1 << 30), slots=st.sampled_from([1, 4, 64]))
 def test_chance_is_not_drift(seed: int, slots: int) -> None:
     generator = torch.Generator().manual_seed(seed)
