@@ -25,6 +25,8 @@ KEEP = "keep"
 """Key of a graph module's ``meta``: what puts large folded weights where weights lie (`Keep`)."""
 Keep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From a folded weight and what it was made of to an equal tensor."""
+AT_ONCE = 1 << 17
+"""Elements of a weight that are scaled at a time."""
 _INFERENCE: dict[Any, tuple[int, bool]] = {
     # operator -> (position of eps, whether it returns a tuple)
     aten.batch_norm.default: (7, False),
@@ -162,12 +164,11 @@ def _fold_into(rewriter: Rewriter, norm: _Norm, aliases: Aliases) -> bool:
     bias = None if bias_node is None else _constant(rewriter, bias_node, aliases)
     if weight is None or (bias_node is not None and bias is None) or weight.dtype.itemsize < 4:
         return False
-    dtype = weight.dtype
     column = norm.scale.reshape(-1, *[1] * (weight.dim() - 1))
-    new_weight = (weight * column).to(dtype)  # computed in float64, the type of ``column``
+    new_weight = _scaled(weight, column)
     new_bias = norm.shift if bias is None else norm.shift + bias.double() * norm.scale
-    new_bias = new_bias.to(dtype)
-    if not (new_weight.isfinite().all() and new_bias.isfinite().all()):
+    new_bias = new_bias.to(weight.dtype)
+    if new_weight is None or not new_bias.isfinite().all():
         return False
     if not allow("fold batch norm", [norm.node, source]):
         return False
@@ -175,7 +176,6 @@ def _fold_into(rewriter: Rewriter, norm: _Norm, aliases: Aliases) -> bool:
     stem = alias_root(weight_node).name
     args = list(source.args) + [None] * (3 - len(source.args))
     kwargs = {k: v for k, v in source.kwargs.items() if k not in ("weight", "bias")}
-    new_weight = _laid_out(new_weight, weight)
     keep: Keep | None = rewriter.graph_module.meta.get(KEEP)
     if keep is not None:
         new_weight = keep(new_weight, weight)
@@ -189,9 +189,18 @@ def _fold_into(rewriter: Rewriter, norm: _Norm, aliases: Aliases) -> bool:
     return True
 
 
-def _laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``tensor`` with the strides of ``like`` where those are dense."""
-    return torch.empty_like(like).copy_(tensor)
+def _scaled(weight: torch.Tensor, column: torch.Tensor) -> torch.Tensor | None:
+    """``weight * column``, computed in float64, in the dtype and dense strides of ``weight``; None
+    if that is not finite. Some rows at a time: float64 copies of large weights take memory.
+    """
+    scaled = torch.empty_like(weight)
+    rows = max(1, AT_ONCE // max(1, weight[:1].numel()))
+    parts = (t.split(rows) for t in (scaled, weight, column))
+    for into, part, factor in zip(*parts, strict=True):
+        into.copy_(part * factor)
+        if not into.isfinite().all():
+            return None
+    return scaled
 
 
 def _scale_and_shift(rewriter: Rewriter, norm: _Norm) -> None:
