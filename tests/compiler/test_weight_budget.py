@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -314,45 +312,6 @@ def test_damage_is_noticed_under_a_budget_too(variants: dict[str, Any], tmp_path
     path.write_bytes(bytes(content))
     with pytest.raises(plait.FileError, match="PLT-SAV-004"):
         plait.load(path, weight_budget="60%")
-
-
-def test_resident_memory_as_the_system_counts_it(tmp_path: Path) -> None:
-    """Of 256 MiB of experts, a process that loads and runs the model holds 35 % at most."""
-    code = """
-import sys, torch, plait
-from plait.bench.measure import high_water
-path, budget = sys.argv[1:]
-before = None
-model = plait.load(path, weight_budget=budget)
-x = torch.randn(4, 1024)
-with torch.no_grad():
-    for k in range(12):
-        model(x, torch.full((4, 1), k % 8))
-print(high_water())
-"""
-
-    class Wide(nn.Module):
-        def __init__(self, inner: int) -> None:
-            super().__init__()
-            self.up = nn.Parameter(torch.randn(8, inner, 1024) * 0.03)
-            self.down = nn.Parameter(torch.randn(8, 1024, inner) * 0.03)
-
-        def forward(self, x: Tensor, index: Tensor) -> Tensor:
-            route = routing.route(index, 8)
-            inner = routing.routed_linear(x, *route, self.up, None, False, 1, False).relu()
-            return routing.routed_linear(inner, *route, self.down, None, False, 0, True)
-
-    peaks = []
-    for inner, budget in ((64, "50%"), (4096, "30%")):
-        path = tmp_path / f"{inner}.plait"
-        inputs = (torch.randn(4, 1024), torch.zeros(4, 1, dtype=torch.int64))
-        plait.compile(Wide(inner).eval(), example_inputs=inputs, tune="off").save(path)
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(path), budget], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout))
-    assert peaks[1] - peaks[0] < 0.35 * 256 * 2**20
 
 
 # -- refusals --------------------------------------------------------------------------------------
