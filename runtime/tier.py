@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bank import Bank, drop, own_pidfd, waits
-from .forecast import Forecast, grown
+from .forecast import SAMPLE, Forecast, grown, in_sample
 from .residency import Residency, Root
 from .site import Counters, Site, bits
 
@@ -36,14 +36,8 @@ WAKE = 100e-6
 """Seconds that a load ahead must be likely to save: waking the side thread costs some of them."""
 GAIN = 1.25
 """How much more a unit must be worth than what makes room for it, to be loaded ahead."""
-
-
 LASTING = 0.05
 """Weight of the latest load in what loads of its size cost."""
-SAMPLE = 16
-"""Where loads are cheap, forecasts see one round of all sites in so many: to see one takes some
-tens of microseconds, which is as long as a few loads.
-"""
 REST = 64
 """Rounds without launches that fetch, after one that could not."""
 
@@ -230,7 +224,7 @@ class Tier:
         if not plain or len(self._frames) > 1 or self._count is not self.counters:
             return None
         with self._state:
-            sampled = _in_sample(self._now // max(1, len(self.sites)))
+            sampled = in_sample(self._now // max(1, len(self.sites)))
             if sampled or self._now < self._rest or self._leaving or self._loading:
                 return None
             self._unused.clear()
@@ -355,7 +349,7 @@ class Tier:
     def _observe(self, site: int, counts: Sequence[int]) -> None:
         """Tells the forecast; where loads are cheap, of one round of all sites in `SAMPLE`."""
         rounds = self._round()
-        if self._cheap and not _in_sample(rounds):
+        if self._cheap and not in_sample(rounds):
             return
         self._sampled = rounds
         self._seen += 1
@@ -497,8 +491,3 @@ class Tier:
                 return False
         self._drop(leaving)
         return True
-
-
-def _in_sample(rounds: int) -> bool:
-    """Whether forecasts see a round where they do not see all: one in `SAMPLE`, irregularly."""
-    return (rounds * 0x9E3779B1 >> 16) % SAMPLE == 0
