@@ -220,7 +220,7 @@ def load(path: str | Path, *, weight_budget: int | str | None = None) -> Compile
     try:
         compiled = Compiled(None, saved.options, shell=saved.shell, signature=saved.signature)
         dispatcher = compiled._dispatcher
-        dispatcher.remarks += saved.remarks
+        dispatcher.notes.remarks += saved.remarks
         dispatcher.store = saved.store
         for captured in saved.programs:
             executable = build(captured, saved.options, saved.store)

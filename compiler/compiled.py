@@ -139,7 +139,10 @@ class Compiled(nn.Module):
     def remarks(self) -> tuple[Remark, ...]:
         """What was done, or not done and why, oldest first."""
         programs = self.programs
-        return (*self._dispatcher.remarks, *(r for p in programs for r in p.executable.remarks))
+        return (
+            *self._dispatcher.notes.remarks,
+            *(r for p in programs for r in p.executable.remarks),
+        )
 
     @property
     def graph(self) -> fx.GraphModule | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.remarks import Remark
 from .build import build, store_for
 from .capture.arguments import (
     Order,
@@ -43,6 +41,7 @@ from .guards.keys import FLOATS, autocast_key, structure_key
 from .guards.quick import limits
 from .guards.watch import Structure, modules_of
 from .modes import collector_paused
+from .notes import Notes
 from .options import Executable, Options
 from .program import Program, Unfit
 
@@ -94,13 +93,12 @@ class Dispatcher:
         signature: inspect.Signature | None = None,
     ) -> None:
         self.target, self.options, self.dynamic_shapes = target, options, dynamic_shapes
-        self.remarks: list[Remark] = []
+        self.notes = Notes()
         self.store = store_for(options)
         self.modules = modules_of(target)
         self._table: dict[Any, tuple[Program, Order | None] | None] = {}
         self._buckets: dict[Any, Bucket] = {}
         self._lock = threading.RLock()
-        self._said: set[str] = set()
         self._settled = 0  # how often the original had to run first; see MAX_SETTLED
         self._restless = False  # whether it changes itself at every call
         self._structure = Structure(self.modules)
@@ -181,7 +179,7 @@ class Dispatcher:
 
     def _refuse(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the original on arguments that cannot be part of a key."""
-        self.say(
+        self.notes.say(
             "PLT-CAP-009",
             f"an argument cannot be compared between calls ({what}), so the original ran",
             "pass tensors, numbers, texts and containers of them",
@@ -198,7 +196,7 @@ class Dispatcher:
         objects: Sequence[Any] = (),
     ) -> Any:
         if grad and torch.is_grad_enabled():
-            self.say(
+            self.notes.say(
                 "PLT-CAP-003",
                 "an input requires gradients, so the original ran",
                 "call under torch.no_grad() or torch.inference_mode()",
@@ -209,7 +207,7 @@ class Dispatcher:
         if self._structure.changed() or _default_dtype() is not self._default:
             self.forget()
         if self._structure.trains:
-            self.say(
+            self.notes.say(
                 "PLT-CAP-016",
                 "the model is in training mode, so the original ran",
                 "call .eval() first",
@@ -252,7 +250,7 @@ class Dispatcher:
         if self.target is None:
             raise InputError(unfit.remark, unfit.reason, unfit.hint)
         result = self._original(args, kwargs)
-        self.say(unfit.remark, f"{unfit.reason}, so the original ran", unfit.hint)
+        self.notes.say(unfit.remark, f"{unfit.reason}, so the original ran", unfit.hint)
         return result
 
     def _first_refusal(
@@ -289,7 +287,7 @@ class Dispatcher:
             if refused.bucket is not None:
                 refused.bucket.hopeless = True
             self._table[key] = None
-        self.say(error.remark, f"{error.reason}; the original runs", error.hint)
+        self.notes.say(error.remark, f"{error.reason}; the original runs", error.hint)
         return result
 
     def _original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -346,7 +344,7 @@ class Dispatcher:
         if bucket.hopeless:
             return None
         if len(bucket.programs) >= MAX_PROGRAMS:
-            self.say(
+            self.notes.say(
                 "PLT-CAP-013",
                 f"{MAX_PROGRAMS} programs exist already for this structure of arguments, so the "
                 "original runs for other sizes",
@@ -388,7 +386,7 @@ class Dispatcher:
             program = self._specialise(bucket, args, kwargs, opened, [{} for _ in opened])
         except _Refused as refused:
             error = refused.error
-            self.say(error.remark, f"{error.reason}; the original runs", error.hint)
+            self.notes.say(error.remark, f"{error.reason}; the original runs", error.hint)
             return
         if program is not None:
             bucket.programs.append(program)
@@ -411,7 +409,9 @@ class Dispatcher:
                 failure = error
                 if dims and error.remark == "PLT-CAP-001":
                     bucket.closed.append(dims)
-                    self._note("PLT-CAP-004", f"a dimension could not be left open: {error.reason}")
+                    self.notes.add(
+                        "PLT-CAP-004", f"a dimension could not be left open: {error.reason}"
+                    )
                     continue
                 break
             if dims and any(automatic):
@@ -420,7 +420,9 @@ class Dispatcher:
                     for n, a in zip(tensor_names(names, args, kwargs), automatic, strict=True)
                     for d in a
                 )
-                self._note("PLT-CAP-002", f"more than one size was seen of {where}", kind="done")
+                self.notes.add(
+                    "PLT-CAP-002", f"more than one size was seen of {where}", kind="done"
+                )
             return self._compile(captured)
         assert failure is not None
         raise _Refused(failure, bucket)
@@ -432,7 +434,7 @@ class Dispatcher:
         slow = limits() if self.modules else ""
         if slow:
             reason = f"changes of {slow} cannot be read from memory, so each is asked at every call"
-            self._note("PLT-CAP-022", reason, kind="note")
+            self.notes.add("PLT-CAP-022", reason, kind="note")
         return Program(captured, executable, self.modules)
 
     def _build(self, captured: Captured) -> Executable | None:
@@ -449,7 +451,7 @@ class Dispatcher:
                 raise
             text = " ".join(str(error).split("\n")[:2]).strip()
             reason = f"{type(error).__name__}: {text}"[:300]
-            self.say(
+            self.notes.say(
                 "PLT-CAP-015",
                 f"code generation failed ({reason}); the original runs",
                 f"set {DEBUG}=1 to raise the error instead",
@@ -461,7 +463,7 @@ class Dispatcher:
         if program.watch is None or not program.watch.changed():
             return True  # another thread did it
         if program.restless():
-            self.say(
+            self.notes.say(
                 "PLT-CAP-017",
                 "weights change at almost every call, so the original runs",
                 "make what changes an input of the model",
@@ -475,7 +477,7 @@ class Dispatcher:
             return False
         program.executable = executable
         program.ready()
-        self._note("PLT-CAP-014", "weights changed; they were prepared again", kind="note")
+        self.notes.add("PLT-CAP-014", "weights changed; they were prepared again", kind="note")
         return True
 
     def forget(self) -> None:
@@ -487,22 +489,6 @@ class Dispatcher:
                 self.store.forget()
             self._structure.snapshot()
             self._default = torch.get_default_dtype()
-
-    # -- words ----------------------------------------------------------------------------------
-
-    def _note(self, remark: str, reason: str, hint: str = "", kind: Any = "missed") -> bool:
-        note = Remark(remark, kind, "capture", (), reason, hint)
-        if note in self.remarks:
-            return False
-        self.remarks.append(note)
-        return True
-
-    def say(self, remark: str, reason: str, hint: str = "") -> None:
-        """Records why something did not happen; warns the first time."""
-        if remark + reason not in self._said:
-            self._said.add(remark + reason)
-            self._note(remark, reason, hint)
-            warnings.warn(f"plait: {remark}: {reason}" + f" ({hint})" * bool(hint), stacklevel=4)
 
     @property
     def programs(self) -> list[Program]:

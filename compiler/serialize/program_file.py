@@ -79,7 +79,7 @@ def save(dispatcher: Dispatcher, path: Path) -> None:
         "torch": torch.__version__,
         "options": asdict(replace(dispatcher.options, profile=None)),  # bets are made anew
         "parameters": _signature_to_json(dispatcher.signature),
-        "remarks": [r.to_json() for r in dispatcher.remarks],
+        "remarks": [r.to_json() for r in dispatcher.notes.remarks],
         "programs": len(programs),
         "sha256": {n: hashlib.sha256(b).hexdigest() for n, b in members.items()},
     }
