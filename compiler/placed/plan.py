@@ -169,7 +169,7 @@ def _with_flights(
     The placement's memory model knows of one batch. Where others do not fit beside it, and there
     are to be others (the objective is throughput), it is made again for devices of as much less.
     """
-    tight = problem
+    tight, needed = problem, list[float]()
     for attempt in range(_ATTEMPTS):
         try:
             placement = plan.place(
@@ -180,7 +180,7 @@ def _with_flights(
         except InfeasibleError as error:
             if not attempt:
                 raise
-            raise _short(problem, needed) from error  # noqa: F821
+            raise _short(problem, needed) from error
         ranks = {op: problem.device_index[d] for op, d in placement.assign.items()}
         segments = divide(units, ranks)
         made = programs(units, segments, len(problem.devices), results)
