@@ -14,25 +14,37 @@ static double transfer_seconds(const Problem *p, int m, int from, int to, double
     return p->lat[from * m + to] + bytes / p->bw[from * m + to];
 }
 
-/* Longest path of compute and transfers from each op to the end; returns the longest of all. */
-double plait_bottom_levels(const Problem *p, const int32_t *assign, double *level) {
-    const int m = p->m;
-    double longest = 0.0;
-    for (int k = p->n - 1; k >= 0; k--) {
-        const int u = p->topo[k], here = assign[u];
-        double best = 0.0;
-        for (int t = p->out_ptr[u]; t < p->out_ptr[u + 1]; t++) {
-            for (int q = p->tensor_ptr[t]; q < p->tensor_ptr[t + 1]; q++) {
-                const int v = p->pair_dst[q], there = assign[v];
-                double x = level[v];
-                if (there != here) x += transfer_seconds(p, m, here, there, p->tensor_bytes[t]);
-                if (x > best) best = x;
-            }
+/* Longest path of compute and transfers from op u to the end, given those of its readers. */
+static double bottom_level(const Problem *p, const int32_t *assign, const double *level, int u) {
+    const int m = p->m, here = assign[u];
+    double best = 0.0;
+    for (int t = p->out_ptr[u]; t < p->out_ptr[u + 1]; t++) {
+        for (int q = p->tensor_ptr[t]; q < p->tensor_ptr[t + 1]; q++) {
+            const int v = p->pair_dst[q], there = assign[v];
+            double x = level[v];
+            if (there != here) x += transfer_seconds(p, m, here, there, p->tensor_bytes[t]);
+            if (x > best) best = x;
         }
-        level[u] = best + p->time[(int64_t)u * m + here];
+    }
+    return best + p->time[(int64_t)u * m + here];
+}
+
+/* The longest of all paths: one that begins at a source, and those lead the order. */
+static double longest_path(const Problem *p, const double *level) {
+    double longest = 0.0;
+    for (int k = 0; k < p->n; k++) {
+        const int u = p->topo[k];
+        if (p->in_ptr[u] < p->in_ptr[u + 1]) break;
         if (level[u] > longest) longest = level[u];
     }
     return longest;
+}
+
+/* Bottom levels of all ops; returns the longest of all. */
+double plait_bottom_levels(const Problem *p, const int32_t *assign, double *level) {
+    for (int k = p->n - 1; k >= 0; k--)
+        level[p->topo[k]] = bottom_level(p, assign, level, p->topo[k]);
+    return longest_path(p, level);
 }
 
 /* Ready ops: a heap for each device, largest priority first, the lower number among equals. */
@@ -96,6 +108,13 @@ static void pop_event(double *time, int32_t *id, int size) {
     id[k] = what;
 }
 
+/* Puts a device on a list once. */
+static void add(int32_t *list, int32_t *there, int *count, int device) {
+    if (there[device]) return;
+    there[device] = 1;
+    list[(*count)++] = device;
+}
+
 static double excess(const Problem *p, int d, double from, double to) {
     const double low = from > p->cap[d] ? from : p->cap[d];
     return to > low ? (to - low) / (p->cap[d] > 1.0 ? p->cap[d] : 1.0) : 0.0;
@@ -108,25 +127,40 @@ static double overrun(const Problem *p, const Work *w) {
     return over;
 }
 
+/* The same in the static model, which needs no schedule. */
+static double static_overrun(const Problem *p, Work *w, const int32_t *assign) {
+    for (int d = 0; d < p->m; d++) w->top[d] = 0.0;
+    for (int i = 0; i < p->n; i++) w->top[assign[i]] += p->param[i] + (p->temp[i] + p->out[i]);
+    return overrun(p, w);
+}
+
 /* Plays one step. The cost is the makespan plus `weight` times the overrun of memory; CUT as soon
- * as it must come out above `limit` (w->level then holds bottom levels). A device starts its ready
- * op of largest priority; when strict, only the op whose position is the number it has started. */
-int plait_simulate(const Problem *p, Work *w, const int32_t *assign, const double *priority,
-                   const int32_t *position, int strict, double weight, double limit,
-                   double *cost) {
+ * as it must come out above `limit`: what is left of a path (w->level holds bottom levels) or of a
+ * device's work takes longer. A device starts its ready op of largest priority; when strict, only
+ * the op whose position is the number it has started. */
+int plait_simulate(const Problem *problem, Work *work, const int32_t *assign,
+                   const double *priority, const int32_t *position, int strict, double weight,
+                   double limit, double *cost) {
+    /* Copies, which no store below can be thought to change: pointers stay in registers. */
+    const Problem problem_here = *problem, *p = &problem_here;
+    const Work work_here = *work, *w = &work_here;
     const int n = p->n, m = p->m, dynamic = !p->is_static;
-    int events = 0, started = 0, sent = 0;
-    double now = 0.0, makespan = 0.0, over = 0.0;
+    int events = 0, started = 0, sent = 0, wakes = m, grew = 0;
+    double now = 0.0, makespan = 0.0, over = 0.0, longest = 0.0;
     *cost = INFINITY;
     for (int d = 0; d < m; d++) {
-        w->current[d] = 0.0;
+        w->current[d] = w->left[d] = 0.0;
         w->running[d] = -1;
         w->ran[d] = w->ready_len[d] = w->ready_ptr[d + 1] = 0;
+        w->wake[d] = d; /* devices that may have something to start */
+        w->woken[d] = 1;
+        w->grown[d] = 0;
     }
     w->ready_ptr[0] = 0;
     for (int i = 0; i < n; i++) {
         const int d = assign[i];
         w->ready_ptr[d + 1]++;
+        w->left[d] += p->time[(int64_t)i * m + d];
         w->missing[i] = p->in_ptr[i + 1] - p->in_ptr[i];
         w->current[d] += dynamic ? p->param[i] : p->param[i] + (p->temp[i] + p->out[i]);
     }
@@ -134,39 +168,52 @@ int plait_simulate(const Problem *p, Work *w, const int32_t *assign, const doubl
         w->ready_ptr[d + 1] += w->ready_ptr[d];
         w->top[d] = w->current[d];
         over += excess(p, d, 0.0, w->top[d]);
+        w->left[d] *= 1 - 1e-12; /* sums of another order must not be above the makespan */
+        if (w->left[d] > longest) longest = w->left[d];
     }
     for (int link = 0; link < m * m; link++) {
         w->head[link] = -1;
         w->free[link] = 0.0;
     }
     w->counts[0] = w->counts[1] = 0;
-    if (weight * over > limit) return CUT;
+    if (longest + weight * over > limit) return CUT;
     for (int i = 0; i < n; i++)
         if (!w->missing[i])
             push_ready(w->ready + w->ready_ptr[assign[i]], w->ready_len + assign[i], i, priority);
     for (;;) {
-        for (int d = 0; d < m; d++) { /* start what can start at this instant */
+        for (int k = 0; k < wakes; k++) { /* start what can start at this instant */
+            const int d = w->wake[k];
+            w->woken[d] = 0;
             if (w->running[d] >= 0 || !w->ready_len[d]) continue;
             int32_t *heap = w->ready + w->ready_ptr[d];
             if (strict && position[heap[0]] != w->ran[d]) continue;
             const int i = pop_ready(heap, w->ready_len + d, priority);
-            if (now + w->level[i] + weight * over > limit) return CUT;
-            const double done = now + p->time[(int64_t)i * m + d];
+            const double seconds = p->time[(int64_t)i * m + d], done = now + seconds;
+            const double rest = w->left[d] > w->level[i] ? w->left[d] : w->level[i];
+            if (now + rest + weight * over > limit) return CUT;
+            w->left[d] -= seconds;
             w->ran[d]++;
             w->running[d] = i;
             w->start[i] = now;
             w->end[i] = done;
             w->sequence[started++] = i;
             push_event(w->event_time, w->event_id, events++, done, d);
-            if (dynamic) w->current[d] += p->out[i] + p->temp[i];
+            if (dynamic) {
+                w->current[d] += p->out[i] + p->temp[i];
+                add(w->grow, w->grown, &grew, d);
+            }
         }
+        wakes = 0;
         if (!events) break;
-        if (dynamic && w->event_time[0] > now) { /* time moves on: this instant's frees are in */
-            for (int d = 0; d < m; d++) {
+        if (w->event_time[0] > now) { /* time moves on: this instant's frees are in */
+            for (int k = 0; k < grew; k++) {
+                const int d = w->grow[k];
+                w->grown[d] = 0;
                 if (w->current[d] <= w->top[d]) continue;
                 over += excess(p, d, w->top[d], w->current[d]);
                 w->top[d] = w->current[d];
             }
+            grew = 0;
         }
         now = w->event_time[0];
         while (events && w->event_time[0] == now) {
@@ -180,8 +227,12 @@ int plait_simulate(const Problem *p, Work *w, const int32_t *assign, const doubl
                 w->head[link] = y;
                 if (y >= 0) {
                     push_event(w->event_time, w->event_id, events++, w->transfer_end[y], what);
-                    if (dynamic) w->current[there] += p->tensor_bytes[w->transfer_tensor[y]];
+                    if (dynamic) {
+                        w->current[there] += p->tensor_bytes[w->transfer_tensor[y]];
+                        add(w->grow, w->grown, &grew, there);
+                    }
                 }
+                add(w->wake, w->woken, &wakes, there);
                 for (int q = p->tensor_ptr[t]; q < p->tensor_ptr[t + 1]; q++) {
                     const int v = p->pair_dst[q];
                     if (assign[v] == there && !--w->missing[v])
@@ -192,14 +243,14 @@ int plait_simulate(const Problem *p, Work *w, const int32_t *assign, const doubl
             }
             const int d = what, i = w->running[d]; /* an op ends */
             w->running[d] = -1;
+            add(w->wake, w->woken, &wakes, d);
             makespan = now;
             if (dynamic) {
                 w->current[d] -= p->temp[i];
                 for (int k = p->in_ptr[i]; k < p->in_ptr[i + 1]; k++) {
-                    const int q = p->in_pair[k], x = w->pair_transfer[q], t = p->pair_tensor[q];
-                    const int u = p->tensor_src[t];
+                    const int q = p->in_pair[k], x = w->pair_transfer[q], u = p->pair_src[q];
                     if (x >= 0) {
-                        if (!--w->copy_holds[x]) w->current[d] -= p->tensor_bytes[t];
+                        if (!--w->copy_holds[x]) w->current[d] -= p->tensor_bytes[p->pair_tensor[q]];
                     } else if (!--w->holds[u] && !p->keep[u]) {
                         w->current[d] -= p->out[u];
                     }
@@ -237,7 +288,10 @@ int plait_simulate(const Problem *p, Work *w, const int32_t *assign, const doubl
                             w->head[link] = x;
                             push_event(w->event_time, w->event_id, events++, begin + seconds,
                                        m + link);
-                            if (dynamic) w->current[there] += p->tensor_bytes[t];
+                            if (dynamic) {
+                                w->current[there] += p->tensor_bytes[t];
+                                add(w->grow, w->grown, &grew, there);
+                            }
                         } else {
                             w->waits[w->tail[link]] = x;
                         }
@@ -280,23 +334,20 @@ double plait_pipeline_load(const Problem *p, const int32_t *assign, double *load
     return most;
 }
 
-/* Cost of the state's current placement; infinite where it exceeds `limit`. */
+/* Cost of the state's current placement, whose levels and priorities are known; infinite where it
+ * exceeds `limit`. */
 static double evaluate(const Problem *p, Work *w, State *s, double weight, double limit) {
-    const double longest = plait_bottom_levels(p, s->assign, w->level);
     double load = 0.0, cost;
-    if (s->throughput) {
-        load = plait_pipeline_load(p, s->assign, w->load);
-        if (load > limit) return INFINITY;
-    } else if (longest > limit) {
-        return INFINITY;
-    }
-    for (int i = 0; i < p->n; i++) s->priority[i] = w->level[i] + s->offset[i];
     if (!s->throughput) {
+        if (longest_path(p, w->level) > limit) return INFINITY;
         plait_simulate(p, w, s->assign, s->priority, s->position, 0, weight, limit, &cost);
         cost += *s->price * w->counts[1];
         return cost <= limit ? cost : INFINITY;
     }
-    /* Only peaks of memory matter, and those of the static model need no schedule. */
+    load = plait_pipeline_load(p, s->assign, w->load);
+    if (load > limit) return INFINITY;
+    if (p->is_static && load + weight * static_overrun(p, w, s->assign) > limit) return INFINITY;
+    /* Only peaks of memory matter, not the makespan. */
     plait_simulate(p, w, s->assign, s->priority, s->position, 0, weight, INFINITY, &cost);
     cost = load + weight * overrun(p, w) + *s->price * w->counts[1];
     return cost <= limit ? cost : INFINITY;
@@ -321,7 +372,7 @@ static void accept(const Problem *p, Work *w, State *s) {
         if (begin > 0.0 && count < n) {
             for (int k = p->in_ptr[i]; k < p->in_ptr[i + 1] && from < 0; k++) {
                 const int q = p->in_pair[k], x = w->pair_transfer[q];
-                const int u = p->tensor_src[p->pair_tensor[q]];
+                const int u = p->pair_src[q];
                 if ((x >= 0 ? w->transfer_end[x] : w->end[u]) == begin) from = u;
             }
             if (from < 0 && s->position[i] > s->sequence_ptr[s->assign[i]])
@@ -340,8 +391,15 @@ static void accept(const Problem *p, Work *w, State *s) {
     }
 }
 
+/* Levels and priorities of the state's placement, all made anew. */
+static void rank_all(const Problem *p, Work *w, State *s) {
+    plait_bottom_levels(p, s->assign, w->level);
+    for (int i = 0; i < p->n; i++) s->priority[i] = w->level[i] + s->offset[i];
+}
+
 /* Makes the current placement the state; its cost, or infinity (and no change) above `limit`. */
 double plait_settle(const Problem *p, Work *w, State *s, double weight, double limit) {
+    rank_all(p, w, s);
     const double cost = evaluate(p, w, s, weight, limit);
     if (cost < INFINITY) {
         s->cost[0] = cost;
@@ -376,7 +434,7 @@ static int near_device(const Problem *p, State *s, int i) {
     const int low = p->tensor_ptr[p->out_ptr[i]];
     const int outs = p->tensor_ptr[p->out_ptr[i + 1]] - low;
     const int k = below(s, ins + outs + 1);
-    if (k < ins) return s->assign[p->tensor_src[p->pair_tensor[p->in_pair[p->in_ptr[i] + k]]]];
+    if (k < ins) return s->assign[p->pair_src[p->in_pair[p->in_ptr[i] + k]]];
     if (k < ins + outs) return s->assign[p->pair_dst[low + k - ins]];
     return below(s, p->m);
 }
@@ -413,7 +471,7 @@ static int change_devices(const Problem *p, State *s) {
         int i = 0, j = 0;
         for (int tries = 0; tries < 8; tries++) {
             const int q = below(s, p->pairs);
-            i = p->tensor_src[p->pair_tensor[q]];
+            i = p->pair_src[q];
             j = p->pair_dst[q];
             if (s->assign[i] != s->assign[j]) break;
         }
@@ -468,15 +526,52 @@ static int change_order(const Problem *p, Work *w, State *s) {
     k = k < low ? low : k >= high ? high - 1 : k;
     const int j = s->sequence[k];
     if (i == j) return 0;
-    plait_bottom_levels(p, s->assign, w->level);
     const double nudge = (later ? -1e-9 : 1e-9) * s->cost[0];
-    const double change = w->level[j] + s->offset[j] - w->level[i] - s->offset[i] + nudge;
+    const double change = s->priority[j] - s->priority[i] + nudge;
     const int reach = one ? 1 : 1 + below(s, 8);
     for (k = s->position[i]; k < s->position[i] + reach && k < high; k++) {
         const int op = s->sequence[k];
         s->moved[count] = op;
         s->old_offset[count++] = s->offset[op];
         s->offset[op] += change;
+        s->priority[op] = w->level[op] + s->offset[op];
+    }
+    return count;
+}
+
+static void mark(const Problem *p, State *s, int op) {
+    const int k = p->topo_place[op];
+    s->dirty[k >> 6] |= 1ull << (k & 63);
+}
+
+static void mark_sources(const Problem *p, State *s, int op) {
+    for (int k = p->in_ptr[op]; k < p->in_ptr[op + 1]; k++)
+        mark(p, s, p->pair_src[p->in_pair[k]]);
+}
+
+/* Levels and priorities after units moved, from readers to sources as far as anything changes.
+ * Returns how many ops they changed for; `ranked` and `old_level` remember which, and what was. */
+static int rank_moved(const Problem *p, Work *w, State *s, int units) {
+    int count = 0;
+    for (int j = 0; j < units; j++) {
+        for (int k = p->unit_ptr[s->moved[j]]; k < p->unit_ptr[s->moved[j] + 1]; k++) {
+            mark(p, s, p->unit_op[k]);
+            mark_sources(p, s, p->unit_op[k]);
+        }
+    }
+    for (int word = (p->n - 1) >> 6; word >= 0; word--) {
+        while (s->dirty[word]) {
+            const int bit = 63 - __builtin_clzll(s->dirty[word]);
+            const int u = p->topo[64 * word + bit];
+            const double level = bottom_level(p, s->assign, w->level, u);
+            s->dirty[word] &= ~(1ull << bit);
+            if (level == w->level[u]) continue;
+            s->ranked[count] = u;
+            s->old_level[count++] = w->level[u];
+            w->level[u] = level;
+            s->priority[u] = level + s->offset[u];
+            mark_sources(p, s, u);
+        }
     }
     return count;
 }
@@ -484,6 +579,7 @@ static int change_order(const Problem *p, Work *w, State *s) {
 /* Tries `steps` moves while the temperature falls geometrically from `hot` to `cold` seconds. */
 void plait_anneal(const Problem *p, Work *w, State *s, int steps, double hot, double cold,
                   double weight, double order_share) {
+    rank_all(p, w, s);
     for (int step = 0; step < steps; step++) {
         const double temperature = hot * pow(cold / hot, (double)step / steps);
         const double limit = s->cost[0] - temperature * log(1.0 - uniform(s));
@@ -491,19 +587,28 @@ void plait_anneal(const Problem *p, Work *w, State *s, int steps, double hot, do
         const int count = reorder ? change_order(p, w, s) : change_devices(p, s);
         if (!count) continue;
         s->counts[1]++;
+        const int ranked = reorder ? 0 : rank_moved(p, w, s, count);
         const double cost = evaluate(p, w, s, weight, limit);
         if (cost < INFINITY) {
             s->counts[2]++;
             s->cost[0] = cost;
             accept(p, w, s);
-        } else if (reorder) {
-            for (int k = count - 1; k >= 0; k--) s->offset[s->moved[k]] = s->old_offset[k];
-        } else {
-            for (int k = count - 1; k >= 0; k--) {
-                const int u = s->moved[k];
-                for (int q = p->unit_ptr[u]; q < p->unit_ptr[u + 1]; q++)
-                    s->assign[p->unit_op[q]] = s->old_device[k];
+            continue;
+        }
+        for (int k = count - 1; k >= 0; k--) {
+            const int x = s->moved[k];
+            if (reorder) {
+                s->offset[x] = s->old_offset[k];
+                s->priority[x] = w->level[x] + s->offset[x];
+                continue;
             }
+            for (int q = p->unit_ptr[x]; q < p->unit_ptr[x + 1]; q++)
+                s->assign[p->unit_op[q]] = s->old_device[k];
+        }
+        for (int k = 0; k < ranked; k++) {
+            const int i = s->ranked[k];
+            w->level[i] = s->old_level[k];
+            s->priority[i] = w->level[i] + s->offset[i];
         }
     }
 }

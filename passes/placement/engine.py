@@ -50,10 +50,12 @@ class View(NamedTuple):
     tensor_ptr: Index
     pair_dst: Index
     pair_tensor: Index
+    pair_src: Index  # [K] producers, by tensor
     out_ptr: Index
     in_ptr: Index
     in_pair: Index
     topo: Index
+    topo_place: Index  # [n] its inverse
     unit: Index
     unit_ptr: Index
     unit_op: Index
@@ -91,6 +93,11 @@ class Work(NamedTuple):
     ready: Index  # [n] one heap a device
     ready_ptr: Index  # [m + 1]
     ready_len: Index  # [m]
+    wake: Index  # [m] devices that may have something to start
+    woken: Index  # [m] whether they are on that list
+    grow: Index  # [m] devices that hold more since time moved on
+    grown: Index  # [m] whether they are on that list
+    left: Floats  # [m] work that a device has not started, seconds
     event_time: Floats  # [m + m * m] heap of what ends next
     event_id: Index  # op end on a device: the device; transfer end: m + link
     load: Floats  # [m + m * m] scratch
@@ -114,6 +121,9 @@ class State(NamedTuple):
     moved: Index  # [max(n, units)] units or ops that a move changes
     old_device: Index  # [units] their devices before
     old_offset: Floats  # [n] their offsets before
+    ranked: Index  # [n] ops whose levels a move changes
+    old_level: Floats  # [n] their levels before
+    dirty: Seed  # [n / 64] by place in topo: ops whose levels may have changed, a bit each
     random: Seed  # [1] generator
 
 
@@ -128,17 +138,21 @@ class Engine:
         order = np.ascontiguousarray(orders, np.int32)
         place = np.argsort(order, axis=1)
         raw = {**p._asdict(), "order": order, "place": place}
+        raw["pair_src"] = p.tensor_src[p.pair_tensor]
+        raw["topo_place"] = np.argsort(p.topo)
         raw["region_ptr"], raw["region_unit"] = regions
         self.view = View(**{k: _plain(raw[k]) for k in View._fields})
         f, i = np.zeros, lambda size: np.zeros(size, np.int32)
         self.work = Work(
             f(n), f(n), f(m), i(n), i(pairs), i(pairs), f(pairs), f(pairs), i(pairs), i(2), f(n),
             i(n), i(n), i(pairs), i(pairs), i(m * m), i(m * m), f(m * m), i(m), i(m), f(m), i(n),
-            i(m + 1), i(m), f(m + m * m + 1), i(m + m * m + 1), f(m + m * m),
+            i(m + 1), i(m), i(m), i(m), i(m), i(m), f(m), f(m + m * m + 1), i(m + m * m + 1),
+            f(m + m * m),
         )  # fmt: skip
         self.state = State(
             i(n), f(n), i(n), f(n), np.full(2, np.inf), f(1), i(4), f(n), i(n), i(n), i(m + 1),
-            i(n), i(max(n, units)), i(units), f(n), np.zeros(1, np.uint64),
+            i(n), i(max(n, units)), i(units), f(n), i(n), f(n), np.zeros(n // 64 + 1, np.uint64),
+            np.zeros(1, np.uint64),
         )  # fmt: skip
         scalars = (
             n, m, units, len(p.tensor_src), pairs, len(self.view.region_ptr) - 1, len(order),

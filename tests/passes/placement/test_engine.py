@@ -1,0 +1,60 @@
+"""What the annealer keeps up to date is what it would be if made anew, and cuts cut only losers."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plait.passes.placement.clusters import cluster_levels, linear_orders, regions
+from plait.passes.placement.engine import Engine
+from plait.passes.placement.problem_file import problem_from_dict
+
+from . import rules
+
+
+def annealed(seed: int, ops: int, devices: int, throughput: bool, steps: int) -> Engine:
+    """An engine after some moves on a random problem, accepted and rejected."""
+    problem = rules.random_problem(random.Random(seed), ops, devices, tight=seed % 2 == 0)
+    p = problem_from_dict(problem).arrays
+    engine = Engine(p, linear_orders(p), regions(cluster_levels(p)))
+    engine.set_throughput(throughput)
+    engine.state.assign[:] = np.argmax(p.allowed, axis=1)[p.unit]
+    engine.state.random[0] = seed
+    engine.settle(3.0)
+    engine.anneal(steps, 2.0, 0.01, 3.0, 0.3)
+    return engine
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 100_000), st.integers(1, 90), st.integers(1, 5), st.booleans())
+def test_levels_and_cost_after_moves_are_those_made_anew(
+    seed: int, ops: int, devices: int, throughput: bool
+) -> None:
+    engine = annealed(seed, ops, devices, throughput, 60)
+    s = engine.state
+    kept, priority, cost = engine.work.level.copy(), s.priority.copy(), float(s.cost[0])
+    level = engine.bottom_levels(s.assign)
+    assert kept.tolist() == level.tolist()
+    assert priority.tolist() == (level + s.offset).tolist()
+    assert engine.settle(3.0) == cost
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 100_000), st.integers(1, 60), st.integers(1, 5), st.booleans())
+def test_a_limit_cuts_what_is_above_it_and_nothing_else(
+    seed: int, ops: int, devices: int, throughput: bool
+) -> None:
+    engine = annealed(seed, ops, devices, throughput, 20)
+    cost = float(engine.state.cost[0])
+    assert engine.settle(3.0, cost * (1 + 1e-9)) == cost
+    assert engine.settle(3.0, np.nextafter(cost, -1.0)) == np.inf
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_no_ops_are_no_moves(devices: int) -> None:
+    engine = annealed(1, 1, devices, False, 5)
+    assert engine.state.cost[1] <= engine.state.cost[0]
