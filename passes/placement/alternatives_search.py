@@ -20,7 +20,7 @@ import numpy as np
 
 from . import feasible
 from .alternatives import Alternative, Rewritten, rewrite
-from .best import Found, Progress, Search, search
+from .best import Found, Progress, Search, search, search_seconds
 from .bounds import lower_bounds
 from .choices import Allowed, Chooser
 from .errors import InfeasibleError
@@ -39,17 +39,13 @@ _RELIEFS = 24
 _NEARLY = 5.0
 """What an overrun by a whole device counts in a plan that nearly fits, in its own costs."""
 
-_SHARES = {
-    "plain": 0.25,
-    "roomy": 0.08,
-    "slim": 0.08,
-    "again": 0.5,
-    "choose": 0.17,
-    "anneal": 0.1,
-    "insist": 0.05,
-}
-"""Of the budget; after "roomy" comes "again", or else "slim", "choose", "anneal" twice and "insist"
-where nothing fits without copies."""
+_SHARES = {"roomy": 0.08, "slim": 0.08, "choose": 0.17, "anneal": 0.1, "insist": 0.05}
+"""Of the budget; "anneal" comes twice, "insist" where nothing fits without copies. The search
+without copies may take all that the others leave."""
+
+_MUCH = 0.75
+"""Copies come first where a step takes this part of the time, or less: if memory had only to hold
+parameters for them to be looked for, and with them for them to be refined."""
 
 
 @dataclass(frozen=True)
@@ -88,28 +84,46 @@ class _Alternatives:
     ) -> None:  # fmt: skip
         self.problem, self.allowed, self.objective, self.seed = problem, allowed, objective, seed
         self.budget, self.progress = budget, progress
-        self.deadline = began + 0.92 * budget - 0.15
+        self.began, self.seconds = began, search_seconds(budget)
+        self.deadline = began + self.seconds
         self.bounds = lower_bounds(problem.arrays, objective == "throughput", copies=True)
         self.rng = np.random.default_rng(seed)
         # About the seconds that one simulated choice takes on the machine this was written on.
         size = len(problem.ops) + len(problem.edges)
         self.plays = int(_SHARES["choose"] * budget / (1e-3 + 2e-6 * size))
-        self.used = 0.0
         self.least = np.inf
 
     def run(self) -> Answer:
-        plain = self._attempt("plain", self.problem)
-        self.answers = [Answer(plain, rewrite(self.problem, ()))]
+        # The very search that `best` makes of the whole budget: where the clock does not end it,
+        # no answer is worse than without copies.
+        plain = search(self.problem, self.objective, self.seed, self.seconds, self._shown(),
+                       end=self.deadline)  # fmt: skip
+        quick = plain.prepare()
+        self.answers = [Answer(quick, rewrite(self.problem, ()))]
         if not self._enough():
             roomy = self._attempt("roomy", _roomy(self.problem))
-            if plain.fits and not roomy.cost < plain.cost:  # memory costs no time
-                self._anneal("again", self.answers[0])
-            else:
-                self._with_copies(plain, roomy)
+            much = not quick.fits or roomy.cost <= _MUCH * quick.cost
+            played = self._played(quick, roomy) if much else None
+            best = self._best().found
+            sure = best.fits and not (quick.fits and best.cost > _MUCH * quick.cost)
+            if not sure:
+                quick = self._without_copies(plain)
+            if not self._enough() and not (quick.fits and quick.cost <= roomy.cost):
+                self._refine(played or self._played(quick, roomy))
+            if sure:
+                quick = self._without_copies(plain)
         best = self._best()
-        if not plain.fits:  # it must not be given up sooner than without copies
+        if not quick.fits:  # it must not be given up sooner than without copies
             best = self._insist(best)
         return replace(best, found=replace(best.found, bounds=self.bounds))
+
+    def _without_copies(self, plain: Search) -> Found:
+        """The rest of the search for a plan that keeps everything."""
+        found = plain.finish()
+        self.answers.insert(0, Answer(found, rewrite(self.problem, ())))
+        if found.fits:
+            self.least = min(self.least, found.cost)
+        return found
 
     def _best(self) -> Answer:
         """The fastest answer that fits, with few copies; else the last."""
@@ -117,10 +131,14 @@ class _Alternatives:
         rank = lambda x: (x.found.cost, len(x.alternatives))  # noqa: E731
         return min(fitting, key=rank, default=self.answers[-1])
 
-    def _with_copies(self, plain: Found, roomy: Found) -> None:
-        """Copies chosen for plans that leave memory out of account, or part of it, and refined."""
+    def _played(self, plain: Found, roomy: Found) -> Played:
+        """Copies chosen for plans that leave memory out of account, or part of it."""
         played = self._chosen([self._chooser(*plan) for plan in self._plans(plain, roomy)])
         self.answers.append(_answer(self.problem, played))
+        return played
+
+    def _refine(self, played: Played) -> None:
+        """The best plan so far annealed, and copies chosen for what comes out, twice."""
         for _ in range(2):
             best = self._best()
             found = self._anneal("anneal", best)
@@ -154,22 +172,25 @@ class _Alternatives:
         else:
             end = min(time.perf_counter() + seconds, self.deadline)
             found = Search(*options, end, seconds, self._shown(share), given).attempt()
-        self.used += _SHARES[share]
         if found.fits and share not in ("roomy", "slim"):
             self.least = min(self.least, found.cost)
+        self._tell()
         return found
 
-    def _shown(self, share: str) -> Progress | None:
+    def _shown(self, share: str = "") -> Progress | None:
         """The progress of a part as that of the whole."""
         if self.progress is None:
             return None
-        report, first = self.progress, self.used
 
-        def part(used: float, cost: float, _: float) -> None:
-            cost = np.inf if share in ("roomy", "slim") else cost
-            report(first + used * _SHARES[share], min(cost, self.least), self.bounds["best"])
+        def part(_: float, cost: float, __: float) -> None:
+            self._tell(np.inf if share in ("roomy", "slim") else cost)
 
         return part
+
+    def _tell(self, cost: float = np.inf) -> None:
+        if self.progress is not None:
+            used = min((time.perf_counter() - self.began) / self.budget, 1.0)
+            self.progress(used, min(cost, self.least), self.bounds["best"])
 
     def _enough(self) -> bool:
         """Whether something fits, and nothing can be better or the time is over."""

@@ -31,12 +31,14 @@ Progress = Callable[[float, float, float], None]
 _LAMBDAS = (0.3, 0.05, 1.0)  # weights of the depth-first place against bottom levels
 _ROUNDS = 24
 _CHUNK = 0.04  # seconds between looks at the clock, about
-_MANY = range(8_000, 40_000)
+_LATE = 0.1  # of an anneal, by which the clock may be ahead of the moves
+_MANY = range(1_000, 40_000)
 """Ops for which a search on a coarser graph comes first: more than moves reach one by one, and few
 enough that there is time for both."""
 
-_COARSE_SHARE = 0.6  # of the budget that it takes
+_COARSE_SHARE = 0.4  # of the budget that it takes
 _PACK_SHARE = 0.1  # of the budget that one integer program may take
+_FEW_KINDS = 100  # of units, up to which integer programming is the quicker way to pack them
 _BRIMS = (1.0, 0.97, 0.9, 0.8, 0.65)
 """Shares of memory up to which devices are filled where nothing else fits: ops that come later, and
 copies on their way, need the rest."""
@@ -79,16 +81,13 @@ class Search:
         self.engine.set_throughput(objective == "throughput")
         self.engine.set_price(price)
         self.bounds = lower_bounds(p, objective == "throughput")
-        size = self.n + len(p.pair_dst)
-        # Seconds of one move on one core of the machine that this was written on; graphs that
-        # outgrow the caches take longer. A part of the budget stays in reserve.
-        self.move_seconds = 1e-6 + size * (8e-9 + 22e-9 * min(1.0, (size / 7000) ** 1.5))
-        self.moves = max(int(0.8 * budget / self.move_seconds), 50)
+        self.move_seconds, self.moves, self.left = 1.0, 0, 0
         self.began, self.budget = time.perf_counter(), max(budget, 1e-3)
         self.weight = 0.0
         self.start = ""
         self.nearest: tuple[float, Ints, Floats] | None = None
         """Of the starts that which overruns the least: its overrun, devices by op, offsets."""
+        self.ranked: list[tuple[float, Ints, Floats]] = []
         self.hurried = False  # whether the clock kept a start from being looked at
 
     def run(self) -> Found:
@@ -104,13 +103,23 @@ class Search:
 
     def attempt(self) -> Found:
         """Searches within the budget; what it ends at where nothing fits."""
-        if not self.n:
-            empty = np.zeros(0, np.int64)
-            return Found(empty, empty, 0.0, self.bounds, "", 0, "done")
-        self._anneal_rounds(self._ranked_starts())
+        self.prepare()
+        return self.finish()
+
+    def prepare(self) -> Found:
+        """The first part of `attempt`, which looks at starts; the best of them."""
+        self.ranked = self._ranked_starts() if self.n else []
+        return self._found()
+
+    def finish(self) -> Found:
+        """The second part of `attempt`, which is most of it."""
+        self._anneal_rounds(self.ranked)
         return self._found()
 
     def _found(self) -> Found:
+        if not self.n:
+            empty = np.zeros(0, np.int64)
+            return Found(empty, empty, 0.0, self.bounds, "", 0, "done")
         s, w = self.engine.state, self.engine.work
         fits = self._fits()
         if fits:
@@ -210,10 +219,10 @@ class Search:
         s.random[0] = self.seed * 1_000_003 + 12345
         if not ranked:
             return
+        self._count_moves(ranked[0])
         # Units say how many moves one anneal needs; what is left over pays for more of them.
         rounds = min(self.moves // (30 * (len(self.p.unit_ptr) - 1)), _ROUNDS)
         left = self.moves
-        self._load(*ranked[0][1:])
         if rounds >= 4:
             share = self.moves // 30
             results = []
@@ -252,6 +261,18 @@ class Search:
                 self.weight *= 2  # memory matters more
                 self._load(s.assign.copy(), s.offset.copy())
 
+    def _count_moves(self, start: tuple[float, Ints, Floats]) -> None:
+        """How many moves the budget is worth; ``start`` becomes the state.
+
+        By what a move takes on one core of the machine that this was written on: graphs that
+        outgrow the caches take longer, and so do transfers. A part of the budget stays in reserve.
+        """
+        self._load(*start[1:])
+        size, sent = self.n + len(self.p.pair_dst), int(self.engine.work.counts[1])
+        item = 7e-9 + 16e-9 * min(1.0, size / 9000)
+        self.move_seconds = 1e-6 + size * item + 90e-9 * sent
+        self.moves = self.left = max(int(0.8 * self.budget / self.move_seconds), 50)
+
     def _fits(self) -> bool:
         """Whether anything that was looked at fits."""
         return bool(np.isfinite(self.engine.state.cost[1]))
@@ -265,19 +286,33 @@ class Search:
         self.engine.settle(self.weight)
 
     def _anneal(self, moves: int, hot: float, cold: float, reorder: float = 0.15) -> None:
-        """Anneals in small steps, so that the clock and the progress bar are seen to."""
+        """Anneals in small steps, so that the clock and the progress bar are seen to.
+
+        Where the clock runs faster than the moves, some are left out: it is cold in the end.
+        """
         s = self.engine.state
         step = max(int(_CHUNK / self.move_seconds), 1)
-        scale = s.cost[0]
-        for first in range(0, moves, step):
-            if time.perf_counter() >= self.deadline or self._optimal():
+        scale, began = s.cost[0], time.perf_counter()
+        seconds = (self.deadline - began) * min(moves / max(self.left, 1), 1.0)
+        self.left -= moves
+        first = 0
+        while first < moves:
+            now = time.perf_counter()
+            if now >= self.deadline or self._optimal():
                 return
-            a, b = first / moves, min(first + step, moves) / moves
+            late = (now - began) / max(seconds, 1e-9)
+            if late > first / moves + _LATE:
+                first = int(min(late, 1.0) * moves)
+                self.hurried = True
+            last = min(first + step, moves)
+            if first == last:
+                return
             fall = cold / hot
             self.engine.anneal(
-                min(step, moves - first), scale * hot * fall**a, scale * hot * fall**b,
-                self.weight, reorder,
+                last - first, scale * hot * fall ** (first / moves),
+                scale * hot * fall ** (last / moves), self.weight, reorder,
             )  # fmt: skip
+            first = last
             if self.progress is not None:
                 used = (time.perf_counter() - self.began) / self.budget
                 self.progress(min(used, 1.0), float(s.cost[1]), self.bounds["best"])
@@ -288,21 +323,37 @@ class Search:
         if self.nearest is not None and self._repaired(*self.nearest[1:]):
             self.start = "nearest"
             return
-        near = np.zeros(len(p.unit_ptr) - 1, np.int64)
-        near[p.unit] = self.engine.state.assign
-        for attempt, slack in enumerate((0.0, 0.02, 0.05, 0.1, 0.2)):
-            left = self.deadline - time.perf_counter()
-            if left <= 0:
-                return
-            seconds = min(left, _PACK_SHARE * self.budget)
-            packed = feasible.pack(self.problem, seconds, slack, near)
-            if packed is None:
-                continue
+        for attempt, packed in enumerate(self._packings()):
             for share in (0.0, 1.0):
                 longest = float(self.engine.bottom_levels(packed[p.unit].astype(np.int32)).max())
                 if self._repaired(packed[p.unit], -share * longest * place):
                     self.start = f"packing {attempt}"
                     return
+
+    def _packings(self) -> Iterator[Ints]:
+        """Devices by unit such that what stays fits, with more and more room for what does not."""
+        p = self.p
+        near = np.zeros(len(p.unit_ptr) - 1, np.int64)
+        near[p.unit] = self.engine.state.assign
+        rng = np.random.default_rng(self.seed)
+
+        def by_count(slack: float, left: float) -> Ints | None:
+            return feasible.pack(self.problem, min(left, _PACK_SHARE * self.budget), slack, near)
+
+        def by_sums(slack: float, left: float) -> Ints | None:
+            end = time.perf_counter() + left / 2
+            return feasible.exchange(self.problem, near, 1 - slack, rng, end)
+
+        few = feasible.kinds(self.problem) <= _FEW_KINDS
+        for slack in (0.0,) if p.static else (0.0, 0.02, 0.05, 0.1, 0.2):
+            for way in (by_count, by_sums) if few else (by_sums, by_count):
+                left = self.deadline - time.perf_counter()
+                if left <= 0:
+                    return
+                packed = way(slack, left)
+                if packed is not None:
+                    yield packed
+                    break
 
     def _repaired(self, assign: Ints, offset: Floats) -> bool:
         """Whether something that fits is found close to a placement, with memory made very dear."""
@@ -345,10 +396,18 @@ def best(
     """
     began = time.perf_counter() if began is None else began
     feasible.refuse_hopeless(problem)
-    now = time.perf_counter()
-    deadline = began + 0.92 * budget - 0.15
-    left = max(deadline - now, 0.05 * budget)
-    return search(problem, objective, seed, left, progress, price).run()
+    seconds = search_seconds(budget)
+    end = max(began + seconds, time.perf_counter() + 0.05 * budget)
+    return search(problem, objective, seed, seconds, progress, price, end).run()
+
+
+def search_seconds(budget: float) -> float:
+    """Of a budget, what the search may take: the rest is for simulating and writing its answer.
+
+    By this the work is counted. What has passed before shortens it by the clock only, for a seed
+    and a budget must always mean the same work.
+    """
+    return max(0.92 * budget - 0.15, 0.05 * budget)
 
 
 def search(
@@ -358,13 +417,20 @@ def search(
     budget: float,
     progress: Progress | None,
     price: float = 0.0,
+    end: float | None = None,
 ) -> Search:
-    """A search for ``budget`` seconds, less what one on a coarser graph has taken by now."""
+    """A search for ``budget`` seconds, less what one on a coarser graph has taken by now; until
+    ``end`` (perf_counter) at the latest.
+    """
+    now = time.perf_counter()
+    end = now + budget if end is None else end
     given = None
     if len(problem.ops) in _MANY:
-        given = _coarse_start(problem, objective, seed, _COARSE_SHARE * budget, progress, price)
+        until = now + _COARSE_SHARE * (end - now)
+        given = _coarse_start(
+            problem, objective, seed, _COARSE_SHARE * budget, progress, price, until
+        )
         budget *= 1 - _COARSE_SHARE  # whatever the clock says: the work is what the seed decides
-    end = time.perf_counter() + budget
     return Search(problem, objective, seed, end, budget, progress, given, price)
 
 
@@ -375,9 +441,9 @@ def _coarse_start(
     budget: float,
     progress: Progress | None,
     price: float,
+    end: float,
 ) -> tuple[Ints, Ints] | None:
     """Devices and starting order of the ops by a search on a coarser graph; None without one."""
-    end = time.perf_counter() + budget
     coarse = coarsen(problem)
     if len(coarse.problem.ops) > 0.8 * len(problem.ops):
         return None

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import numpy as np
+import numpy.typing as npt
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .errors import InfeasibleError
 from .problem import Floats, Ints, Problem
+
+Bools = npt.NDArray[np.bool_]
+
+_SUBSETS = (10, 14, 18, *[20] * 8)
+"""Units of a device whose subsets are all looked at; more where fewer do not do."""
 
 
 def standing(problem: Problem) -> Floats:
@@ -68,9 +77,8 @@ def pack(
     if not len(big):
         return device
     kinds, kind, count = np.unique(
-        np.column_stack([always[big], p.allowed[big]]), axis=0, return_inverse=True,
-        return_counts=True,
-    )  # fmt: skip
+        _sizes_and_devices(problem), axis=0, return_inverse=True, return_counts=True
+    )
     scale = 1.0 / max(float(p.cap.max()), 1.0)
     many = len(kinds)
     variables = np.arange(many * m)
@@ -112,3 +120,111 @@ def pack(
                 homeless.append(u)
         device[homeless] = np.repeat(np.arange(m), left)
     return device
+
+
+def kinds(problem: Problem) -> int:
+    """How many kinds of units `pack` counts."""
+    return len(np.unique(_sizes_and_devices(problem), axis=0))
+
+
+def _sizes_and_devices(problem: Problem) -> Floats:
+    """Of each unit that stays in memory: bytes, and whether it may run on each device."""
+    always = standing(problem)
+    big = always > 0
+    return np.column_stack([always[big], problem.arrays.allowed[big]])
+
+
+def exchange(
+    problem: Problem, near: Ints, share: float, rng: np.random.Generator, deadline: float
+) -> Ints | None:
+    """Devices by unit that fill no device's memory beyond ``share`` with what stays; None: none.
+
+    For sizes that hardly repeat, which `pack` cannot count, and next to no slack. Units stay on
+    their device of ``near`` as long as they fit, the largest first. Then one device after another
+    is filled to the brim: of a few units of it and of another device all subsets are looked at, and
+    those change places that waste the least. Sums of n units are 2**n numbers, so that among some
+    20 units of each there are nearly always two subsets that differ by just what is too much
+    (after Horowitz and Sahni, 1974). The last devices get what is left, and must have room for it.
+    ``deadline`` is of ``time.perf_counter()``.
+    """
+    p = problem.arrays
+    need, room = standing(problem), p.cap * share
+    device = _first_fit(need, room, p.allowed, near)
+    load = np.bincount(device, need, len(room))
+    left = set(range(len(room)))
+    while left:
+        over = load - room
+        if not (over[list(left)] > 0).any():
+            return device
+        # Those with the fewest units have the fewest ways out.
+        count = np.bincount(device[need > 0], minlength=len(room))
+        a = min(left, key=lambda d: (count[d], d))
+        left.remove(a)
+        spare = float(-over[[*left, a]].sum())  # what all of them may waste
+        others = rng.permutation(sorted(left)).tolist()
+        for size, b in itertools.product(_SUBSETS, others):
+            if over[a] <= 0 <= over[a] + spare / len(left):
+                break
+            if time.perf_counter() > deadline:
+                return None
+            mine = _some_units(need, p.allowed, device, a, b, size, rng)
+            theirs = _some_units(need, p.allowed, device, b, a, size, rng)
+            pair = _nearest_subsets(need[mine], need[theirs], float(over[a]), spare)
+            if pair is not None:
+                device[mine[pair[0]]], device[theirs[pair[1]]] = b, a
+                load = np.bincount(device, need, len(room))
+                break
+        if load[a] > room[a]:
+            return None
+    return device
+
+
+def _first_fit(need: Floats, room: Floats, allowed: Bools, near: Ints) -> Ints:
+    """Units on their device of ``near``, the largest first, or where most room is left."""
+    device, left = near.copy(), room.copy()
+    homeless = []
+    for u in np.argsort(-need, kind="stable").tolist():
+        if allowed[u, near[u]] and need[u] <= left[near[u]]:
+            left[near[u]] -= need[u]
+        else:
+            homeless.append(u)
+    for u in homeless:
+        device[u] = int(np.where(allowed[u], left, -np.inf).argmax())
+        left[device[u]] -= need[u]
+    return device
+
+
+def _some_units(
+    need: Floats, allowed: Bools, device: Ints, here: int, there: int, size: int,
+    rng: np.random.Generator,
+) -> Ints:  # fmt: skip
+    """At most ``size`` units of one device that may run on another, too."""
+    units = np.flatnonzero((device == here) & allowed[:, there] & (need > 0))
+    return units if len(units) <= size else rng.choice(units, size, replace=False)
+
+
+def _nearest_subsets(
+    mine: Floats, theirs: Floats, over: float, spare: float
+) -> tuple[Bools, Bools] | None:
+    """Masks of two subsets whose sums differ by ``over`` and as little more as can be; None where
+    that is more than ``spare``.
+    """
+    give, take = _subset_sums(mine), _subset_sums(theirs)
+    order = np.argsort(take, kind="stable")
+    at = np.searchsorted(take[order], give - over, "right") - 1
+    waste = np.where(at >= 0, give - over - take[order[at]], np.inf)
+    k = int(waste.argmin())
+    if waste[k] > spare:
+        return None
+    masks = k, int(order[at[k]])
+    sizes = len(mine), len(theirs)
+    a, b = ((x >> np.arange(n)) & 1 == 1 for x, n in zip(masks, sizes, strict=True))
+    return a, b
+
+
+def _subset_sums(sizes: Floats) -> Floats:
+    """Sums of all subsets, ``[2**len(sizes)]``: bit k of the position says whether k is in."""
+    sums = np.zeros(1)
+    for size in sizes.tolist():
+        sums = np.concatenate([sums, sums + size])
+    return sums

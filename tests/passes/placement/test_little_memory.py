@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 
 import numpy as np
 import pytest
 
 from plait.passes.placement.errors import InfeasibleError
-from plait.passes.placement.feasible import pack
+from plait.passes.placement.feasible import exchange, pack
 from plait.passes.placement.list_scheduling import Ledger
 from plait.passes.placement.plan import NAMES, place
 from plait.passes.placement.problem import Problem
@@ -65,6 +66,36 @@ def test_sizes_that_repeat_are_packed_exactly(seed: int) -> None:
     assert (np.bincount(device, sizes, 5) <= problem.arrays.cap).all()
     assert device[0] == home[0]
     assert (device == home).mean() > 0.4
+
+
+@pytest.mark.parametrize(("units", "devices"), [(60, 3), (400, 6), (700, 20)])
+def test_sizes_that_hardly_repeat_fill_devices_exactly(units: int, devices: int) -> None:
+    """All are different, and each device has room for just what some scattered ops need."""
+    rng = random.Random(units)
+    sizes = [rng.randrange(1, 10**9) for _ in range(units)]
+    home = [rng.randrange(devices) for _ in sizes]
+    rooms = np.bincount(home, sizes, devices).tolist()
+    only = [1.0 if d == home[0] else None for d in range(devices)]
+    problem = chain(sizes, rooms, time_s=only)
+    near = np.full(units, home[0])
+    deadline = time.perf_counter() + 60
+    device = exchange(problem, near, 1.0, np.random.default_rng(0), deadline)
+    assert device is not None and device[0] == home[0]
+    assert np.bincount(device, sizes, devices).tolist() == rooms
+
+
+def test_what_cannot_be_exchanged_is_not_found() -> None:
+    problem = chain([3, 3, 3], [4.0, 5.0])
+    near = np.zeros(3, np.int64)
+    assert exchange(problem, near, 1.0, np.random.default_rng(0), time.perf_counter() + 60) is None
+
+
+def test_scattered_ops_that_fill_devices_exactly_are_placed() -> None:
+    rng = random.Random(7)
+    sizes = [rng.randrange(1, 10**9) for _ in range(300)]
+    rooms = np.bincount([rng.randrange(4) for _ in sizes], sizes, 4).tolist()
+    report = place(chain(sizes, rooms), budget=2.0).report
+    assert list(report["peak_bytes"].values()) == rooms
 
 
 def test_an_overrun_is_no_bargain_where_links_are_slow() -> None:
