@@ -10,7 +10,7 @@ of others, and at copies dropped, and takes one by the heat-bath rule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,51 @@ class Sums(NamedTuple):
         stays = decide * reach + (1 - decide) * self.square / reach
         later = scale * self.paid + rest * self.follows / np.maximum(self.count, 1)
         return self.held + later - pairs * stays, scale, rest
+
+
+class _Change:
+    """Changes of where single experts lie: ``gain`` is the cost that each adds, ``[changes]`` or
+    ``[changes, devices]`` with a copy on each device of ``every``.
+    """
+
+    def __init__(
+        self, state: Copying, layer: int, share: Floats, expert: Ints, sums: Sums, held: Held,
+        before: Floats, every: Held | None,
+    ) -> None:  # fmt: skip
+        wide = (slice(None),) if every is None else (slice(None), None)
+        n, k = state.model.pairs[layer][expert], state.model.tries[layer][expert]
+        cost, self.scale, rest = sums.cost(n[wide], k[wide])
+        self.gain = cost - before[expert][wide]
+        self.rest = rest / np.maximum(sums.count, 1)
+        self.come, self.share = state.come[layer][expert], share[expert]
+        self.tokens, self.held, self.every = state.model.load[layer][expert], held, every
+
+    def load(self, which: Ints, device: Ints | None = None) -> Floats:
+        """Load ``[which, devices]`` that some of the changes add, each with its device."""
+        at = which if device is None else (which, device)
+        held = self.held[which]
+        if device is not None and self.every is not None:
+            held = held | self.every[device]
+        each = held * (self.come[which] * self.scale[at][:, None] + self.rest[at][:, None])
+        return (each - self.share[which]) * self.tokens[which][:, None]
+
+
+def _first(score: Floats, exact: Callable[[Ints], Floats]) -> tuple[int, float]:
+    """Where the largest exact score is, and that; ``score`` is never below the exact one.
+
+    So only those are made exact whose score reaches the best exact one: a few, mostly.
+    """
+    count = 64
+    while True:
+        count = min(count, len(score))
+        order = np.argpartition(-score, count - 1)[:count] if count < len(score) else (
+            np.arange(len(score)))  # fmt: skip
+        values = exact(order)
+        k = int(values.argmax())
+        best, value = int(order[k]), float(values[k])
+        if count == len(score) or value >= float(score[order].min()):
+            return best, value
+        count *= 8
 
 
 class Copying:
@@ -149,74 +194,74 @@ class Copying:
         base = Sums(*((x * held).sum(1) for x in term))
         before = base.cost(n, k)[0]
 
-        def changed(e: Ints, new: Held, sums: Sums) -> tuple[Floats, Floats]:
-            """Cost ``[...]`` and load ``[..., devices]`` that change if experts lie so."""
-            wide = (slice(None),) + (None,) * (new.ndim - 2)
-            cost, scale, rest = sums.cost(n[e][wide], k[e][wide])
-            there = self.come[layer][e][(*wide, slice(None))]
-            each = new * (there * scale[..., None] + (rest / np.maximum(sums.count, 1))[..., None])
-            more = (each - share[e][(*wide, slice(None))]) * load[e][(*wide, None)]
-            return cost - before[e][wide], more
-
         expert, device = np.nonzero(held)
         some = _some(np.arange(len(expert)), rng)
         expert, device = expert[some], device[some]
-        pick = np.arange(len(expert))
+        slots = len(expert)
         gone = Sums(*(x[expert, device] for x in term))
         left = Sums(*(x[expert] for x in base)).plus(gone, -1.0)
-        without = held[expert].copy()
-        without[pick, device] = False
-        # Each slot's expert to each device instead; [slots, devices], [slots, devices, devices].
-        moved = Sums(*(a[:, None] + b[expert] for a, b in zip(left, term, strict=True)))
-        move, move_on = changed(expert, without[:, None, :] | np.eye(m, dtype=bool)[None], moved)
-        move[held[expert]] = np.inf
-        drop, drop_on = changed(expert, without, left)
-        drop[left.count < 0.5] = np.inf
         copied = _some(np.arange(len(load)), rng)
-        new = held[copied][:, None, :] | np.eye(m, dtype=bool)[None]
+        every = np.eye(m, dtype=bool)
+        # Each slot's expert to each device instead, [slots, devices]; without that copy; with one
+        # more, [copied, devices].
+        without = held[expert]
+        without[np.arange(slots), device] = False
+        moved = Sums(*(a[:, None] + b[expert] for a, b in zip(left, term, strict=True)))
+        move = _Change(self, layer, share, expert, moved, without, before, every)
+        move.gain[held[expert]] = np.inf
+        drop = _Change(self, layer, share, expert, left, without, before, None)
+        drop.gain[left.count < 0.5] = np.inf
         more = Sums(*(a[copied][:, None] + b[copied] for a, b in zip(base, term, strict=True)))
-        add, add_on = changed(copied, new, more)
-        add[held[copied]] = np.inf
+        add = _Change(self, layer, share, copied, more, held[copied], before, every)
+        add.gain[held[copied]] = np.inf
         # Free slots: nothing goes from them, nothing is lost.
         free = np.flatnonzero(held.sum(0) < self.room)
         at = np.append(device, free)
-        drop = np.append(drop, np.zeros(len(free)))
-        drop_on = np.concatenate([drop_on, np.zeros((len(free), m))])
-        away, away_on = move[:, at], move_on[:, at]  # [slots, all slots]
-        back = np.concatenate([move[:, device].T, np.zeros((len(pick), len(free)))], axis=1)
-        back_on = np.concatenate(
-            [move_on[:, device].transpose(1, 0, 2), np.zeros((len(pick), len(free), m))], axis=1
-        )
         same = np.append(expert, np.full(len(free), -1))
-        swap = away + back
+        swap = move.gain[:, at]
+        swap[:, :slots] += move.gain[:, device].T
         swap[(device[:, None] == at[None, :]) | (expert[:, None] == same[None, :])] = np.inf
-        put = drop[:, None] + add[:, at].T  # [all slots, experts]
-        put[same[:, None] == copied[None, :]] = np.inf
-        put_on = drop_on[:, None, :] + add_on[:, at].transpose(1, 0, 2)
-        cost = np.concatenate([[0.0], swap.ravel(), put.ravel(), drop])
-        load_on = np.concatenate(
-            [np.zeros((1, m)), (away_on + back_on).reshape(-1, m), put_on.reshape(-1, m), drop_on]
-        )
-        over = np.maximum(on + load_on - most, 0.0).sum(1)
-        score = rng.gumbel(size=len(cost)) * heat - cost - price * over if heat else (
-            -cost - price * over)  # fmt: skip
-        best = int(score.argmax())
-        if score[best] <= score[0] + 1e-9:
+        put = np.append(drop.gain, np.zeros(len(free)))[:, None] + add.gain[:, at].T
+        put[same[:, None] == copied[None, :]] = np.inf  # [all slots, copied]
+        score = -np.concatenate([[0.0], swap.ravel(), put.ravel(), drop.gain])
+        if heat:
+            score += rng.gumbel(size=len(score)) * heat
+        swaps, puts = 1 + swap.size, 1 + swap.size + put.size
+
+        def loads(picked: Ints) -> Floats:
+            """What changes `on`, ``[picked, devices]``."""
+            change = np.zeros((len(picked), m))
+            which = (picked > 0) & (picked < swaps)
+            a, b = np.divmod(picked[which] - 1, len(at))
+            change[which] = move.load(a, at[b])
+            back = np.flatnonzero(which)[b < slots]
+            change[back] += move.load(b[b < slots], device[a[b < slots]])
+            which = (picked >= swaps) & (picked < puts)
+            a, j = np.divmod(picked[which] - swaps, len(copied))
+            change[which] = add.load(j, at[a])
+            less = np.flatnonzero(which)[a < slots]
+            change[less] += drop.load(a[a < slots])
+            which = picked >= puts
+            change[which] = drop.load(picked[which] - puts)
+            return change
+
+        def exact(picked: Ints) -> Floats:
+            return score[picked] - price * np.maximum(on + loads(picked) - most, 0.0).sum(1)
+
+        best, value = _first(score, exact)
+        if value <= float(exact(np.zeros(1, np.int64))[0]) + 1e-9:
             return
-        best -= 1
-        if best < swap.size:
-            a, b = divmod(best, swap.shape[1])
+        if best < swaps:
+            a, b = divmod(best - 1, len(at))
             held[expert[a], device[a]], held[expert[a], at[b]] = False, True
-            if b < len(pick):
+            if b < slots:
                 held[expert[b], device[b]], held[expert[b], device[a]] = False, True
             return
-        best -= swap.size
-        if best < put.size:
-            a, j = divmod(best, put.shape[1])
+        a = best - puts
+        if best < puts:
+            a, j = divmod(best - swaps, len(copied))
             held[copied[j], at[a]] = True
-        else:
-            a = best - put.size
-        if a < len(pick):
+        if a < slots:
             held[expert[a], device[a]] = False
 
     def sweep(self, price: float, heat: float, fill: bool) -> None:
