@@ -332,8 +332,8 @@ def _seconds(state: Copying) -> float:
     m, seconds = state.devices, 0.0
     slots = min(int(state.room.sum()), _MOST)
     for load in state.model.load:
-        looked = slots * (slots + min(len(load), _MOST)) * m
-        seconds += _STEPS * (500e-6 + 12e-9 * looked) + 2e-9 * len(load) ** 2 * m
+        looked = slots * (slots + min(len(load), _MOST))
+        seconds += _STEPS * (750e-6 + 27e-9 * looked) + 2e-9 * len(load) ** 2 * m
     return seconds
 
 
