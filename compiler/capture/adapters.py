@@ -311,9 +311,40 @@ _CODEC = Adapter(
 )
 
 
+# -- what modules note down at every call ----------------------------------------------------------
+
+
+def _unnoted(name: str, **notes: Any) -> Method:
+    """The method ``name`` on a copy, which starts with ``notes`` and takes those of the call."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = copy.copy(self)
+        vars(own).update(notes)
+        return getattr(type(self), name)(own, *args, **kwargs)
+
+    return method
+
+
+_FUNNEL = Adapter(  # the length and how far it was pooled, which nothing reads
+    {
+        name: _unnoted(name, pooling_mult=1)
+        for name in ("init_attention_inputs", "pre_attention_pooling", "post_attention_pooling")
+    },
+    lambda m: (),
+)
+_ROTARY = Adapter(  # the table for the last length, which every length needs anew
+    {"forward": _unnoted("forward", cached_sequence_length=None)}, lambda m: ()
+)
+
+
 ADAPTERS = {
+    "ClvpRotaryPositionalEmbedding": _ROTARY,
     "EncodecConv1d": _CODEC,
+    "FunnelAttentionStructure": _FUNNEL,
     "MimiConv1d": _CODEC,
+    "SeamlessM4TConformerRotaryPositionalEmbedding": _ROTARY,
+    "Wav2Vec2BertRotaryPositionalEmbedding": _ROTARY,
+    "Wav2Vec2ConformerRotaryPositionalEmbedding": _ROTARY,
     "SwitchTransformersTop1Router": Adapter(
         {"forward": _switch_router}, lambda m: [(m.classifier, "Linear")]
     ),

@@ -26,6 +26,7 @@ from ..errors import CaptureError, ChangeError
 from ..guards.watch import Attributes, modules_of
 from . import ops
 from .arguments import distinct, is_plain
+from .as_eager import as_eager
 from .captured import Captured, InputSpec, Mutation
 from .experts import routed_experts
 from .limits import CheckedSizes
@@ -143,7 +144,7 @@ class _Traced(nn.Module):
         before, _ = flatten((args, kwargs), marks=tracked.given)
         if self.attributes is not None:
             self.attributes.begin()
-        with CheckedSizes(), unhooked(self.roots):
+        with CheckedSizes(), unhooked(self.roots), as_eager():
             out = self.target(*args, **kwargs)
         after, tree_after = flatten((args, kwargs), marks=tracked.given)
         same = len(after) == len(before) and all(

@@ -290,6 +290,7 @@ FORECAST = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]
 model("time-series-transformer", "TimeSeriesTransformerModel", "TimeSeriesTransformerConfig",
       series, **FORECAST)
 model("informer", "InformerModel", "InformerConfig", series, **FORECAST, attention_type="full")
+model("autoformer", "AutoformerModel", "AutoformerConfig", series, **FORECAST, label_length=2)
 model("timesfm", "TimesFmModel", "TimesFmConfig",
       lambda: {**noise("past_values", 2, 32),
                "past_values_padding": torch.zeros(2, 32, dtype=torch.int64),

@@ -1,0 +1,84 @@
+"""Choices that transformers would make otherwise while it is exported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import plait
+from plait.compiler.capture import as_eager
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hf_models  # plain modules beside this file
+import hf_models_more  # noqa: F401
+
+pytest.importorskip("transformers")
+
+
+def attentions(compiled: Any) -> list[fx.Node]:
+    """The attention operators of the latest program."""
+    graph = compiled.programs[-1].captured.graph_module.graph
+    found = [n for n in graph.nodes if "scaled_dot_product" in str(n.target)]
+    assert found
+    return found
+
+
+def agree(compiled: Any, model: Any, inputs: dict[str, Any]) -> None:
+    with torch.no_grad():
+        have, want = compiled(**inputs), model(**inputs)
+    torch.testing.assert_close(have[0], want[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "causal"), [("bert", False), ("llama", True), ("bart", True)])
+def test_attention_has_no_mask_where_nothing_is_padded(name: str, causal: bool) -> None:
+    model, inputs = hf_models.MODELS[name]()
+    compiled = plait.compile(model, tune="off")
+    mask = inputs.pop("attention_mask", None)
+    for length in (11, 7, 9):
+        agree(compiled, model, {k: v[:, :length] for k, v in inputs.items()})
+        found = attentions(compiled)
+        assert all(len(n.args) < 4 or n.args[3] is None for n in found)
+        assert any(n.kwargs.get("is_causal") or True in n.args[5:6] for n in found) == causal
+    assert len(compiled.programs) == 2, "the second program takes every length"
+    if mask is not None:
+        agree(compiled, model, {**inputs, "attention_mask": mask})
+        assert all(n.args[3] is not None for n in attentions(compiled))
+
+
+def test_a_window_still_needs_its_mask() -> None:
+    model, inputs = hf_models.MODELS["mistral"]()
+    window = model.config.sliding_window
+    assert window is not None and window < 11
+    compiled = plait.compile(model, tune="off")
+    for length in (11, window - 1, window, 9):
+        agree(compiled, model, {"input_ids": inputs["input_ids"][:, :length]})
+
+
+def test_a_mask_of_wrong_size_is_not_made_where_eager_mode_makes_none() -> None:
+    model, inputs = hf_models.MODELS["autoformer"]()
+    compiled = plait.compile(model, tune="off")
+    agree(compiled, model, inputs)
+    assert len(compiled.programs) == 1
+
+
+def test_linear_attention_solves_its_systems_by_one_operator() -> None:
+    model, inputs = hf_models.MODELS["qwen3-next"]()
+    compiled = plait.compile(model, tune="off")
+    agree(compiled, model, inputs)
+    targets = [str(n.target) for n in compiled.graph.graph.nodes]
+    assert "aten.linalg_solve_triangular.default" in targets
+    assert len(targets) < 1000, "no rows of a chunk one by one"
+
+
+def test_the_library_is_left_as_it_was() -> None:
+    hf_models.MODELS["bert"]()
+    question = sys.modules["transformers.masking_utils"].is_torchdynamo_exporting
+    with pytest.raises(KeyError), as_eager.as_eager():
+        assert vars(sys.modules["transformers.masking_utils"])[as_eager.QUESTION] is not question
+        raise KeyError
+    assert sys.modules["transformers.masking_utils"].is_torchdynamo_exporting is question
