@@ -264,6 +264,23 @@ def _llama4_moe(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     return self.shared_expert(x) + out.view(*index.shape, -1).sum(1), logits
 
 
+# -- LongCat-Flash ---------------------------------------------------------------------------------
+
+
+def _longcat_experts(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Experts numbered beyond those that compute give a token as it is."""
+    count = self.num_routed_experts
+    route = routing.route(top_k_index.clamp(max=count), count)
+    first, k = self.gate_up_proj[:count], top_k_index.shape[1]
+    gate, up = linear(hidden_states, route, first, k, False).chunk(2, -1)
+    out = linear(self.act_fn(gate) * up, route, self.down_proj, 0, True)
+    computes = (top_k_index < count).unsqueeze(-1)
+    out = torch.where(computes, out.view(*top_k_index.shape, -1), hidden_states.unsqueeze(1))
+    return weighted_sum(out, top_k_weights).to(hidden_states.dtype)
+
+
 # -- PaliGemma -------------------------------------------------------------------------------------
 
 
@@ -353,6 +370,9 @@ ADAPTERS = {
         _numbered_parts("SwitchTransformersDenseActDense", "wi", "wo"),
     ),
     "PaliGemmaModel": Adapter({"forward": _paligemma}, lambda m: ()),
+    "LongcatFlashExperts": Adapter(
+        {"forward": _longcat_experts}, lambda m: [(m.identity_expert, "Identity")]
+    ),
     "NllbMoeTop2Router": Adapter({"forward": _nllb_router}, lambda m: [(m.classifier, "Linear")]),
     "NllbMoeExperts": Adapter(
         {"forward": _nllb_experts}, _numbered_parts("NllbMoeDenseActDense", "fc1", "fc2")

@@ -154,6 +154,10 @@ causal("exaone-moe", "ExaoneMoe", **HEAD, num_experts=4, num_experts_per_tok=2,
        moe_intermediate_size=16, num_shared_experts=1, first_k_dense_replace=1, n_group=1,
        topk_group=1, sliding_window=6)
 causal("minimax-m2", "MiniMaxM2", **HEAD, **EXPERTS)
+model("longcat-flash", "LongcatFlashForCausalLM", "LongcatFlashConfig", masked, **TEXT,
+      num_layers=2, ffn_hidden_size=36, moe_topk=2, n_routed_experts=4, zero_expert_num=2,
+      expert_ffn_hidden_size=16, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4,
+      qk_nope_head_dim=8, v_head_dim=8, head_dim=4)
 causal("lfm2-moe", "Lfm2Moe", layer_types=["conv", "full_attention"], num_dense_layers=1,
        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 model("nllb-moe", "NllbMoeModel", "NllbMoeConfig", both_masked, **SEQ2SEQ, num_experts=4,

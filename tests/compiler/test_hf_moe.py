@@ -28,6 +28,7 @@ pytest.importorskip("transformers")
 MODELS = """
     mixtral olmoe qwen2-moe qwen3-moe deepseek-v3 gpt-oss granite-moe phimoe glm4-moe ernie4_5-moe
     jamba llama4 minimax dbrx hunyuan-moe minimax-m2 lfm2-moe exaone-moe jetmoe switch nllb-moe
+    longcat-flash
 """.split()
 FIXED = {
     "jamba": "its recurrence is a loop over time",
