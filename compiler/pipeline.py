@@ -131,12 +131,12 @@ class CompiledGraph:
         with EXCLUSIVE, plain_modes():
             try:
                 made = _make(self.captured, self.options, routes, self.store)
+                self.captured.routes = routes
+                self.monitor.attach(made.engine, sum(made.seconds.values()))
+                self._serve(made)
             finally:
                 if self.store is not None:
                     self.store.settle()
-        self.captured.routes = routes
-        self.monitor.attach(made.engine, sum(made.seconds.values()))
-        self._serve(made)
         return sum(r.predicted_gain or 0.0 for r in made.remarks if r.id.startswith("PLT-SPC"))
 
     @property
@@ -308,8 +308,9 @@ def _make(
             store.open(tiered)
             trial.enter_context(store.trying())
         lowered = lower.lower(graph, groups_of(graph), kernels, captured.symbols, store=store)
+        capacity = math.inf
         if store is not None and tiered is not None:
-            store.close(tiered, least(lowered), lowered.stayed)
+            capacity = store.close(tiered, least(lowered), lowered.stayed)
         lap("lower")
         bets: list[Remark] = []
         if routes is not None:
@@ -328,19 +329,20 @@ def _make(
             other = _after(manager, SpeculateRoutes.name).run(likely.graph).graph_module
             groups = groups_of(other)
             special = lower.lower(other, groups, kernels, captured.symbols, "likely", store)
-            verdict: Executor | Speculation | None = None
             held: Tiered | None = other.meta.get(TIERED)
             largest = max(least(lowered), least(special))
-            if _fits(likely, special, held, largest, store, bets):
+            beside = _room_beside(likely, special, held, largest, store, bets)
+            if beside is not None:
                 quick = _scheduled(other, special, kernels, store)
                 sample = Sample(made_up(lowered.plan, values), routes)
                 verdict = judge_likely(likely, engine, quick, sample, bets)
                 if verdict is quick:  # right for every route: nothing has to stand behind it
                     graph, lowered = other, special
-                engine = verdict or engine
-            if verdict is None and store is not None and store.tier is not None:
-                store.tier.limit(int(room))  # the refused plan needs none of it
+                if verdict is not None:
+                    engine, capacity = verdict, min(capacity, beside)
             lap("bets on likely routes")
+        if store is not None and tiered is not None:
+            store.serve(engine, int(capacity))
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
     remarks = (*captured.remarks, *result.remarks, *told, *lowered.remarks, *bets)
     return _Made(graph, lowered, kernels, remarks, seconds, engine)
@@ -429,20 +431,19 @@ def _decide(variant: fx.GraphModule, tiered: Tiered | None) -> None:
         variant.meta[BUDGET] = tiered
 
 
-def _fits(
+def _room_beside(
     likely: Likely,
     special: Lowered,
     tiered: Tiered | None,
     largest: int,
     store: WeightStore | None,
     remarks: list[Remark],
-) -> bool:
-    """Whether a second plan leaves the budget for weights what it needs."""
+) -> float | None:
+    """Bytes of weights that may be fetched beside a second plan; None where these are too few."""
     if store is None or tiered is None:
-        return True
+        return math.inf
     try:
-        store.close(tiered, largest, special.stayed)
+        return store.close(tiered, largest, special.stayed)
     except OptionError as error:
         remarks.append(refused(likely, str(error)))
-        return False
-    return True
+        return None

@@ -22,7 +22,8 @@ from .ir import Aliases, Rewriter, alias_root, argument, aten, is_call
 from .remarks import Remark
 
 KEEP = "keep"
-"""Key of a graph module's ``meta``: what puts large folded weights where weights lie (`Keep`)."""
+"""Key of a graph module's ``meta``: what puts large folded weights of it, and of the graphs in it,
+where weights lie (`Keep`)."""
 Keep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From a folded weight and what it was made of to an equal tensor."""
 AT_ONCE = 1 << 17
@@ -56,8 +57,10 @@ class _Norm:
     shift: torch.Tensor
 
 
-def fold_batch_norm(rewriter: Rewriter) -> list[Remark]:
-    """Rewrite every batch normalisation whose statistics are constants."""
+def fold_batch_norm(rewriter: Rewriter, keep: Keep | None = None) -> list[Remark]:
+    """Rewrite every batch normalisation whose statistics are constants; ``keep`` puts large folded
+    weights where they are to lie.
+    """
     aliases = Aliases(rewriter.graph)
     remarks: list[Remark] = []
 
@@ -74,7 +77,7 @@ def fold_batch_norm(rewriter: Rewriter) -> list[Remark]:
             tell("PLT-NRM-003", "missed", (node,), reason, "compile the module that owns them")
             continue
         source = norm.source
-        folded = _fold_into(rewriter, norm, aliases)
+        folded = _fold_into(rewriter, norm, aliases, keep)
         if folded:
             tell("PLT-NRM-001", "done", (node, source), f"folded into {source.target}")
         elif allow("batch norm to scale and shift", [node]):
@@ -143,7 +146,7 @@ def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return bool(torch.isfinite(tensor.to(dtype)).all())
 
 
-def _fold_into(rewriter: Rewriter, norm: _Norm, aliases: Aliases) -> bool:
+def _fold_into(rewriter: Rewriter, norm: _Norm, aliases: Aliases, keep: Keep | None) -> bool:
     """Move scale and shift into the operator before, if it is of the right kind."""
     source = norm.source
     if source.op != "call_function" or list(source.users) != [norm.node]:
@@ -176,7 +179,6 @@ def _fold_into(rewriter: Rewriter, norm: _Norm, aliases: Aliases) -> bool:
     stem = alias_root(weight_node).name
     args = list(source.args) + [None] * (3 - len(source.args))
     kwargs = {k: v for k, v in source.kwargs.items() if k not in ("weight", "bias")}
-    keep: Keep | None = rewriter.graph_module.meta.get(KEEP)
     if keep is not None:
         new_weight = keep(new_weight, weight)
     args[1] = rewriter.constant(new_weight, stem, like)

@@ -22,6 +22,7 @@ from .annotations import annotate
 from .base import with_graph
 
 aten = torch.ops.aten
+COND = torch.ops.higher_order.cond
 
 _OFF_BY_FLAG: dict[Any, tuple[int, str, Any]] = {
     # Operators that declare themselves random, and the argument value that makes them not so.

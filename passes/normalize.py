@@ -8,6 +8,7 @@ step                                   before → after
 `passes.constants`                     operators on constants → constants; all-True masks → none
 `passes.batch_norm`                    ``batch_norm(conv(x))`` → ``conv(x)``, or scale and shift
 `passes.cse`                           equal computations → one; unread ones → none
+`passes.sides`                         operands of a `torch.cond` → constants of one side
 =====================================  ===========================================================
 
 The steps repeat until none of them changes anything. Every rewrite is exact for every input,
@@ -23,13 +24,14 @@ from typing import ClassVar
 import torch.fx as fx
 
 from .base import Pass, PassResult, copy_graph
-from .batch_norm import fold_batch_norm
+from .batch_norm import KEEP, Keep, fold_batch_norm
 from .canonical import canonicalise
 from .constants import drop_masks, fold_constants
 from .cse import drop_dead, merge_equal
 from .identities import drop_identities
 from .ir import Rewriter, attribute
 from .remarks import Remark
+from .sides import own_constants
 
 _MAX_ROUNDS = 8
 _SUMMARIES = {
@@ -38,6 +40,7 @@ _SUMMARIES = {
     "PLT-NRM-004": "constants folded",
     "PLT-NRM-006": "merged with equal computations",
     "PLT-NRM-008": "unread operators removed",
+    "PLT-NRM-010": "given to the one side of a torch.cond that reads them",
 }
 
 
@@ -63,15 +66,18 @@ class Normalize(Pass):
             raise ValueError(f"max_constant must not be negative, is {self.max_constant}")
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
+        return self._run(graph_module, graph_module.meta.get(KEEP))
+
+    def _run(self, graph_module: fx.GraphModule, keep: Keep | None) -> PassResult:
         rewriter = Rewriter(copy_graph(graph_module), self.name)
         done: dict[str, list[str]] = {remark_id: [] for remark_id in _SUMMARIES}
         remarks: dict[Remark, None] = {}
         changed = False
         for _ in range(_MAX_ROUNDS):
-            if not self._round(rewriter, done, remarks):
+            if not self._round(rewriter, done, remarks, keep):
                 break
             changed = True
-        nested = self._branches(rewriter.graph_module)
+        nested = self._branches(rewriter.graph_module, keep)
         remarks.update(dict.fromkeys(nested))
         for remark_id, nodes in done.items():
             if nodes:
@@ -82,7 +88,11 @@ class Normalize(Pass):
         return PassResult(rewriter.finish(), tuple(remarks))
 
     def _round(
-        self, rewriter: Rewriter, done: dict[str, list[str]], remarks: dict[Remark, None]
+        self,
+        rewriter: Rewriter,
+        done: dict[str, list[str]],
+        remarks: dict[Remark, None],
+        keep: Keep | None,
     ) -> bool:
         """Every step once; whether one of them changed the graph."""
         before = sum(map(len, done.values()))
@@ -96,22 +106,23 @@ class Normalize(Pass):
             done["PLT-NRM-007"] += drop_masks(rewriter)
             found += notes
         if self.fold_batch_norm:
-            found += fold_batch_norm(rewriter)
+            found += fold_batch_norm(rewriter, keep)
         if self.merge_equal:
             done["PLT-NRM-006"] += merge_equal(rewriter)
+        done["PLT-NRM-010"] += own_constants(rewriter)
         done["PLT-NRM-008"] += drop_dead(rewriter)
         remarks.update(dict.fromkeys(found))
         folded = any(remark.kind == "done" for remark in found)
         return folded or sum(map(len, done.values())) > before
 
-    def _branches(self, graph_module: fx.GraphModule) -> list[Remark]:
+    def _branches(self, graph_module: fx.GraphModule, keep: Keep | None) -> list[Remark]:
         """Normalize the subgraphs that control flow operators take as arguments."""
         remarks: list[Remark] = []
         targets = {str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr"}
         for target in sorted(targets):
             branch = attribute(graph_module, target)
             if isinstance(branch, fx.GraphModule):
-                result = self.run(branch)
+                result = self._run(branch, keep)
                 remarks += result.remarks
                 owner, _, last = target.rpartition(".")
                 setattr(attribute(graph_module, owner) if owner else graph_module, last, result[0])

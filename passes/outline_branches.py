@@ -32,9 +32,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, free_unbacked_symb
 
 from ..kernels import ops
 from .base import Pass, PassResult, allow, copy_graph
-from .ir import branches_of, fake_mode_of, fake_result
+from .ir import COND, attribute, branches_of, fake_mode_of, fake_result
 from .remarks import Remark
-from .resize import Sizes
+from .resize import Sizes, at_sizes, attacher
 
 HINT = 13  # a size to trace with; nothing may depend on it
 INNER = "inner"
@@ -197,9 +197,11 @@ class _Outliner:
         for node in region.nodes:
             for arg in node.all_input_nodes:
                 if arg.op == "get_attr" and arg not in inner:
-                    inner[arg] = graph.node_copy(arg)
+                    inner[arg] = self._constant_of(graph, arg, renamed)
             if is_bookkeeping(node):
                 continue
+            if node.target is COND:
+                renamed.learn(self.module, node)
             copied = graph.node_copy(node, lambda a: inner[a] if a in inner else _lost(a))
             copied.meta["val"] = renamed.value(node.meta.get("val"))
             inner[node] = copied
@@ -211,6 +213,14 @@ class _Outliner:
         graph.lint()
         module.recompile()
         return module
+
+    def _constant_of(self, graph: fx.Graph, node: fx.Node, renamed: Sizes) -> fx.Node:
+        """A constant for a branch's graph; the side of a `torch.cond` gets the branch's sizes."""
+        value = attribute(self.module, str(node.target))
+        if not isinstance(value, fx.GraphModule):
+            return graph.node_copy(node)
+        resized = at_sizes(value, renamed, is_bookkeeping)
+        return graph.get_attr(attacher(self.module)(str(node.target), resized))
 
     # -- the outer graph --------------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
 """`prefetch-weights`: weights that routes choose lie on a slower tier, within a budget of bytes.
 
-A routed product reads the matrices of those experts that the routes name, and a branch of a router
-its own weights if any cell goes there, so only these must be in memory. The pass marks the weights
-whose every reader is such a product, and those that only branches read; the lowering puts them into
-files, what a route wants is fetched before it is read, and the runtime keeps the budget
-(`runtime/tier.py`): it loads what is likely to be wanted next ahead of time, everything else on
-demand, and drops what is worth least. Results do not depend on any of it. The idea is Brainstorm's
-(Cui et al., OSDI 2023), which loads weights speculatively to a GPU.
+A routed product reads the matrices of those experts that the routes name, a branch of a router its
+own weights if any cell goes there, and of a `torch.cond` one side runs, which is a branch, too. So
+only these must be in memory. The pass marks the weights whose every reader is such a product, and
+those that only branches read; the lowering puts them into files, what a route wants is fetched
+before it is read, and the runtime keeps the budget (`runtime/tier.py`): it loads what is likely to
+be wanted next ahead of time, everything else on demand, and drops what is worth least. Results do
+not depend on any of it. The idea is Brainstorm's (Cui et al., OSDI 2023), which loads weights
+speculatively to a GPU.
 
 The budget of a graph lies in its ``meta["weight_budget"]``; without one nothing happens.
 """
@@ -22,10 +23,10 @@ import torch.fx as fx
 
 from ..kernels import ops
 from .base import Pass, PassResult, allow, copy_graph
-from .ir import attribute, branches_of
+from .ir import COND, attribute, branches_of
 from .outline_branches import INNER
 from .remarks import Remark
-from .route_regions import COND
+from .route_regions import is_region
 
 BUDGET = "weight_budget"
 """Key of a graph module's ``meta``: bytes of weights that may be resident at once, or a share of
@@ -77,6 +78,13 @@ class PrefetchWeights(Pass):
     """
 
     name: ClassVar[str] = "prefetch-weights"
+    # They make weights, and decide what reads them.
+    follows: ClassVar[tuple[str, ...]] = (
+        "normalize",
+        "outline-branches",
+        "speculate-routes",
+        "merge-parallel-ops",
+    )
     ahead: bool = True
     evict: str = "value"
     cached: bool = True
@@ -160,11 +168,12 @@ class PrefetchWeights(Pass):
             given = [attribute(module, str(a.target)) for a in node.args[3] if _is_large(a, module)]
             if given:
                 size = sum(tensor.nbytes for tensor in given) / 2**20
-                stay("PLT-PRE-007", node, f"a torch.cond reads {size:.2f} MiB of weights")
-        routed = _routed(module)
+                reason = f"both sides of a torch.cond are given {size:.2f} MiB of weights"
+                stay("PLT-PRE-007", node, reason)
+        chosen = _chosen(module)
         for name, inner in branches_of(module):
             copied = copy_graph(inner)
-            self._mark(copied, name in routed, movable, remarks)
+            self._mark(copied, name in chosen, movable, remarks)
             copied.recompile()
             setattr(module, name, copied)
 
@@ -196,10 +205,10 @@ def bytes_of(budget: int | str, total: int) -> int:
     raise ValueError(f"a budget is a number of bytes or a share such as '40%', not {budget!r}")
 
 
-def _routed(module: fx.GraphModule) -> set[str]:
-    """Attributes of the graphs that are branches of routers."""
-    nodes = (n for n in module.graph.nodes if str(n.target) == "plait_branches")
-    return {str(graph.target) for node in nodes for graph in node.args[0]}
+def _chosen(module: fx.GraphModule) -> set[str]:
+    """Attributes of the graphs that are branches of routers, or sides of a `torch.cond`."""
+    used = (a for node in module.graph.nodes if is_region(node) for a in node.all_input_nodes)
+    return {str(a.target) for a in used if a.op == "get_attr"}
 
 
 def _weights(module: fx.GraphModule, branch: bool = False) -> Iterator[tuple[fx.Node, Place, bool]]:
@@ -210,9 +219,9 @@ def _weights(module: fx.GraphModule, branch: bool = False) -> Iterator[tuple[fx.
         tensor = attribute(module, str(node.target))
         if isinstance(tensor, torch.Tensor):
             yield node, _place(tensor), branch
-    routed = _routed(module)
+    chosen = _chosen(module)
     for name, inner in branches_of(module):
-        yield from _weights(inner, name in routed)
+        yield from _weights(inner, name in chosen)
 
 
 def _places(module: fx.GraphModule, inside: bool, branch: bool = False) -> set[Place]:

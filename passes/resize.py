@@ -9,9 +9,10 @@ import sympy
 import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .base import with_graph
-from .ir import attribute, fake_mode_of
+from .ir import COND, attribute, fake_mode_of
 
 Attach = Callable[[str, Any], str]
 """Makes a tensor or graph an attribute of the module that nodes are copied to; returns its name."""
@@ -42,6 +43,23 @@ class Sizes:
         if isinstance(value, (list, tuple)):
             return type(value)(self.value(v) for v in value)
         return value
+
+    def learn(self, module: fx.GraphModule, node: fx.Node) -> None:
+        """Call before the `value` of a `torch.cond` of ``module`` is asked for, when those of its
+        sides are known. Where data tells a size, the result has a symbol of its own for it; which
+        is what the sides have there, if they agree.
+        """
+        args: Any = node.args
+        sides = [attribute(module, str(graph.target)) for graph in args[1:3]]
+        outputs = [side.graph.find_nodes(op="output")[0].args[0] for side in sides]
+        for result, *made in zip(node.meta["val"], *outputs, strict=True):
+            values = [result, *(n.meta.get("val") for n in made if isinstance(n, fx.Node))]
+            if len(values) < 3 or not all(isinstance(v, torch.Tensor) for v in values):
+                continue
+            for size, *both in zip(*(v.shape for v in values), strict=True):
+                new, other = map(_expression, map(self.value, both))
+                if new == other and free_unbacked_symbols(size) and size.node.expr.is_Symbol:
+                    self.replaced.setdefault(size.node.expr, new)
 
 
 def fitting(mode: FakeTensorMode, inputs: Sequence[fx.Node], given: Sequence[Any]) -> Sizes | None:
@@ -85,6 +103,8 @@ def copy_into(
         elif node.op == "output":
             return list(fx.map_arg(node.args[0], lambda n: inner[n]))
         elif not skip(node):
+            if node.target is COND:
+                sizes.learn(source, node)
             value = sizes.value(node.meta.get("val"))
             if isinstance(value, int) and not isinstance(value, bool):
                 inner[node] = value  # a size that is known now
@@ -118,14 +138,34 @@ def attacher(module: fx.GraphModule) -> Attach:
 
 def at_rows(source: fx.GraphModule, rows: int, skip: Callable[[fx.Node], bool]) -> fx.GraphModule:
     """``source`` for a first input of ``rows`` rows, a number, in place of a symbol."""
-    inputs = list(source.graph.find_nodes(op="placeholder"))
-    symbol = inputs[0].meta["val"].shape[0].node.expr
-    sizes = Sizes(fake_mode_of(source.graph), {symbol: sympy.Integer(rows)})
+    first = source.graph.find_nodes(op="placeholder")[0]
+    symbol = first.meta["val"].shape[0].node.expr
+    return at_sizes(source, Sizes(fake_mode_of(source.graph), {symbol: sympy.Integer(rows)}), skip)
+
+
+def at_sizes(
+    source: fx.GraphModule, sizes: Sizes, skip: Callable[[fx.Node], bool]
+) -> fx.GraphModule:
+    """``source``, and the graphs in it, at other sizes; without the nodes that ``skip`` names."""
     graph = fx.Graph()
     arguments = []
-    for node in inputs:
+    for node in source.graph.find_nodes(op="placeholder"):
         argument = graph.placeholder(node.name)
         argument.meta = {**node.meta, "val": sizes.value(node.meta["val"])}
         arguments.append(argument)
-    graph.output(tuple(copy_into(graph, source, arguments, sizes, lambda name, _: name, skip)))
-    return with_graph(source, graph)
+    inner: dict[str, fx.GraphModule] = {}
+
+    def attach(name: str, value: Any) -> str:
+        if isinstance(value, fx.GraphModule):
+            inner[name] = at_sizes(value, sizes, skip)
+        return name
+
+    graph.output(tuple(copy_into(graph, source, arguments, sizes, attach, skip)))
+    result = with_graph(source, graph)
+    for name, module in inner.items():
+        setattr(result, name, module)
+    return result
+
+
+def _expression(size: Any) -> Any:
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr

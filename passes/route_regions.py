@@ -18,7 +18,7 @@ import torch.fx as fx
 from ..kernels import ops
 from ..kernels.ops.bounds import reads_by_index
 from ..kernels.routes import by_branch
-from .ir import alias_root, attribute, branches_of, fake_mode_of, fake_result, is_random
+from .ir import COND, alias_root, attribute, branches_of, fake_mode_of, fake_result, is_random
 from .outline_branches import is_bookkeeping
 from .resize import attacher, copy_into, fitting
 
@@ -28,7 +28,6 @@ Group = tuple[int, ...]
 `torch.cond` the number of the side that runs."""
 NONE: Group = ()
 """The outcome of a router that sends its cells to no branch."""
-COND = torch.ops.higher_order.cond
 ROUTER = "router"
 """Key of a node's ``meta``: which router it is, as in the profile."""
 MOST_UNIFORM = 1 << 20

@@ -37,14 +37,13 @@ from ..kernels.ops.bounds import index_checks
 from . import route_odds
 from .base import Pass, PassResult, allow, copy_graph
 from .cse import drop_dead
-from .ir import Rewriter, attribute, branches_of
+from .ir import COND, Rewriter, attribute, branches_of
 from .outline_branches import is_bookkeeping
 from .remarks import Remark
 from .resize import at_rows
 from .route_groups import regroup
 from .route_odds import MIXED, Grouping, Key, Loads, Routes
 from .route_regions import (
-    COND,
     NONE,
     ROUTER,
     Group,

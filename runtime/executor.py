@@ -333,24 +333,31 @@ class Instance(Bound):
         ]
         choice = self._choice(step, selector)
         operands, results = whole[: len(step.refs)], whole[len(step.refs) :]
-        parts = self.executor.parts
         if self.executor.recorder is not None:
             self.executor.recorder(step, choice, operands[0].shape[0] if step.kind == "rows" else 1)
-        if step.kind == "cond":
-            name = step.plans[0 if choice else 1]
-            self.executor.taken[name] += 1
-            for result, value in zip(results, parts[name].run(operands), strict=True):
-                result.copy_(value)
-            return
+        # A `torch.cond` is a router of one row, which goes to its first side or to its second one.
+        offsets = choice if step.kind == "rows" else (0, 1, 1) if choice else (0, 0, 1)
+
+        def run(first: int, last: int) -> None:
+            if step.kind == "rows":
+                self._run_range(first, last, step, offsets, operands, results[0])
+            else:  # a single row is never divided
+                self._run_side(step.plans[0 if choice else 1], operands, results)
+
         fetching = self.executor.fetching
         if fetching is None or step.name not in fetching.sites:
-            self._run_range(0, len(step.plans), step, choice, operands, results[0])
-            return
-        fetching.run_branches(
-            step,
-            choice,
-            lambda first, last: self._run_range(first, last, step, choice, operands, results[0]),
-        )
+            run(0, len(step.plans))
+        else:
+            fetching.run_branches(step, offsets, run)
+
+    def _run_side(
+        self, name: str, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor]
+    ) -> None:
+        """Runs a side of a `torch.cond`."""
+        self.executor.taken[name] += 1
+        values = self.executor.parts[name].run(operands)
+        for result, value in zip(results, values, strict=True):
+            result.copy_(value)
 
     def _run_range(
         self,

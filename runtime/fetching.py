@@ -90,8 +90,6 @@ class Fetching:
 
     def _wanted(self, step: BranchStep) -> list[list[Wanted | None]]:
         """What the plans of each branch want; None where that is known once they are compiled."""
-        if step.kind != "rows":
-            return []
         return [[self.parts[name].wants(make=False) for name in names] for names in step.units]
 
     def run_branches(
@@ -99,6 +97,8 @@ class Fetching:
     ) -> None:
         """Calls ``run(first, end)`` for ranges of branches that together are all of them, in order,
         while the weights of those of the range that have rows are resident. Raises BankError.
+
+        ``offsets`` are as for kind "rows"; the side of a `torch.cond` that runs has one row.
         """
         counts = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
         unmade = self._unmade[step.name]

@@ -257,7 +257,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"plan {self.name}: {len(self.steps)} steps, workspace {self.arena_bytes} bytes"]
         if self.fetched:
-            lines.append(f"       fetched where it has rows: {', '.join(self.fetched)}")
+            lines.append(f"       fetched where it runs: {', '.join(self.fetched)}")
         for i, step in enumerate(self.steps):
             if isinstance(step, KernelStep):
                 reads = ", ".join(a.buffer for a in step.args[: step.reads])

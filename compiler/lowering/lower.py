@@ -17,6 +17,7 @@ import torch.fx as fx
 
 from ...kernels.abi import TensorArg
 from ...kernels.group import Group
+from ...passes.ir import attribute
 from ...passes.plan_memory import Lifetime, MemoryPlan, describe, plan_memory
 from ...passes.remarks import Remark
 from ...passes.route_regions import ROUTER
@@ -249,10 +250,10 @@ class _Lowering:
                 return self._branch_step(node, number)
             except NotImplementedError as error:
                 hint = "pass what the branch needs as a tensor that has this size"
-                graphs = (a for a in node.all_input_nodes if a.op == "get_attr")
-                inner = (getattr(self.graph_module, str(a.target)) for a in graphs)
-                self.stayed += sum(marked_bytes(m) for m in inner if isinstance(m, fx.GraphModule))
                 self.remarks.append(missed("PLT-BRN-007", (node.name,), str(error), hint))
+        graphs = (a for a in node.all_input_nodes if a.op == "get_attr")
+        inner = (attribute(self.graph_module, str(a.target)) for a in graphs)
+        self.stayed += sum(marked_bytes(m) for m in inner if isinstance(m, fx.GraphModule))
         return self._library_step(node, number)
 
     def _branch_step(self, node: fx.Node, number: int) -> BranchStep:

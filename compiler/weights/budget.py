@@ -2,8 +2,8 @@
 
 One `WeightStore` serves all programs of a model, so they share banks and budget. With it
 
-* packed weights of routed products and of branches are written to files, those of routed products
-  unit by unit, and become a `Bank`;
+* packed weights of routed products and of branches, which the sides of a `torch.cond` are, too, are
+  written to files, those of routed products unit by unit, and become a `Bank`;
 * the tensors they were made from, the model's own parameters, move into a file, too: they keep
   their values, their names and their place in the module, and come into memory when they are read.
 """
@@ -29,9 +29,10 @@ from torch import nn
 
 from ...kernels.abi import Pack
 from ...kernels.ops import argument
-from ...passes.ir import attribute
+from ...passes.ir import COND, attribute
 from ...passes.outline_branches import between
 from ...passes.prefetch_weights import LEAST, Tiered
+from ...passes.sides import own_operands
 from ...runtime.bank import Bank, BankError, Mapped, PrivateFile, raw_bytes, release
 from ...runtime.tier import Tier
 from ..capture.captured import Captured
@@ -64,6 +65,7 @@ class WeightStore:
         self._cached = True
         self._banks: weakref.WeakValueDictionary[Any, Bank] = weakref.WeakValueDictionary()
         self._files: dict[int, _Filed] = {}  # by address
+        self._served: list[tuple[weakref.ref[Any], int]] = []
         folder = os.environ.get("PLAIT_CACHE_DIR") or platformdirs.user_cache_dir("plait")
         self._folder = Path(folder)
 
@@ -75,8 +77,9 @@ class WeightStore:
         if self.tier is None:
             self.tier = Tier(tiered.budget, tiered.ahead, tiered.evict)  # type: ignore[arg-type]
 
-    def close(self, tiered: Tiered, largest: int, stayed: int) -> None:
-        """Fixes what the tier may hold: the budget less what is always resident.
+    def close(self, tiered: Tiered, largest: int, stayed: int) -> int:
+        """The bytes that the tier may hold beside a plan: the budget less what is always resident.
+        It holds no more from now on, until `settle`.
 
         ``largest`` are the bytes that must be resident at once at least, ``stayed`` those that were
         meant for the tier, but could not go there. Raises OptionError where there is no room.
@@ -99,6 +102,11 @@ class WeightStore:
             )
         if self.tier is not None:
             self.tier.limit(min(self.tier.capacity, capacity))
+        return capacity
+
+    def serve(self, engine: object, capacity: int) -> None:
+        """The tier may hold so many bytes as long as there is ``engine``, what runs a program."""
+        self._served.append((weakref.ref(engine), capacity))
 
     def trying(self) -> AbstractContextManager[None]:
         """What is fetched within it, to time plans, counts for nothing."""
@@ -235,7 +243,7 @@ class WeightStore:
 
     def settle(self) -> None:
         """Call when a program is made or was not, before anybody else has its weights: gives back
-        what making it has brought into memory.
+        what making it has brought into memory, and the room that plans had which are no more.
         """
         for address, filed in list(self._files.items()):  # others may be added meanwhile
             if filed.fresh is not None:
@@ -244,6 +252,9 @@ class WeightStore:
             if filed.space() is None and self._files.get(address) is filed:
                 del self._files[address]
         gc.collect()  # graphs are cycles, and hold tensors
+        self._served = [(engine, room) for engine, room in self._served if engine() is not None]
+        if self.tier is not None and self._served:
+            self.tier.limit(min(room for _, room in self._served))
         _trim()
 
     def forget(self) -> None:
@@ -334,7 +345,7 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _chosen_constants(module: fx.GraphModule) -> set[str]:
     """Attributes of a captured graph that matrices of routed products are made of, and large ones
-    that only branches of routers read.
+    that only branches of routers and sides of a `torch.cond` read.
     """
     sources: dict[fx.Node, frozenset[str] | None] = {}  # None: depends on an input
     branches: set[fx.Node] = set()
@@ -353,8 +364,10 @@ def _chosen_constants(module: fx.GraphModule) -> set[str]:
         if str(node.target) == "plait.routed_linear.default":
             routed |= sources[argument(node, "weight")] or set()
         if sources[node] is None:
-            taken = inside if node in branches else outside
-            taken.update(*(sources[source] or () for source in node.all_input_nodes))
+            own = own_operands(module, node) if node.target is COND else ()
+            for source in node.all_input_nodes:
+                taken = inside if node in branches or source in own else outside
+                taken.update(sources[source] or ())
     return routed | {name for name in inside - outside if _is_large(attribute(module, name))}
 
 

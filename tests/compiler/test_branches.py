@@ -161,6 +161,25 @@ class Chooses(nn.Module):
         return y + z
 
 
+class Within(nn.Module):
+    """Choices within a branch, one in another, on as many cells as data tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def choose(self, x: Tensor) -> Tensor:
+        def first(x: Tensor) -> Tensor:
+            return torch.cond(x[:, 1].sum() > 0, self.a, self.b, (x,)) * 2
+
+        return torch.cond(x.sum() > 0, first, self.c, (x,)).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = (x[:, 0] > 0).long()
+        first, second = scatter(x, index, 2)
+        return gather([self.choose(first), self.b(second)], index, None)
+
+
 EXIT = plait.EarlyExit(
     [nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8)],
     [nn.Linear(8, 4) for _ in range(3)],
@@ -170,8 +189,8 @@ EXIT = plait.EarlyExit(
 
 @pytest.mark.parametrize(
     ("model", "shape"),
-    [(Nested(), (4, 6, 8)), (Chooses(), (5, 8)), (EXIT, (9, 8))],
-    ids=["nested", "cond", "early-exit"],
+    [(Nested(), (4, 6, 8)), (Chooses(), (5, 8)), (Within(), (9, 8)), (EXIT, (9, 8))],
+    ids=["nested", "cond", "cond within", "early-exit"],
 )
 def test_other_choices(model: nn.Module, shape: tuple[int, ...]) -> None:
     model.eval()

@@ -132,9 +132,9 @@ def test_a_bet_that_the_budget_has_no_room_for_is_refused(
     asked: list[int] = []
     close = WeightStore.close
 
-    def second_has_no_room(self: WeightStore, tiered: Any, banks: Any, stayed: int) -> None:
+    def second_has_no_room(self: WeightStore, tiered: Any, banks: Any, stayed: int) -> int:
         asked.append(stayed)
-        close(self, tiered, banks, stayed if len(asked) == 1 else 1 << 30)
+        return close(self, tiered, banks, stayed if len(asked) == 1 else 1 << 30)
 
     monkeypatch.setattr(WeightStore, "close", second_has_no_room)
     mine, alone = pair(model, "sized=false,min_cells=1000")

@@ -188,7 +188,7 @@ def test_plans_tell_what_their_branches_fetch(variants: dict[str, Any]) -> None:
     fetched = [[len(plan.parts[name].fetched) for name in step.plans] for step in steps]
     assert fetched == [[2, 2, 2, 1, 0, 2], [2, 2]]
     text = str(plan)
-    assert "fetched where it has rows: " in text
+    assert "fetched where it runs: " in text
     again = Plan.from_json(plan.to_json())
     assert again.to_json() == plan.to_json() and str(again) == text
     assert "fetched where" not in str(variants["resident"].plan)
@@ -379,6 +379,23 @@ def test_the_likely_plan_holds_the_branches_that_became_part_of_it(monkeypatch: 
     torch.testing.assert_close(refused(cells([0, 1, 2])), plain(cells([0, 1, 2])))
 
 
+def test_the_room_of_a_plan_that_is_no_more_is_given_back(monkeypatch: Any) -> None:
+    from plait.compiler.measure import bets
+
+    monkeypatch.setattr(bets, "timed", timed)
+    mine, alone = with_bets([0] * 12, "sized=false,min_cells=1000", "85%")
+    tier = mine.weight_tier
+    before = tier.capacity
+    mine(cells([0] * 5))  # another size, another program, which needs as much for good
+    assert len(mine.programs) == 2 and tier.capacity == before
+    for program in mine.programs:
+        program.executable._specialise({})  # without bets
+    wanted = int(0.85 * weights(mine)) - small(mine)
+    assert before < tier.capacity == wanted
+    agree(mine, alone)
+    within_budget(mine)
+
+
 def test_a_plan_for_a_number_of_rows_is_fetched_with_its_branch(monkeypatch: Any) -> None:
     from plait.compiler.measure import bets
 
@@ -448,21 +465,3 @@ def test_weights_that_cannot_be_read_back_are_one_error_and_read_again_later(
         inputs = example(9, seed=1)
         assert torch.equal(variants[name](*inputs), variants["resident"](*inputs))
         within_budget(variants[name])
-
-
-def test_weights_of_a_cond_stay_and_are_remarked_on(net: Net) -> None:
-    class Cond(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = copy.deepcopy(net)
-            self.sides = nn.ModuleList([nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER)])
-
-        def forward(self, x: Tensor, index: Tensor) -> Tensor:
-            x = self.net(x, index)
-            return torch.cond(x.sum() > 0, self.sides[0], self.sides[1], (x,))
-
-    model = Cond().eval()
-    budget, resident = compiled(copy.deepcopy(model), "80%"), compiled(model, None)
-    assert torch.equal(budget(*example(9)), resident(*example(9)))
-    (remark,) = (r for r in budget.remarks if r.id == "PLT-PRE-007")
-    assert "0.25 MiB" in remark.reason
