@@ -39,11 +39,15 @@ class Pass(ABC):
     """A graph transformation whose dataclass fields are its options.
 
     A subclass is a frozen dataclass, sets ``name`` (lower case, words joined by hyphens), gives
-    every field a default and implements `run`. Option types that the pipeline text knows:
-    bool, int, float, str, any of them "or None", and ``tuple[T, ...]`` of them.
+    every field a default and implements `run`. ``follows`` names the passes that a pipeline must
+    not have behind it, because it has to see what they make.
+
+    Option types that the pipeline text knows: bool, int, float, str, any of them "or None", and
+    ``tuple[T, ...]`` of them.
     """
 
     name: ClassVar[str]
+    follows: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def run(self, graph_module: fx.GraphModule) -> PassResult:

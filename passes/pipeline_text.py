@@ -94,12 +94,21 @@ class _Parser:
         passes: list[Pass] = []
         if self.peek().kind == "end":
             return passes
-        passes.append(self.one_pass())
+        self.add_pass(passes)
         while self.accept(","):
-            passes.append(self.one_pass())
+            self.add_pass(passes)
         if self.peek().kind != "end":
             self.unexpected("',' or the end")
         return passes
+
+    def add_pass(self, passes: list[Pass]) -> None:
+        token = self.peek()
+        item = self.one_pass()
+        for early in passes:
+            if item.name in early.follows:
+                reason = f"pass {early.name} has to see what {item.name} makes"
+                self.fail(token, f"{reason}: put {early.name} behind it")
+        passes.append(item)
 
     def one_pass(self) -> Pass:
         token = self.peek()
@@ -241,7 +250,7 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
     """The passes that ``text`` names, with their options set.
 
     Raises:
-        PipelineError: malformed text, an unknown pass or option, or a value of a wrong type;
-            the message says what was expected and points at the place.
+        PipelineError: malformed text, an unknown pass or option, a value of a wrong type, or passes
+            in an order that cannot be; the message says what was expected and points at the place.
     """
     return tuple(_Parser(text).pipeline())

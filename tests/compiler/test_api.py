@@ -133,6 +133,7 @@ def test_compiling_twice_compiles_the_original() -> None:
         (lambda: plait.compile(net(), tune="slow"), "tune='slow'"),
         (lambda: plait.compile(net(), pipeline="no-such-pass"), "no-such-pass"),
         (lambda: plait.compile(net(), pipeline="normalize{"), "PLT-OPT-002"),
+        (lambda: plait.compile(net(), pipeline="prefetch-weights,speculate-routes"), "behind"),
         (lambda: plait.compile(3), "int"),  # type: ignore[arg-type]
         (lambda: plait.compile(dict), "dict"),  # type: ignore[arg-type]
         (lambda: plait.compile(nn.ReLU, example_inputs=(1,)), "class"),

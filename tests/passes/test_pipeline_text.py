@@ -105,6 +105,12 @@ MISTAKES = [
     (",sample", 0, "expected the name of a pass, found ','"),
     ("Sample", 0, "'Sample' is no pass name"),
     ('sample{label="ab', 13, "unterminated string"),
+    (
+        "prefetch-weights,sample,speculate-routes",
+        24,
+        "pass prefetch-weights has to see what speculate-routes makes: put prefetch-weights behind",
+    ),
+    ("prefetch-weights{ahead=false},normalize", 30, "has to see what normalize makes"),
 ]
 
 
