@@ -182,8 +182,12 @@ class Deferred:
         if not self._tiered:
             return Wanted()
         if make:
-            return self._made().wants()
+            return self._compiled().wants()
         return None if self._executor is None else self._executor.wants()
+
+    def made(self) -> Executor | None:
+        """See `Part.made`."""
+        return self._executor
 
     def visits(self) -> list[str]:
         """See `Executor.visits`."""
@@ -193,9 +197,9 @@ class Deferred:
         self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         """See `Executor.run`; the first call compiles."""
-        return self._made().run(tensors, into)
+        return self._compiled().run(tensors, into)
 
-    def _made(self) -> Executor:
+    def _compiled(self) -> Executor:
         with self._lock:
             if self._executor is None:
                 self._executor = self._compile()

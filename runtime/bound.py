@@ -46,7 +46,7 @@ class Bound:
             if b.kind == "output"
         ]
         """Of each buffer of outputs its number in `ext`, its name, shape, strides and type."""
-        direct = (
+        self.direct = (
             not self.windows
             and [r.buffer for r in plan.outputs] == [name for _, name, *_ in self.fresh]
             and all(
@@ -54,10 +54,11 @@ class Bound:
                 for r, f in zip(plan.outputs, self.fresh, strict=True)
             )
         )
-        self.simple = direct and all(isinstance(s, list) for s in self.segments)
-        """The common case: every output is its own fresh tensor, all steps are kernels."""
+        """Whether every output is its own fresh tensor."""
+        self.simple = self.direct and all(isinstance(s, list) for s in self.segments)
+        """The common case: besides, all steps are kernels."""
         self.only_fetches = (
-            direct
+            self.direct
             and not self.simple
             and all(isinstance(s, list | FetchStep) for s in self.segments)
         )

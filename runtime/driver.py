@@ -12,6 +12,7 @@ entries; an entry is six 64-bit words::
       WAIT     4  until the counter at ``fn`` is at least ``lo``
       CHECKED  5  CALL, after which the launch ends early if the kernel has set its stop word:
                   what was to follow on this worker, or waits on another, does not run
+      JUMP     6  go on at the entry at ``fn``
 
 Because a table is data, a fused launch, a schedule or a balance of work needs no code generation.
 Workers are the threads of torch's own OpenMP team (``GOMP_parallel``), so kernels and library
@@ -35,7 +36,7 @@ from typing import Any
 from . import native
 
 ENTRY_WORDS = 6
-END, CALL, SIGNAL, STEAL, WAIT, CHECKED = range(6)
+END, CALL, SIGNAL, STEAL, WAIT, CHECKED, JUMP = range(7)
 ARG_CLASSES = (4, 8, 16, 32, 64, 128)
 
 # Words of a launch block; worker list addresses follow, then as many scratch words (cursors).
@@ -73,12 +74,56 @@ def _call_ir() -> str:
     return "\n".join([*lines, "}"])
 
 
+_PREPARE_IR = """
+define internal void @plait_prepare(ptr %launch, ptr %ext) {
+entry:
+  %ncp = getelementptr i64, ptr %launch, i64 N_COUNTERS
+  %nc = load i64, ptr %ncp
+  %cp = getelementptr i64, ptr %launch, i64 COUNTERS
+  %counters = load ptr, ptr %cp
+  %npp = getelementptr i64, ptr %launch, i64 N_PATCHES
+  %patches = load i64, ptr %npp
+  %pp = getelementptr i64, ptr %launch, i64 PATCHES
+  %table = load ptr, ptr %pp
+  br label %zero
+zero:
+  %z = phi i64 [ 0, %entry ], [ %z1, %clear ]
+  %zmore = icmp ult i64 %z, %nc
+  br i1 %zmore, label %clear, label %patch
+clear:
+  %zp = getelementptr i64, ptr %counters, i64 %z
+  store i64 0, ptr %zp
+  %z1 = add i64 %z, 1
+  br label %zero
+patch:
+  %k = phi i64 [ 0, %zero ], [ %k1, %apply ]
+  %pmore = icmp ult i64 %k, %patches
+  br i1 %pmore, label %apply, label %out
+apply:
+  %row = mul i64 %k, 3
+  %rowp = getelementptr i64, ptr %table, i64 %row
+  %srcp = getelementptr i64, ptr %rowp, i64 1
+  %offp = getelementptr i64, ptr %rowp, i64 2
+  %word = load ptr, ptr %rowp
+  %src = load i64, ptr %srcp
+  %off = load i64, ptr %offp
+  %basep = getelementptr i64, ptr %ext, i64 %src
+  %base = load i64, ptr %basep
+  %addr = add i64 %base, %off
+  store i64 %addr, ptr %word
+  %k1 = add i64 %k, 1
+  br label %patch
+out:
+  ret void
+}
+"""
+
 _CORE_IR = """
 define internal ptr @plait_segment(ptr %first, ptr %stop) {
 entry:
   br label %loop
 loop:
-  %e = phi ptr [ %first, %entry ], [ %next, %done ]
+  %e = phi ptr [ %first, %entry ], [ %next, %done ], [ %fn, %jump ]
   %next = getelementptr i64, ptr %e, i64 6
   %op = load i64, ptr %e
   %fnp = getelementptr i64, ptr %e, i64 1
@@ -97,6 +142,7 @@ loop:
     i64 3, label %steal
     i64 4, label %wait
     i64 5, label %checked
+    i64 6, label %jump
   ]
 run:
   call void @plait_call(ptr %fn, i64 %lo, i64 %hi, ptr %args, i64 %cls)
@@ -106,6 +152,8 @@ checked:
   %stopped = load atomic i64, ptr %stop monotonic, align 8
   %go = icmp eq i64 %stopped, 0
   br i1 %go, label %done, label %end
+jump:
+  br label %loop
 steal:
   %counter = inttoptr i64 %lo to ptr
   %chunk = lshr i64 %cls, 8
@@ -273,46 +321,10 @@ declare void @plait_thread(ptr)
 
 define void @plait_launch_body(ptr %launch, ptr %ext) {
 entry:
-  %ncp = getelementptr i64, ptr %launch, i64 N_COUNTERS
-  %nc = load i64, ptr %ncp
-  %cp = getelementptr i64, ptr %launch, i64 COUNTERS
-  %counters = load ptr, ptr %cp
-  %npp = getelementptr i64, ptr %launch, i64 N_PATCHES
-  %patches = load i64, ptr %npp
-  %pp = getelementptr i64, ptr %launch, i64 PATCHES
-  %table = load ptr, ptr %pp
   %stopp = getelementptr i64, ptr %launch, i64 STOP
   %stop = load ptr, ptr %stopp
   store i64 0, ptr %stop
-  br label %zero
-zero:
-  %z = phi i64 [ 0, %entry ], [ %z1, %clear ]
-  %zmore = icmp ult i64 %z, %nc
-  br i1 %zmore, label %clear, label %patch
-clear:
-  %zp = getelementptr i64, ptr %counters, i64 %z
-  store i64 0, ptr %zp
-  %z1 = add i64 %z, 1
-  br label %zero
-patch:
-  %k = phi i64 [ 0, %zero ], [ %k1, %apply ]
-  %pmore = icmp ult i64 %k, %patches
-  br i1 %pmore, label %apply, label %go
-apply:
-  %row = mul i64 %k, 3
-  %rowp = getelementptr i64, ptr %table, i64 %row
-  %srcp = getelementptr i64, ptr %rowp, i64 1
-  %offp = getelementptr i64, ptr %rowp, i64 2
-  %word = load ptr, ptr %rowp
-  %src = load i64, ptr %srcp
-  %off = load i64, ptr %offp
-  %basep = getelementptr i64, ptr %ext, i64 %src
-  %base = load i64, ptr %basep
-  %addr = add i64 %base, %off
-  store i64 %addr, ptr %word
-  %k1 = add i64 %k, 1
-  br label %patch
-go:
+  call void @plait_prepare(ptr %launch, ptr %ext)
   %np = getelementptr i64, ptr %launch, i64 WORKERS
   %n = load i64, ptr %np
   %one = icmp ule i64 %n, 1
@@ -332,11 +344,21 @@ serial:
 """
 
 
+def prepare_ir() -> str:
+    """LLVM IR of ``@plait_prepare(block, ext)``, which every launch begins with: counters become
+    zero, and arguments point to what the call brings.
+    """
+    return _named(_PREPARE_IR)
+
+
 def llvm_ir() -> str:
     """The interpreter as LLVM IR text for this machine."""
-    text = _CORE_IR.replace(
-        "PAUSE", "pause" if platform.machine() in ("x86_64", "AMD64") else "yield"
-    )
+    pause = "pause" if platform.machine() in ("x86_64", "AMD64") else "yield"
+    return _call_ir() + prepare_ir() + _named(_CORE_IR.replace("PAUSE", pause))
+
+
+def _named(text: str) -> str:
+    """The text with numbers of words for their names."""
     names = {
         "WORKERS": WORKERS,
         "THREAD_NUM": THREAD_NUM,
@@ -354,7 +376,7 @@ def llvm_ir() -> str:
         text = text.replace(f"i64 {name}\n", f"i64 {value}\n").replace(
             f", {name}\n", f", {value}\n"
         )
-    return _call_ir() + text
+    return text
 
 
 @functools.cache

@@ -130,7 +130,7 @@ class Fetching:
             return False
         if workspace.whole is None:
             workspace.whole = self._whole(instance, workspace, residency)
-        instance.executor._launch(workspace.whole.address, workspace.ext_address)
+        instance.executor.launch(workspace.whole.address, workspace.ext_address)
         return self.tier.fetched()
 
     def _whole(self, instance: Any, workspace: Any, residency: Residency) -> Table:
@@ -159,7 +159,8 @@ class Fetching:
             values,
             instance.workers,
             placed=instance.workers == instance.plan.workers,
-            stopper=(_FETCH, residency.address + 8 * Root.STOP),
+            checked=(_FETCH,),
+            stop=residency.address + 8 * Root.STOP,
         )
 
     def fetch(
@@ -195,7 +196,7 @@ class Fetching:
         if single is None:
             single = workspace.singles[key] = _Single(instance, workspace, step, fetch)
         read = [a.buffer for a in step.args[: step.reads] if a.buffer in fetch.banks]
-        launch, ext = instance.executor._launch, workspace.ext_address
+        launch, ext = instance.executor.launch, workspace.ext_address
         if not read:
             single.window.copy_(torch.from_numpy(offsets))
             launch(single.table.address, ext)

@@ -17,6 +17,34 @@ from typing import Any
 
 import platformdirs
 
+WORDS = """
+define internal i64 @plait_get(ptr %words, i64 %k) {
+  %p = getelementptr i64, ptr %words, i64 %k
+  %v = load i64, ptr %p
+  ret i64 %v
+}
+
+define internal ptr @plait_pointer(ptr %words, i64 %k) {
+  %v = call i64 @plait_get(ptr %words, i64 %k)
+  %p = inttoptr i64 %v to ptr
+  ret ptr %p
+}
+
+define internal void @plait_set(ptr %words, i64 %k, i64 %v) {
+  %p = getelementptr i64, ptr %words, i64 %k
+  store i64 %v, ptr %p
+  ret void
+}
+
+define internal void @plait_add(ptr %words, i64 %k, i64 %v) {
+  %old = call i64 @plait_get(ptr %words, i64 %k)
+  %new = add i64 %old, %v
+  call void @plait_set(ptr %words, i64 %k, i64 %new)
+  ret void
+}
+"""
+"""LLVM IR of what reads and changes a word of an array: get, pointer, set, add."""
+
 
 @dataclass(frozen=True)
 class Function:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from .executor import Executor, Instance, Part
+from .executor import Executor, Part
+from .instance import Instance
 from .plan import BranchStep
 
 Script = Mapping[str, Sequence[float] | None]
@@ -26,6 +27,13 @@ class _Scripted(Instance):
             return bool(ends and ends[0] > 0.5)
         count = self.geometry(step.refs[0])[0][0]
         return [0, *(round(e * count) for e in ends or [0.0] * len(step.plans))]
+
+    def _routes(self) -> dict[str, Sequence[int]]:
+        executor = self.executor
+        assert isinstance(executor, Rehearsal)
+        steps = (s for s in self.segments if isinstance(s, BranchStep))
+        none = torch.empty(0)
+        return {s.name: self._choice(s, none) for s in steps if s.router in executor.script}
 
 
 class Rehearsal(Executor):

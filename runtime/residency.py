@@ -65,25 +65,6 @@ _IR = """
 declare i32 @madvise(ptr, i64, i32)
 declare i64 @syscall(i64, ...)
 
-define internal i64 @plait_get(ptr %words, i64 %k) {
-  %p = getelementptr i64, ptr %words, i64 %k
-  %v = load i64, ptr %p
-  ret i64 %v
-}
-
-define internal void @plait_set(ptr %words, i64 %k, i64 %v) {
-  %p = getelementptr i64, ptr %words, i64 %k
-  store i64 %v, ptr %p
-  ret void
-}
-
-define internal void @plait_add(ptr %words, i64 %k, i64 %v) {
-  %old = call i64 @plait_get(ptr %words, i64 %k)
-  %new = add i64 %old, %v
-  call void @plait_set(ptr %words, i64 %k, i64 %new)
-  ret void
-}
-
 define internal ptr @plait_unit(ptr %root, i64 %number) {
   %units = call i64 @plait_get(ptr %root, i64 UNITS)
   %base = inttoptr i64 %units to ptr
@@ -355,7 +336,7 @@ def fetch_function() -> int:
     """
     words = {word.name: word.value for word in Root}
     words |= {"UNIT_WORDS": UNIT, "PIECE_WORDS": PIECE, "MOST": MOST, "TOGETHER": PROCESS_MADVISE}
-    text = re.sub(r"\b[A-Z][A-Z_]+\b", lambda found: str(words[found[0]]), _IR)
+    text = re.sub(r"\b[A-Z][A-Z_]+\b", lambda found: str(words[found[0]]), native.WORDS + _IR)
     params = ("lo", "hi", "offsets", "root", "first", "count")
     return native.load("fetch", [native.Function("plait_fetch", params, text)])["plait_fetch"]
 

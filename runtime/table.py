@@ -8,7 +8,7 @@ worker, chains of them on the same one. A plan that was scheduled says itself wh
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +33,8 @@ LINE = 8
 class Table:
     """Native memory of one launch; keep it alive while it may run.
 
-    ``waits`` counts the entries that wait. ``stamps`` are, of a table built with them, two
+    ``waits`` counts the entries that wait, ``ends`` has the address of each list's last one.
+    ``stamps`` are, of a table built with them, two
     ``timespec`` (seconds, nanoseconds) for each part in ``parts``: when it began and ended.
     """
 
@@ -42,6 +43,7 @@ class Table:
     workers: int
     waits: int
     parts: list[Part]
+    ends: list[int]
     stamps: np.ndarray | None = None
     address: int = field(init=False)
 
@@ -67,12 +69,16 @@ class Address:
     ext: int = -1
 
 
-def share(step: KernelStep, tasks: int, values: Mapping[str, int], workers: int) -> int:
-    """How many workers a step is worth: 1 when its whole work is shorter than a hand-off."""
-    work = max(
+def micros(step: KernelStep, values: Mapping[str, int]) -> float:
+    """About how many microseconds one worker needs for a step."""
+    return max(
         evaluate(step.flops, values) / FLOPS_PER_US, evaluate(step.bytes, values) / BYTES_PER_US
     )
-    if tasks <= 1 or work < MIN_SHARED_US:
+
+
+def share(step: KernelStep, tasks: int, values: Mapping[str, int], workers: int) -> int:
+    """How many workers a step is worth: 1 when its whole work is shorter than a hand-off."""
+    if tasks <= 1 or micros(step, values) < MIN_SHARED_US:
         return 1
     return min(workers, tasks)
 
@@ -86,16 +92,22 @@ def build_table(
     workers: int,
     placed: bool = False,
     stamped: bool = False,
-    stopper: tuple[str, int] = ("", 0),
+    checked: Collection[str] = (),
+    stop: int = 0,
+    forks: Mapping[str, np.ndarray] | None = None,
+    tail: int = driver.END,
 ) -> Table:
     """Lays out one launch of ``steps`` for ``workers`` threads.
 
     ``spans[i][k]`` is the memory of argument k of step i; a step writes what lies behind its
     arguments, too. Steps run where their ``place`` says if ``placed``. ``stamped`` tables note when
-    each part ran. ``stopper`` is a kernel that may end the launch, and the address of the word that
-    it sets then. Raises KeyError when a kernel's address is missing from ``functions``.
+    each part ran. ``checked`` are kernels that may end the launch, ``stop`` the address of the word
+    that they set then. Behind a step whose name is among ``forks`` every worker takes jumps, which
+    that step leads somewhere; their addresses are written to ``forks[name]`` (int64 ``[jumps,
+    workers]``). Lists end with the operation ``tail``. Raises KeyError when a kernel's address is
+    missing from ``functions``.
     """
-    builder = _Builder(workers, *stopper)
+    builder = _Builder(workers, tail, stop)
     for number, (step, own) in enumerate(zip(steps, spans, strict=True)):
         tasks = evaluate(step.tasks, values)
         if tasks <= 0:
@@ -112,21 +124,24 @@ def build_table(
                 home = homes.pop() if len(homes) == 1 else 0
             cuts = tuple((home + k, tasks * (k + 1) // count) for k in range(count))
         call = (functions[step.kernel], *builder.arguments(step, addresses, values))
-        builder.step(number, call, cuts, accesses, conflicts, step.kernel == builder.checked)
+        builder.step(number, call, cuts, accesses, conflicts, step.kernel in checked)
+        if forks and step.name in forks:
+            builder.fork(forks[step.name])
     return builder.table(stamped)
 
 
 class _Builder:
     """Entries so far. A wait is kept as (other worker, number of its part) until all are known."""
 
-    def __init__(self, workers: int, checked: str, stop: int) -> None:
-        self.workers, self.checked, self.stop = workers, checked, stop
+    def __init__(self, workers: int, tail: int, stop: int) -> None:
+        self.workers, self.tail, self.stop = workers, tail, stop
         self.ordering = Ordering(workers)
         self.arrays: list[np.ndarray] = []
         self.patches: list[tuple[int, int, int]] = []
         self.lists: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(workers)]
         self.parts: list[Part] = []
         self.meetings = 0
+        self.forks: list[np.ndarray] = []
 
     def step(
         self,
@@ -143,10 +158,7 @@ class _Builder:
         shares = [(w, lo, end) for lo, (w, end) in zip(starts, cuts, strict=False) if lo < end]
         waits = [ordering.waits(conflicts, worker) for worker, _, _ in shares]
         if max(map(len, waits)) > MANY:
-            self.meetings += 1
-            for entries in self.lists:
-                entries.append(("meet", (self.meetings,)))
-            ordering.meet()
+            self.meet()
         else:
             for (worker, _, _), needed in zip(shares, waits, strict=True):
                 self.lists[worker] += [("wait", w) for w in needed]
@@ -157,6 +169,22 @@ class _Builder:
             self.lists[worker].append(("call", (op, fn, lo, hi, address, classes, len(self.parts))))
             self.parts.append(Part(number, worker, lo, hi))
         ordering.add(accesses, [worker for worker, _, _ in shares])
+
+    def meet(self) -> None:
+        """All workers wait for each other."""
+        self.meetings += 1
+        for entries in self.lists:
+            entries.append(("meet", (self.meetings,)))
+        self.ordering.meet()
+
+    def fork(self, jumps: np.ndarray) -> None:
+        """Every worker takes ``len(jumps)`` jumps; all meet before and behind."""
+        self.meet()
+        for k in range(len(jumps)):
+            for entries in self.lists:
+                entries.append(("jump", (len(self.forks), k)))
+        self.forks.append(jumps)
+        self.meet()
 
     def arguments(
         self, step: KernelStep, addresses: Mapping[str, Address], values: Mapping[str, int]
@@ -180,6 +208,8 @@ class _Builder:
     def table(self, stamped: bool) -> Table:
         """The native table of everything added."""
         used = 1 + max((p.worker for p in self.parts), default=0)
+        if self.forks:
+            used = self.workers
         awaited = {w for entries in self.lists for kind, w in entries if kind == "wait"}
         counters = np.zeros((used + 1) * LINE, dtype=np.int64)
         stamps = np.zeros((max(1, len(self.parts)), 4), dtype=np.int64) if stamped else None
@@ -196,6 +226,7 @@ class _Builder:
 
         for worker in range(used):
             rows: list[tuple[int, ...]] = []
+            jumps: list[tuple[int, int, int]] = []  # entry, fork, jump
             part = 0
             for kind, data in self.lists[worker]:
                 if kind == "wait":
@@ -208,6 +239,9 @@ class _Builder:
                         rows.append((driver.SIGNAL, counter(used), 0, 0, 0, 0))
                         rows.append((driver.WAIT, counter(used), data[0] * used, 0, 0, 0))
                         waits += 1
+                elif kind == "jump":
+                    jumps.append((len(rows), *data))
+                    rows.append((driver.JUMP, 0, 0, 0, 0, 0))
                 else:
                     *call, index = data
                     if stamps is not None:
@@ -220,8 +254,10 @@ class _Builder:
                     part += 1
                     if part in ordinals[worker]:
                         rows.append((driver.SIGNAL, counter(worker), 0, 0, 0, 0))
-            rows.append((driver.END,) + (0,) * 5)
+            rows.append((self.tail,) + (0,) * 5)
             native.append(np.array(rows, dtype=np.int64))
+            for row, fork, jump in jumps:
+                self.forks[fork][jump, worker] = native[-1][row:].ctypes.data
         return self._block(native, counters, waits, stamps)
 
     def _block(
@@ -246,4 +282,5 @@ class _Builder:
         arrays = [*self.arrays, *entries, patches, counters]
         if stamps is not None:
             arrays.append(stamps)
-        return Table(block, arrays, len(entries), waits, self.parts, stamps)
+        ends = [rows[-1:].ctypes.data for rows in entries]
+        return Table(block, arrays, len(entries), waits, self.parts, ends, stamps)

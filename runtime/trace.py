@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .executor import Executor, Instance
+from .executor import Executor
+from .instance import Instance
 from .plan import Plan
 from .sizes import evaluate
 

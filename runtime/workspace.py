@@ -5,14 +5,18 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .bound import Bound
+from .driver import END
 from .plan import Buffer
 from .sizes import evaluate
 from .table import Address, Table, build_table
+
+if TYPE_CHECKING:
+    from .branching import Branching
 
 ALIGNMENT = 64
 
@@ -51,7 +55,7 @@ class Workspace:
     """Memory and tables for one call in flight of a bound plan.
 
     ``functions`` maps kernel hashes to addresses, ``constants`` names to tensors; ``shared`` is an
-    arena to work in instead of one of its own.
+    arena to work in instead of one of its own. Lists of launches end with ``tail``.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Workspace:
         functions: Mapping[str, int],
         constants: Mapping[str, torch.Tensor],
         shared: Arena | None = None,
+        tail: int = END,
     ) -> None:
         plan, values = bound.plan, bound.values
         self._values, self._constants = values, constants
@@ -88,6 +93,7 @@ class Workspace:
                 bound.workers,
                 placed=bound.workers == plan.workers,
                 stamped=bound.stamped,
+                tail=tail,
             )
             if isinstance(steps, list)
             else None
@@ -96,6 +102,7 @@ class Workspace:
         self.addresses = addresses
         self.launches = [table.address for table in self.tables if table is not None]
         self.whole: Table | None = None  # one launch of everything, with fetches (`Fetching`)
+        self.branching: Branching | None = None  # the same, with branches
         self.views: dict[tuple[int, int], torch.Tensor] = {}
         self.singles: dict[tuple[int, int], Any] = {}  # launches of single steps (`Fetching`)
         own = (self.arena, *self.static.values())

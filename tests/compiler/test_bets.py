@@ -166,15 +166,16 @@ def test_capacities_spill(model: Routed, wins: None) -> None:
     assert step.sized[0][0] == 10 and step.sized[2] == (0, "")
     name = step.sized[0][1]
     executor: Executor = compiled.programs[-1].executable.executor
-    before = executor.taken[name], executor.spilled[name], executor.missed[name]
+    counts = executor.counts
+    before = [counts[kind, name] for kind in ("taken", "spilled", "missed")]
     with torch.no_grad():
         for zeros in (10, 13, 24, 9, 0, 1, 20):
-            x, ran = uneven(zeros), sum(executor.taken[n] for n in executor.missed)
+            x, ran = uneven(zeros), sum(counts["taken", n] for _, n in step.sized if n)
             have, want = compiled(x), plain(x)
             torch.testing.assert_close(have, want)
-            if ran == sum(executor.taken[n] for n in executor.missed):  # the same kernels ran
+            if ran == sum(counts["taken", n] for _, n in step.sized if n):  # the same kernels ran
                 assert torch.equal(have, want)
-    after = executor.taken[name], executor.spilled[name], executor.missed[name]
+    after = [counts[kind, name] for kind in ("taken", "spilled", "missed")]
     assert [b - a for a, b in zip(before, after, strict=True)] == [4, 3, 2]
     assert f"{name} ran" in compiled.explain() and "with spills" in compiled.explain()
 

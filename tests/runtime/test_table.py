@@ -109,9 +109,9 @@ def test_a_kernel_may_end_its_launch(how: str, stopping: bool) -> None:
         KernelStep("c", "after", (z, x), 1, tasks=3, place=((0, 1), (1, 2), (2, 3))),
     ]
     spans = [[span_of(a, "arena", 0, {}) for a in s.args] for s in steps]
-    stopper = ("check", ctypes.addressof(word))
+    stop = ctypes.addressof(word)
     addresses = {"arena": Address(0)}
-    table = build_table(steps, spans, addresses, functions, {}, 3, True, stopper=stopper)
+    table = build_table(steps, spans, addresses, functions, {}, 3, True, False, ("check",), stop)
     one = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)
     if how == "no OpenMP":
         table.block[driver.GOMP] = 0

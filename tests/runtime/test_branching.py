@@ -1,0 +1,247 @@
+"""Branches inside a launch give what branches as launches of their own give, bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import plait
+from plait.runtime import branching, driver
+from plait.runtime.executor import Executor
+from plait.runtime.fork import SLOTS
+
+WIDTH = 8
+SIZES = {"x": {0: torch.export.Dim("n")}}
+
+
+def branch(kind: int) -> nn.Module:
+    if kind == 0:
+        return nn.Identity()
+    if kind == 1:
+        return nn.Linear(WIDTH, WIDTH)
+    return nn.Sequential(nn.Linear(WIDTH, 64 * kind), nn.GELU(), nn.Linear(64 * kind, WIDTH))
+
+
+class Net(nn.Module):
+    """Three routers one behind the other; the first element of a row says where it goes."""
+
+    def __init__(self, branches: int = 4) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(
+            plait.Router(
+                [branch((k + shift) % 5) for k in range(branches)],
+                lambda x, s=shift: (x[:, 0].abs() * 10).long().add(s) % branches,
+                combine="sum",
+            )
+            for shift in range(3)
+        )
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x[:, :1]
+        for router in self.routers:
+            x = torch.cat([first, self.norm(x + router(x))[:, 1:]], 1)
+        return x
+
+
+def rows(routes: list[int]) -> Tensor:
+    x = torch.randn(len(routes), WIDTH)
+    x[:, 0] = (torch.tensor(routes) + 0.5) / 10
+    return x
+
+
+def compiled_and(model: nn.Module) -> tuple[plait.Compiled, Executor]:
+    with torch.no_grad():
+        compiled = plait.compile(model, tune="off", dynamic_shapes=SIZES)
+        compiled(rows([0, 1, 2, 3, 0]))
+    return compiled, compiled.programs[0].executable.executor
+
+
+def step_by_step(executor: Executor, compiled: plait.Compiled, x: Tensor) -> Tensor:
+    """The answer with a launch for each branch."""
+    executor.recorder = lambda *_: None
+    try:
+        return compiled(x)
+    finally:
+        executor.recorder = None
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of rows may change with every call."""
+    monkeypatch.setattr(branching, "PATIENCE", 1 << 30)
+
+
+@pytest.fixture(scope="module")
+def net() -> tuple[plait.Compiled, Executor, nn.Module]:
+    torch.manual_seed(0)
+    model = Net().eval()
+    return *compiled_and(model), model
+
+
+@pytest.fixture(params=[1, 2, 3, 8])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(routes=st.lists(st.integers(0, 3), min_size=2, max_size=9))
+def test_any_route(net, routes: list[int]) -> None:
+    compiled, executor, model = net
+    x, inside = rows(routes), executor.inside
+    with torch.no_grad():
+        first, again = compiled(x), compiled(x)
+        assert executor.inside == inside + 2
+        assert torch.equal(first, again)
+        assert torch.equal(first, step_by_step(executor, compiled, x))
+        torch.testing.assert_close(first, model(x))
+
+
+def test_every_number_of_workers(net, threads: int) -> None:
+    compiled, executor, model = net
+    with torch.no_grad():
+        for routes in ([0, 0, 1, 3], [2] * 7, [3, 1], [0, 1, 2, 3] * 5):
+            x, inside = rows(routes), executor.inside
+            have = compiled(x)
+            assert executor.inside == inside + 1
+            assert torch.equal(have, step_by_step(executor, compiled, x))
+            torch.testing.assert_close(have, model(x))
+
+
+@pytest.mark.parametrize("how", ["no OpenMP", "short team"])
+def test_workers_that_take_turns(net, how: str) -> None:
+    compiled, executor, _ = net
+    x = rows([0, 1, 1, 2, 3, 3])
+    one = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)
+    with torch.no_grad():
+        want = compiled(x)
+        [space] = executor.instance([x.shape], torch.get_num_threads())._free
+        assert space.branching is not None
+        block = space.branching.table.block
+        kept = block.copy()
+        if how == "no OpenMP":
+            block[driver.GOMP] = 0
+        else:
+            block[driver.NUM_THREADS] = ctypes.cast(one, ctypes.c_void_p).value
+        assert torch.equal(compiled(x), want)
+        block[:] = kept
+
+
+def test_thousands_of_calls_on_more_workers_than_cores(net) -> None:
+    compiled, _, _ = net
+    chance, before = random.Random(0), torch.get_num_threads()
+    with torch.no_grad():
+        xs = [rows([chance.randrange(4) for _ in range(4)]) for _ in range(12)]
+        wants = [compiled(x) for x in xs]
+        torch.set_num_threads(3)
+        try:
+            for k in range(2000):
+                assert torch.equal(compiled(xs[k % 12]), wants[k % 12])
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_calls_of_several_threads(net) -> None:
+    compiled, _, _ = net
+    xs = [rows([k, (k + 1) % 4, 2]) for k in range(4)]
+    with torch.no_grad():
+        wants = [compiled(x) for x in xs]
+    wrong: list[int] = []
+
+    def call(k: int) -> None:
+        with torch.no_grad():
+            for _ in range(200):
+                if not torch.equal(compiled(xs[k]), wants[k]):
+                    wrong.append(k)
+
+    callers = [threading.Thread(target=call, args=(k,)) for k in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_counts_are_of_calls(net) -> None:
+    _, _, model = net
+    compiled, executor = compiled_and(model)
+    names = next(s for s in executor.plan.steps if hasattr(s, "plans")).plans
+    before = [executor.counts["taken", n] for n in names]
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(rows([0, 0, 2]))  # the first stops for what it lacks, and begins anew
+    after = [executor.counts["taken", n] for n in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3, 0, 3, 0]
+    assert f"{executor.inside} calls ran their branches within one launch" in compiled.explain()
+
+
+def test_variants_of_other_numbers_of_rows_are_replaced() -> None:
+    model = Net(2).eval()
+    with torch.no_grad():
+        compiled = plait.compile(model, tune="off", example_inputs=(rows([0] * 24),))
+        executor = compiled.programs[0].executable.executor
+        for zeros in [*range(25), *range(24, 0, -1), 3, 3]:
+            x = rows([0] * zeros + [1] * (24 - zeros))
+            assert torch.equal(compiled(x), step_by_step(executor, compiled, x))
+    [space] = executor.instance([(24, WIDTH)], torch.get_num_threads())._free
+    assert [len(made) for b in space.branching._all for made in b._made] == [SLOTS] * 6
+
+
+def test_it_gives_up_where_every_call_has_new_numbers(monkeypatch) -> None:
+    monkeypatch.setattr(branching, "PATIENCE", 16)
+    with torch.no_grad():
+        compiled = plait.compile(Net(2).eval(), tune="off", example_inputs=(rows([0] * 64),))
+        for zeros in range(1, 64):
+            compiled(rows([0] * zeros + [1] * (64 - zeros)))
+    assert "the numbers of their rows keep changing" in compiled.explain()
+
+
+class Inner(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.router = plait.Router(
+            [inner, nn.Linear(WIDTH, WIDTH)], lambda x: (x[:, 0] > 0).long(), combine="sum"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(x)
+
+
+class Library(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.logcumsumexp(x, 1)
+
+
+class Cond(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Inner(Inner(nn.Linear(WIDTH, WIDTH))), "is not kernels alone"),
+        (Inner(Library()), "is not kernels alone"),
+        (nn.Sequential(Inner(nn.Identity()), Library(), nn.ReLU()), "is called between them"),
+        (Cond(), "two sides"),
+    ],
+)
+def test_why_branches_are_launches_of_their_own(model: nn.Module, reason: str) -> None:
+    model.eval()
+    with torch.no_grad():
+        compiled = plait.compile(model, tune="off", example_inputs=(rows([0, 1, 2]),))
+        x = rows([0, 1, 2]) * torch.tensor([[1.0], [-1.0], [1.0]])
+        torch.testing.assert_close(compiled(x), model(x))
+    assert compiled.programs[0].executable.executor.inside == 0
+    assert reason in compiled.explain()
