@@ -11,7 +11,6 @@ anew. Tables are kept for the latest `SLOTS` numbers of rows of a branch.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from array import array
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from .table import BYTES_PER_US, Address, Table, build_table, micros
 from .workspace import Workspace
 
 if TYPE_CHECKING:
+    from .executor import Recorder
     from .instance import Instance
 
 PATIENCE = 16
@@ -71,6 +71,7 @@ class _Branches:
         self._nothing = np.zeros(len(Variant), np.int64)
         self._nothing[Variant.LAUNCH] = self._idle.ctypes.data
         self._given = np.zeros(len(step.plans) + 1, np.int64)
+        self._seen = np.zeros(len(step.plans) + 1, np.int64)
         self._made: list[list[_Made]] = [[] for _ in range(units)]
         self._next = [0] * units
         self.fork = np.zeros(len(Fork), np.int64)
@@ -84,6 +85,8 @@ class _Branches:
             (Fork.LOADS, self._loads.ctypes.data),
             (Fork.OPERANDS, self._operands.ctypes.data),
             (Fork.NOTHING, self._nothing.ctypes.data),
+            (Fork.SEEN, self._seen.ctypes.data),
+            (Fork.SEEN_BYTES, self._seen.nbytes),
         ):
             self.fork[word] = value
         counts = instance.executor.counts
@@ -105,10 +108,13 @@ class _Branches:
             self._given[:] = offsets
             self.fork[Fork.GIVEN] = self._given.ctypes.data
 
+    def report(self, recorder: Recorder) -> None:
+        """Tells where the latest launch went."""
+        recorder(self.step, self._seen.tolist(), self._shapes[0][0])
+
     def make(self) -> str:
         """Makes the variants that the latest launch lacked. Returns why one cannot be, if so."""
-        offsets = (ctypes.c_int64 * len(self._given)).from_address(int(self.fork[Fork.OFFSETS]))
-        loads = np.diff(offsets)
+        loads = np.diff(self._seen)
         for u, name in enumerate(self.names):
             unit = self._table[u]
             load, size = int(loads[unit[Unit.BRANCH]]), int(unit[Unit.SIZE])
@@ -267,6 +273,7 @@ class Branching:
             self._instance.executor.launch(self.table.address, self._ext)
             number = self._stop[0]
             if not number:
+                self._report()
                 return True
             self._stopped += first
             first = False
@@ -277,6 +284,12 @@ class Branching:
                 self.refused = "the numbers of their rows keep changing"
             if reason or self.refused:
                 return False
+
+    def _report(self) -> None:
+        recorder = self._instance.executor.recorder
+        if recorder is not None:
+            for branches in self._all:
+                branches.report(recorder)
 
 
 def refusal(instance: Instance) -> str:

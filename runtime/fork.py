@@ -42,10 +42,11 @@ class Fork(IntEnum):
     """Address of the operands' addresses."""
     NOTHING = 8
     """Address of the variant of a unit without rows, which has no lists."""
-    OFFSETS = 9
-    """Address of the route's offsets."""
-    GIVEN = 10
-    """Address of offsets to follow instead, or 0."""
+    GIVEN = 9
+    """Address of offsets to follow instead of the route's, or 0."""
+    SEEN = 10
+    """Address of a copy of those that were followed, and its bytes."""
+    SEEN_BYTES = 11
 
 
 class Unit(IntEnum):
@@ -92,6 +93,8 @@ class Variant(IntEnum):
 
 
 _IR = """
+declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
+
 define internal ptr @plait_unit(ptr %fork, i64 %k) {
   %table = call ptr @plait_pointer(ptr %fork, i64 TABLE)
   %at = mul i64 %k, UNIT_WORDS
@@ -247,8 +250,10 @@ entry:
   %given = call i64 @plait_get(ptr %fork, i64 GIVEN)
   %follow = icmp ne i64 %given, 0
   %at = select i1 %follow, i64 %given, i64 %own
-  call void @plait_set(ptr %fork, i64 OFFSETS, i64 %at)
   %offsets = inttoptr i64 %at to ptr
+  %seen = call ptr @plait_pointer(ptr %fork, i64 SEEN)
+  %length = call i64 @plait_get(ptr %fork, i64 SEEN_BYTES)
+  call void @llvm.memcpy.p0.p0.i64(ptr %seen, ptr %offsets, i64 %length, i1 false)
   %units = call i64 @plait_get(ptr %fork, i64 UNITS)
   %workers = call i64 @plait_get(ptr %fork, i64 WORKERS)
   %loads = call ptr @plait_pointer(ptr %fork, i64 LOADS)

@@ -102,7 +102,7 @@ class Instance(Bound):
             self._free.append(workspace)
             return fresh
         if self.executor.fetching is None:
-            if self._inside and self.executor.recorder is None and self._run_inside(workspace):
+            if self._inside and self._run_inside(workspace):
                 self._free.append(workspace)
                 return fresh
             return self._run_mixed(workspace, tensors, held, fresh)

@@ -67,11 +67,12 @@ def compiled_and(model: nn.Module) -> tuple[plait.Compiled, Executor]:
 
 def step_by_step(executor: Executor, compiled: plait.Compiled, x: Tensor) -> Tensor:
     """The answer with a launch for each branch."""
-    executor.recorder = lambda *_: None
+    instance = executor.instance([x.shape], torch.get_num_threads())
+    instance.on_step = lambda: None
     try:
         return compiled(x)
     finally:
-        executor.recorder = None
+        instance.on_step = None
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +185,23 @@ def test_counts_are_of_calls(net) -> None:
     after = [executor.counts["taken", n] for n in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [3, 0, 3, 0]
     assert f"{executor.inside} calls ran their branches within one launch" in compiled.explain()
+
+
+def test_who_watches_is_told_where_calls_went(net) -> None:
+    compiled, executor, _ = net
+    told: list[tuple[str, list[int], int]] = []
+    inside, x = executor.inside, rows([0, 2, 2, 3])
+    executor.recorder = lambda step, choice, slots: told.append((step.name, choice, slots))
+    try:
+        with torch.no_grad():
+            compiled(x)
+            assert executor.inside == inside + 1
+            fast = told[:]
+            told.clear()
+            step_by_step(executor, compiled, x)
+    finally:
+        executor.recorder = None
+    assert fast == told and fast[0][1:] == ([0, 1, 1, 3, 4], 4)
 
 
 def test_variants_of_other_numbers_of_rows_are_replaced() -> None:
