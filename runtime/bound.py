@@ -57,12 +57,6 @@ class Bound:
         """Whether every output is its own fresh tensor."""
         self.simple = self.direct and all(isinstance(s, list) for s in self.segments)
         """The common case: besides, all steps are kernels."""
-        self.only_fetches = (
-            self.direct
-            and not self.simple
-            and all(isinstance(s, list | FetchStep) for s in self.segments)
-        )
-        """The same, but weights are fetched between kernels."""
 
     def _fresh_spec(self, buffer: Buffer) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
         """Shape, strides and type of a fresh buffer: those of an output that is all of it, else

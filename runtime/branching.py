@@ -1,19 +1,14 @@
-"""Branches inside a launch: a plan with `BranchStep`s whose branches are kernels is one launch.
+"""Branches inside a launch: what the native step that leads the workers to them (`fork`) reads.
 
-A branch step that Python runs ends one launch and begins one for each branch, which costs more than
-small branches do, and a branch that is too small to share leaves all workers but one idle. In one
-launch a native step (`fork`) leads the workers through tables that are made for a number of rows
-each, without any barrier between branches, so small ones run side by side.
-
-Where a table is missing the launch stops (`driver.CHECKED`); Python makes it, and the call begins
-anew. Tables are kept for the latest `SLOTS` numbers of rows of a branch.
+The branches of a `BranchStep` have tables of their own for each number of rows. They are made when
+a launch stops because one is missing, and kept for the latest `SLOTS` numbers of a branch.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +22,8 @@ from .fork import (
     Unit,
     Variant,
     copy_function,
-    fork_function,
-    tally_function,
 )
-from .plan import BranchStep, KernelStep, LibraryStep, TensorRef
+from .plan import BranchStep, KernelStep, TensorRef
 from .spans import ITEMSIZE
 from .table import BYTES_PER_US, Address, Table, build_table, micros
 from .workspace import Workspace
@@ -39,9 +32,6 @@ if TYPE_CHECKING:
     from .executor import Recorder
     from .instance import Instance
 
-PATIENCE = 16
-"""Calls that may stop before it counts how many of them do: see `Branching.run`."""
-_TALLY = "tally"  # as a kernel; hashes are longer
 NOT_YET = "a plan is not compiled yet"
 
 
@@ -53,8 +43,11 @@ class _Made:
     keep: tuple[Any, ...]
 
 
-class _Branches:
-    """The native state of one branch step: `fork` and what it points to."""
+class Branches:
+    """The native state of one branch step: `fork` and what it points to.
+
+    Where a table is missing it sets the word at ``stop`` to ``number``.
+    """
 
     def __init__(self, instance: Instance, step: BranchStep, number: int, stop: int) -> None:
         self.instance, self.step = instance, step
@@ -77,7 +70,7 @@ class _Branches:
         self.fork = np.zeros(len(Fork), np.int64)
         for word, value in (
             (Fork.STOP, stop),
-            (Fork.NUMBER, number + 1),
+            (Fork.NUMBER, number),
             (Fork.UNITS, units),
             (Fork.TABLE, self._table.ctypes.data),
             (Fork.WORKERS, workers),
@@ -205,130 +198,3 @@ def _times(inner: Instance, table: Table) -> list[int]:
         whole = max(1, sum(p.hi - p.lo for p in table.parts if p.step == part.step))
         times[part.worker] += 1e3 * micros(step, inner.values) * (part.hi - part.lo) / whole
     return [1 + int(t) for t in times]
-
-
-class Branching:
-    """One launch of all that an instance runs in one of its workspaces, branches included.
-
-    ``refused`` says why later calls are not tried, "" if they are.
-    """
-
-    def __init__(self, instance: Instance, workspace: Workspace) -> None:
-        self.refused = ""
-        self._instance, self._ext = instance, workspace.ext_address
-        self._stop = array("q", [0])
-        self._calls = self._stopped = 0
-        self._all: list[_Branches] = []
-        address = self._stop.buffer_info()[0]
-        steps: list[KernelStep] = []
-        functions = dict(instance.executor.functions)
-        values = dict(instance.values)
-        forks: dict[str, np.ndarray] = {}
-        kernels = set()
-        for segment in instance.segments:
-            if isinstance(segment, list):
-                steps += segment
-                continue
-            assert isinstance(segment, BranchStep)
-            branches = _Branches(instance, segment, len(self._all), address)
-            self._all.append(branches)
-            reads = len(segment.refs) + 1
-            kernel, symbol = f"fork of {reads}", f"fork {len(self._all)}"
-            functions[kernel] = fork_function(reads)
-            kernels.add(kernel)
-            values[symbol] = branches.fork.ctypes.data
-            args = (segment.selector, *segment.refs, *segment.results)
-            steps.append(KernelStep(segment.name, kernel, args, reads, (symbol,)))
-            forks[segment.name] = branches.jumps
-        for number in range(1, len(self._all) + 1):
-            steps.append(KernelStep(f"tally {number}", _TALLY, (), 0, (f"fork {number}",)))
-        functions[_TALLY] = tally_function()
-        self.table = build_table(
-            steps,
-            [[instance.span(a) for a in step.args] for step in steps],
-            workspace.addresses,
-            functions,
-            values,
-            instance.workers,
-            placed=instance.workers == instance.plan.workers,
-            checked=kernels,
-            stop=address,
-            forks=forks,
-        )
-
-    def run(self, routes: Mapping[str, Sequence[int]] | None = None) -> bool:
-        """Runs everything; False where it could not, and the call has to be made otherwise.
-
-        ``routes`` are offsets to be followed instead of those that the data tells, by step.
-
-        Where numbers of rows keep changing, so that more than one call in four lacks tables, it
-        gives up: making them takes longer than it saves.
-        """
-        self._calls += 1
-        if routes is not None:
-            for branches in self._all:
-                branches.follow(routes.get(branches.step.name))
-        first = True
-        while True:
-            self._instance.executor.launch(self.table.address, self._ext)
-            number = self._stop[0]
-            if not number:
-                self._report()
-                return True
-            self._stopped += first
-            first = False
-            reason = self._all[number - 1].make()
-            if reason and reason != NOT_YET:
-                self.refused = reason
-            elif self._stopped > PATIENCE + self._calls // 4:
-                self.refused = "the numbers of their rows keep changing"
-            if reason or self.refused:
-                return False
-
-    def _report(self) -> None:
-        recorder = self._instance.executor.recorder
-        if recorder is not None:
-            for branches in self._all:
-                branches.report(recorder)
-
-
-def refusal(instance: Instance) -> str:
-    """Why branches of an instance are launches of their own; "" where one launch can have all."""
-    if not any(isinstance(step, BranchStep) for step in instance.segments):
-        return ""
-    if instance.executor.fetching is not None:
-        return "weights are fetched for them"
-    if not instance.direct:
-        return "a result is a part of another, or of an input"
-    for step in instance.segments:
-        if isinstance(step, LibraryStep):
-            return f"{step.target} is called between them"
-        if isinstance(step, BranchStep):
-            reason = _refusal(instance, step)
-            if reason:
-                return reason
-    return ""
-
-
-def _refusal(instance: Instance, step: BranchStep) -> str:
-    refs: tuple[TensorRef, ...] = (step.selector, *step.refs, *step.results)
-    if step.kind != "rows":
-        return f"{step.name} has two sides that share no results"
-    if len(refs) + 1 > driver.ARG_CLASSES[-1]:
-        return f"{step.name} has {len(refs)} operands"
-    if not all(_is_dense(*instance.geometry(ref)) for ref in refs):
-        return f"{step.name} has operands with gaps"
-    for name in step.every_plan:
-        part = instance.executor.parts[name].made()
-        if part and any(not isinstance(s, KernelStep) for s in part.plan.steps):
-            return f"{name} is not kernels alone"
-    return ""
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True

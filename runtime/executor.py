@@ -98,7 +98,7 @@ class Executor:
         few (``missed``) or more (``spilled``).
         """
         self.inside = 0
-        """How many calls ran all branches within one launch."""
+        """How many calls ran all within one launch, with branches or fetches."""
         self.recorder: Recorder | None = None
         self.arena: Arena | None = None
         if {*plan.parts, *plan.deferred} - self.parts.keys():
@@ -142,9 +142,9 @@ class Executor:
         """How often each branch ran, as lines of text."""
         lines = []
         if self.inside:
-            lines.append(f"{self.inside} calls ran their branches within one launch")
-        for reason in dict.fromkeys(i.alone for i in self._instances.values() if i.alone):
-            lines.append(f"branches are launches of their own: {reason}")
+            lines.append(f"{self.inside} calls ran all within one launch")
+        for reason in dict.fromkeys(i.apart for i in self._instances.values() if i.apart):
+            lines.append(f"more than one launch: {reason}")
         sized = {n for s in self.plan.steps if isinstance(s, BranchStep) for _, n in s.sized}
         for name in self.parts:
             count = self.counts["taken", name]

@@ -23,14 +23,10 @@ from numpy.typing import NDArray
 
 from .bank import Bank
 from .plan import BranchStep, FetchStep, KernelStep, Plan, PlanError
-from .residency import Residency, Root, fetch_function
 from .site import Site
-from .spans import Span
 from .table import Address, Table, build_table
 from .tier import Tier
 
-_FETCH = "fetch"  # as a kernel; hashes are longer
-_ROOT = "root of residency"
 _WINDOW = "window of a route"  # a buffer of the narrowed offsets; no name of a plan's has blanks
 
 
@@ -120,48 +116,6 @@ class Fetching:
                 run(first, end)
 
     # -- routed products --------------------------------------------------------------------------
-
-    def run_whole(self, instance: Any, workspace: Any) -> bool:
-        """Runs all kernels of an instance, which fetches between them and does nothing else, as one
-        launch that fetches, too; False where it cannot, and the call has to be made otherwise.
-        """
-        residency = self.tier.within()
-        if residency is None:
-            return False
-        if workspace.whole is None:
-            workspace.whole = self._whole(instance, workspace, residency)
-        instance.executor.launch(workspace.whole.address, workspace.ext_address)
-        return self.tier.fetched()
-
-    def _whole(self, instance: Any, workspace: Any, residency: Residency) -> Table:
-        steps: list[KernelStep] = []
-        spans: list[list[Span]] = []
-        values = {**instance.values, _ROOT: residency.address}
-        read = {a.buffer: a for s in instance.plan.steps if isinstance(s, KernelStep)
-                for a in s.args[: s.reads] if a.buffer in self.banks}  # fmt: skip
-        for segment in instance.segments:
-            if not isinstance(segment, FetchStep):
-                steps += segment
-                spans += [[instance.span(a) for a in step.args] for step in segment]
-                continue
-            site = self.sites[segment.name]
-            first, count = f"first unit of {segment.name}", f"units of {segment.name}"
-            values |= {first: residency.first[site.number], count: len(site.units)}
-            symbols = (_ROOT, first, count)
-            steps.append(KernelStep(segment.name, _FETCH, (segment.selector,), 1, symbols))
-            # It may drop what any step reads, so it is ordered with all of them.
-            spans.append([instance.span(a) for a in (segment.selector, *read.values())])
-        return build_table(
-            steps,
-            spans,
-            workspace.addresses,
-            {**instance.executor.functions, _FETCH: fetch_function()},
-            values,
-            instance.workers,
-            placed=instance.workers == instance.plan.workers,
-            checked=(_FETCH,),
-            stop=residency.address + 8 * Root.STOP,
-        )
 
     def fetch(
         self, instance: Any, workspace: Any, step: FetchStep, offsets: NDArray[np.int64]

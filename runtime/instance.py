@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import library
 from .bound import Bound
-from .branching import Branching, refusal
 from .plan import BranchStep, FetchStep, LibraryStep, TensorRef
 from .sizes import evaluate
 from .spans import ITEMSIZE
+from .whole import Whole, refusal
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class Instance(Bound):
         self._made = [(slot, tuple(geometry)) for slot, _, *geometry in self.fresh]
         self._launch = executor.launch
         self._free: list[Workspace] = []
-        self.alone = refusal(self)
-        """Why branches are launches of their own, "" if they are not."""
+        self.apart = "" if self.simple else refusal(self)
+        """Why it is more than one launch, "" if it is not."""
         self.on_step = None
 
     @property
@@ -60,9 +61,7 @@ class Instance(Bound):
     def on_step(self, call: Callable[[], None] | None) -> None:
         self._on_step = call
         # One input, one result, one launch: worth a path without loops.
-        self._whole = self.only_fetches and call is None and not self.stamped
-        branches = any(isinstance(s, BranchStep) for s in self.segments)
-        self._inside = branches and not self.alone and call is None and not self.stamped
+        self._inside = not (self.simple or self.apart or self.stamped) and call is None
         counts = (len(self._slots), len(self._made), len(self.segments))
         self._lean = self.simple and call is None and counts == (1, 1, 1) and self._slots[0] >= 0
 
@@ -101,26 +100,29 @@ class Instance(Bound):
                 self._launch(address, workspace.ext_address)
             self._free.append(workspace)
             return fresh
-        if self.executor.fetching is None:
+        fetching = self.executor.fetching
+        with nullcontext() if fetching is None else fetching.tier.using():
             if self._inside and self._run_inside(workspace):
-                self._free.append(workspace)
-                return fresh
-            return self._run_mixed(workspace, tensors, held, fresh)
-        with self.executor.fetching.tier.using():
-            if self._whole and self.executor.fetching.run_whole(self, workspace):
                 self._free.append(workspace)
                 return fresh
             return self._run_mixed(workspace, tensors, held, fresh)
 
     def _run_inside(self, workspace: Workspace) -> bool:
         """Runs everything as one launch; False where that cannot be."""
-        if workspace.branching is None:
-            workspace.branching = Branching(self, workspace)
-        done = workspace.branching.run(self._routes())
+        fetching = self.executor.fetching
+        residency = None if fetching is None else fetching.tier.within()
+        if fetching is not None and residency is None:
+            return False
+        if workspace.whole is None or not workspace.whole.fits():
+            workspace.whole = Whole(self, workspace, residency)
+        done = workspace.whole.run(self._routes())
+        if fetching is not None:
+            done = fetching.tier.fetched() and done
         if done:
             self.executor.inside += 1
-        elif workspace.branching.refused:
-            self.alone, self._inside = workspace.branching.refused, False
+        elif workspace.whole.refused:
+            self.apart, self._inside = workspace.whole.refused, False
+            workspace.whole = None
         return done
 
     def run_into(self, tensors: Sequence[torch.Tensor], into: torch.Tensor) -> list[torch.Tensor]:

@@ -392,6 +392,10 @@ class Residency:
         ]
         return resident, int(self.root[Root.BYTES])
 
+    def begin_anew(self) -> None:
+        """The latest launch stopped, and will be made again: what it asked for counts once."""
+        self.root[Root.FETCHES : Root.DROPPED] = 0
+
     def counted(self) -> tuple[int, ...]:
         """Fetches, hits, misses, units dropped, bytes moved since the last call; peak bytes."""
         found = tuple(self.root[Root.FETCHES : Root.PEAK + 1].tolist())

@@ -16,7 +16,7 @@ from .sizes import evaluate
 from .table import Address, Table, build_table
 
 if TYPE_CHECKING:
-    from .branching import Branching
+    from .whole import Whole
 
 ALIGNMENT = 64
 
@@ -101,8 +101,7 @@ class Workspace:
         ]
         self.addresses = addresses
         self.launches = [table.address for table in self.tables if table is not None]
-        self.whole: Table | None = None  # one launch of everything, with fetches (`Fetching`)
-        self.branching: Branching | None = None  # the same, with branches
+        self.whole: Whole | None = None  # one launch of everything
         self.views: dict[tuple[int, int], torch.Tensor] = {}
         self.singles: dict[tuple[int, int], Any] = {}  # launches of single steps (`Fetching`)
         own = (self.arena, *self.static.values())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import plait
-from plait.runtime import branching, driver
+from plait.runtime import driver, whole
 from plait.runtime.executor import Executor
 from plait.runtime.fork import SLOTS
 
@@ -78,7 +78,7 @@ def step_by_step(executor: Executor, compiled: plait.Compiled, x: Tensor) -> Ten
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of rows may change with every call."""
-    monkeypatch.setattr(branching, "PATIENCE", 1 << 30)
+    monkeypatch.setattr(whole, "PATIENCE", 1 << 30)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,8 @@ def test_workers_that_take_turns(net, how: str) -> None:
     with torch.no_grad():
         want = compiled(x)
         [space] = executor.instance([x.shape], torch.get_num_threads())._free
-        assert space.branching is not None
-        block = space.branching.table.block
+        assert space.whole is not None
+        block = space.whole.table.block
         kept = block.copy()
         if how == "no OpenMP":
             block[driver.GOMP] = 0
@@ -184,7 +184,7 @@ def test_counts_are_of_calls(net) -> None:
             compiled(rows([0, 0, 2]))  # the first stops for what it lacks, and begins anew
     after = [executor.counts["taken", n] for n in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [3, 0, 3, 0]
-    assert f"{executor.inside} calls ran their branches within one launch" in compiled.explain()
+    assert f"{executor.inside} calls ran all within one launch" in compiled.explain()
 
 
 def test_who_watches_is_told_where_calls_went(net) -> None:
@@ -213,53 +213,13 @@ def test_variants_of_other_numbers_of_rows_are_replaced() -> None:
             x = rows([0] * zeros + [1] * (24 - zeros))
             assert torch.equal(compiled(x), step_by_step(executor, compiled, x))
     [space] = executor.instance([(24, WIDTH)], torch.get_num_threads())._free
-    assert [len(made) for b in space.branching._all for made in b._made] == [SLOTS] * 6
+    assert [len(made) for b in space.whole.branches for made in b._made] == [SLOTS] * 6
 
 
 def test_it_gives_up_where_every_call_has_new_numbers(monkeypatch) -> None:
-    monkeypatch.setattr(branching, "PATIENCE", 16)
+    monkeypatch.setattr(whole, "PATIENCE", 16)
     with torch.no_grad():
         compiled = plait.compile(Net(2).eval(), tune="off", example_inputs=(rows([0] * 64),))
         for zeros in range(1, 64):
             compiled(rows([0] * zeros + [1] * (64 - zeros)))
     assert "the numbers of their rows keep changing" in compiled.explain()
-
-
-class Inner(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.router = plait.Router(
-            [inner, nn.Linear(WIDTH, WIDTH)], lambda x: (x[:, 0] > 0).long(), combine="sum"
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.router(x)
-
-
-class Library(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.logcumsumexp(x, 1)
-
-
-class Cond(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (Inner(Inner(nn.Linear(WIDTH, WIDTH))), "is not kernels alone"),
-        (Inner(Library()), "is not kernels alone"),
-        (nn.Sequential(Inner(nn.Identity()), Library(), nn.ReLU()), "is called between them"),
-        (Cond(), "two sides"),
-    ],
-)
-def test_why_branches_are_launches_of_their_own(model: nn.Module, reason: str) -> None:
-    model.eval()
-    with torch.no_grad():
-        compiled = plait.compile(model, tune="off", example_inputs=(rows([0, 1, 2]),))
-        x = rows([0, 1, 2]) * torch.tensor([[1.0], [-1.0], [1.0]])
-        torch.testing.assert_close(compiled(x), model(x))
-    assert compiled.programs[0].executable.executor.inside == 0
-    assert reason in compiled.explain()

@@ -1,0 +1,138 @@
+"""One launch of everything, with fetches of weights and branches, and why there may be more."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import plait
+from plait.kernels import routing
+
+WIDTH = 64
+
+
+class Mixed(nn.Module):
+    """A router, experts and a router; the first elements of a row say where it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = self.router(0), self.router(1)
+        self.up = nn.Parameter(torch.randn(4, 512, WIDTH) * 0.05)
+        self.down = nn.Parameter(torch.randn(4, WIDTH, 512) * 0.05)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    @staticmethod
+    def router(place: int) -> nn.Module:
+        branches = [
+            nn.Sequential(nn.Linear(WIDTH, k), nn.ReLU(), nn.Linear(k, WIDTH))
+            for k in (512, 768, 512, 16)
+        ]
+        return plait.Router(branches, lambda x: (x[:, place] * 10).long() % 4, combine="sum")
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x[:, :2]
+        x = torch.cat([places, self.norm(x + self.first(x))[:, 2:]], 1)
+        route = routing.route((places[:, :1] * 10).long() % 4, 4)
+        inner = routing.routed_linear(x, *route, self.up, None, False, 1, False).relu()
+        x = x + routing.routed_linear(inner, *route, self.down, None, False, 0, True)
+        x = torch.cat([places, self.norm(x)[:, 2:]], 1)
+        return x + self.last(x)
+
+
+def rows(first: list[int], last: list[int]) -> Tensor:
+    x = torch.randn(len(first), WIDTH, generator=torch.Generator().manual_seed(len(first)))
+    x[:, 0], x[:, 1] = (torch.tensor(r) / 10 + 0.05 for r in (first, last))
+    return x
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[Any, Any, nn.Module]:
+    """With 60 % of the weights in memory, and with all."""
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), rows([0, 1, 2, 3], [0, 1, 2, 3])
+    made = [
+        plait.compile(copy.deepcopy(model), tune="off", example_inputs=(x,), weight_budget=budget)
+        for budget in ("60%", None)
+    ]
+    return made[0], made[1], model
+
+
+ROUTE = st.lists(st.integers(0, 3), min_size=4, max_size=4)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(first=ROUTE, last=ROUTE)
+def test_any_route_under_a_budget(both, first: list[int], last: list[int]) -> None:
+    compiled, resident, model = both
+    x = rows(first, last)
+    have = compiled(x)
+    assert torch.equal(have, resident(x)) and torch.equal(have, compiled(x))
+    torch.testing.assert_close(have, model(x))
+    tier = compiled.weight_tier
+    assert tier.counters.peak_bytes <= tier.capacity
+
+
+def test_branches_and_experts_are_fetched_within_the_launch(both) -> None:
+    compiled, _, _ = both
+    executor, tier = compiled.programs[0].executable.executor, compiled.weight_tier
+    calls = [rows([k] * 4, [j] * 4) for k in range(3) for j in range(3)]
+    for x in calls * 4:
+        compiled(x)
+    inside, before = executor.inside, copy.copy(tier.counters)
+    for x in calls * 4:
+        compiled(x)
+    assert executor.inside - inside > 18 and tier.counters.inside - before.inside > 18
+    wanted = [c.hits + c.misses for c in (before, tier.counters)]
+    assert wanted[1] - wanted[0] == 36 * 3
+    assert tier.counters.bytes_moved > before.bytes_moved
+
+
+class Inner(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.router = plait.Router(
+            [inner, nn.Linear(WIDTH, WIDTH)], lambda x: (x[:, 0] > 0).long(), combine="sum"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(x)
+
+
+class Library(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.logcumsumexp(x, 1)
+
+
+class Cond(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Inner(Inner(nn.Linear(WIDTH, WIDTH))), "is not kernels alone"),
+        (Inner(Library()), "is not kernels alone"),
+        (nn.Sequential(Inner(nn.Identity()), Library(), nn.ReLU()), "is called between"),
+        (Cond(), "two sides"),
+    ],
+)
+def test_why_there_is_more_than_one_launch(model: nn.Module, reason: str) -> None:
+    model.eval()
+    x = torch.randn(3, WIDTH)
+    compiled = plait.compile(model, tune="off", example_inputs=(x,))
+    torch.testing.assert_close(compiled(x), model(x))
+    assert compiled.programs[0].executable.executor.inside == 0
+    assert reason in compiled.explain()
