@@ -56,7 +56,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"plait.passes.placement": ["engine.c"]},
+    package_data={"plait.passes.placement": ["*.c"]},
     package_dir={"plait": "."},
     install_requires=REQUIRED,
     extras_require=EXTRAS,

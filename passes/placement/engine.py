@@ -1,4 +1,4 @@
-"""The compiled half of the planner: engine.c behind numpy arrays.
+"""The compiled half of the planner: simulator.c and annealer.c behind numpy arrays.
 
 The library is built once with the C compiler and kept in plait's cache under a hash of its source
 and of the compiler's name; building takes about a second.
@@ -26,6 +26,7 @@ from .problem import Arrays, Floats
 
 DONE, STUCK, CUT = 0, 1, 2
 
+_SOURCES = ("simulator.c", "annealer.c")
 _FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
 _SCALARS = ("n", "m", "units", "tensors", "pairs", "regions", "orders", "is_static")
 
@@ -35,7 +36,7 @@ Seed = npt.NDArray[np.uint64]
 
 
 class View(NamedTuple):
-    """A problem as engine.c reads it; lengths as in `problem.Arrays`, and R linear orders."""
+    """A problem as the library reads it; lengths as in `problem.Arrays`, and R linear orders."""
 
     time: Floats
     param: Floats
@@ -282,7 +283,8 @@ def _library() -> ctypes.CDLL:
     compiler = c_compiler()
     if compiler is None:
         raise PlacementError("planning needs a C compiler; install gcc or clang, or set CC")
-    source = _declarations() + "\n" + (Path(__file__).with_name("engine.c")).read_text("utf-8")
+    parts = [Path(__file__).with_name(name).read_text("utf-8") for name in _SOURCES]
+    source = "\n".join([_declarations(), *parts])
     digest = hashlib.sha256("\0".join([source, *compiler, *_FLAGS]).encode()).hexdigest()
     folder = cache_directory() / "placement"
     path = folder / f"engine-{digest[:32]}.so"
