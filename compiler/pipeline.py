@@ -35,8 +35,9 @@ from ..passes.route_odds import Routes
 from ..passes.schedule import SCHEDULE, SchedulePass
 from ..passes.speculate_routes import LIKELY, ROUTES, SIZED, Likely, SpeculateRoutes
 from ..passes.streams import STREAMS
-from ..runtime.executor import Executor, Part, Recorder
+from ..runtime.executor import Executor
 from ..runtime.fetching import Wanted
+from ..runtime.host import Part, Recorder
 from ..runtime.plan import BranchStep, Plan
 from ..runtime.trace import made_up
 from .capture.captured import Captured

@@ -10,7 +10,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,14 +23,11 @@ from .fork import (
     Variant,
     copy_function,
 )
+from .host import Hosted, Recorder
 from .plan import BranchStep, KernelStep, TensorRef
 from .spans import ITEMSIZE
 from .table import BYTES_PER_US, Address, Table, build_table, micros
 from .workspace import Workspace
-
-if TYPE_CHECKING:
-    from .executor import Recorder
-    from .instance import Instance
 
 NOT_YET = "a plan is not compiled yet"
 
@@ -49,7 +46,7 @@ class Branches:
     Where a table is missing it sets the word at ``stop`` to ``number``.
     """
 
-    def __init__(self, instance: Instance, step: BranchStep, number: int, stop: int) -> None:
+    def __init__(self, instance: Hosted, step: BranchStep, number: int, stop: int) -> None:
         self.instance, self.step = instance, step
         self._shapes = [instance.geometry(ref)[0] for ref in step.refs]
         self._row = [_row_bytes(self._shapes[0], step.refs[0]), *[0] * (len(step.refs) - 1)]
@@ -134,7 +131,7 @@ class Branches:
             unit[at : at + 2] = rows, made.words.ctypes.data
         return ""
 
-    def _variant(self, inner: Instance) -> _Made:
+    def _variant(self, inner: Hosted) -> _Made:
         executor = inner.executor
         space = Workspace(inner, executor.functions, executor.constants, tail=driver.JUMP)
         [table] = space.tables
@@ -142,7 +139,7 @@ class Branches:
         slots = [*(slot for slot, _ in inner.inputs), inner.fresh[0][0]]
         return self._filled(table, slots, space.ext_address, _times(inner, table), space)
 
-    def _copy(self, inner: Instance) -> _Made:
+    def _copy(self, inner: Hosted) -> _Made:
         """The variant of a plan that gives its rows back."""
         ref = inner.plan.outputs[0]
         step = KernelStep("copy", "copy", (ref, replace(ref, buffer="")), 1, ("bytes",))
@@ -176,7 +173,7 @@ class Branches:
         return _Made(words, (table, keep, fills, times, ends))
 
 
-def _is_copy(inner: Instance) -> bool:
+def _is_copy(inner: Hosted) -> bool:
     """Whether the plan's only result is its first input, whole."""
     plan = inner.plan
     if plan.steps or len(plan.outputs) != 1 or plan.outputs[0].buffer != plan.inputs[0].buffer:
@@ -188,7 +185,7 @@ def _row_bytes(shape: Sequence[int], ref: TensorRef) -> int:
     return math.prod(shape[1:]) * ITEMSIZE[ref.dtype]
 
 
-def _times(inner: Instance, table: Table) -> list[int]:
+def _times(inner: Hosted, table: Table) -> list[int]:
     """About how many nanoseconds each list of a table takes."""
     times = [0.0] * table.workers
     [steps] = inner.segments

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +17,7 @@ from . import driver, library
 from .bank import Bank
 from .counts import Counts
 from .fetching import Wanted, beside, fetching_of
+from .host import Part, Recorder
 from .instance import Instance
 from .plan import BranchStep, KernelStep, LibraryStep, Plan, PlanError, check_guards
 from .sizes import evaluate
@@ -26,38 +27,6 @@ from .workspace import Arena
 MAX_INSTANCES = 64
 
 _threads = torch.get_num_threads
-
-
-Recorder = Callable[[BranchStep, Any, int], None]
-"""Told, for every `BranchStep` that runs, which way it went and how many rows it had."""
-
-
-class Part(Protocol):
-    """What runs one of the plans that a `BranchStep` names: an executor, or what becomes one."""
-
-    def visits(self) -> list[str]:
-        """See `Executor.visits`."""
-        ...
-
-    def observe(self, recorder: Recorder) -> None:
-        """See `Executor.observe`."""
-        ...
-
-    def wants(self, make: bool = True) -> Wanted | None:
-        """The weights of a slower tier that whoever runs it must fetch. Where it is not compiled
-        yet it is now, if ``make``, and else they are None.
-        """
-        ...
-
-    def made(self) -> Executor | None:
-        """The executor; None where it is not compiled yet."""
-        ...
-
-    def run(
-        self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
-        """See `Executor.run`."""
-        ...
 
 
 class Executor:
@@ -106,7 +75,7 @@ class Executor:
         for buffer in plan.buffers.values():
             if buffer.kind == "const" and buffer.name not in self.constants:
                 raise PlanError(f"constant {buffer.name!r} of the plan is missing")
-        self._targets = {
+        self.targets = {
             s.target: self.calls.get(s.target) or library.resolve(s.target)
             for s in plan.steps
             if isinstance(s, LibraryStep)

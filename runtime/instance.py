@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import library
-from .bound import Bound
+from .host import Host, Hosted
 from .plan import BranchStep, FetchStep, LibraryStep, TensorRef
 from .sizes import evaluate
 from .spans import ITEMSIZE
 from .whole import Whole, refusal
 from .workspace import Workspace
-
-if TYPE_CHECKING:
-    from .executor import Executor
 
 
 def _slow_empty(
@@ -32,18 +29,17 @@ _empty: Callable[..., torch.Tensor] = getattr(
 )
 
 
-class Instance(Bound):
+class Instance(Hosted):
     """A plan with its symbols bound, and the memory of its calls in flight."""
 
     def __init__(
         self,
-        executor: Executor,
+        executor: Host,
         values: Mapping[str, int],
         workers: int,
         stamped: bool = False,
     ) -> None:
-        super().__init__(executor.plan, values, workers, stamped)
-        self.executor = executor
+        super().__init__(executor, values, workers, stamped)
         self._slots = [slot for slot, _ in self.inputs]
         self._made = [(slot, tuple(geometry)) for slot, _, *geometry in self.fresh]
         self._launch = executor.launch
@@ -272,7 +268,7 @@ class Instance(Bound):
         ]
         args = library.bind(step.args, operands, self.values)
         kwargs = {k: library.bind(v, operands, self.values) for k, v in step.kwargs.items()}
-        results = self.executor._targets[step.target](*args, **kwargs)
+        results = self.executor.targets[step.target](*args, **kwargs)
         if not isinstance(results, (tuple, list)):
             results = (results,)
         for ref, result in zip(step.results, results, strict=False):

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from .executor import Executor, Part
+from .executor import Executor
+from .host import Part
 from .instance import Instance
 from .plan import BranchStep
 

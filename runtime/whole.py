@@ -13,22 +13,19 @@ table of a branch was missing, which Python makes, in the same way, else step by
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import driver
 from .branching import NOT_YET, Branches
 from .fork import fork_function, tally_function
+from .host import Hosted
 from .plan import BranchStep, FetchStep, KernelStep, LibraryStep, TensorRef
 from .residency import Residency, Root, fetch_function
+from .site import Site
 from .spans import Span
 from .table import build_table
 from .workspace import Workspace
-
-if TYPE_CHECKING:
-    from .instance import Instance
-    from .site import Site
 
 PATIENCE = 16
 """Calls that may stop before it counts how many of them do: see `Whole.run`."""
@@ -44,9 +41,7 @@ class Whole:
     ``refused`` says why later calls are not tried, "" if they are.
     """
 
-    def __init__(
-        self, instance: Instance, workspace: Workspace, residency: Residency | None
-    ) -> None:
+    def __init__(self, instance: Hosted, workspace: Workspace, residency: Residency | None) -> None:
         self.refused = ""
         self._instance, self._ext = instance, workspace.ext_address
         self._residency = residency
@@ -170,7 +165,7 @@ class Whole:
                 branches.report(recorder)
 
 
-def refusal(instance: Instance) -> str:
+def refusal(instance: Hosted) -> str:
     """Why an instance is more than one launch; "" where one can have all that it has to do."""
     if not instance.direct:
         return "a result is a part of another, or of an input"
@@ -184,7 +179,7 @@ def refusal(instance: Instance) -> str:
     return ""
 
 
-def _refusal(instance: Instance, step: BranchStep) -> str:
+def _refusal(instance: Hosted, step: BranchStep) -> str:
     refs: tuple[TensorRef, ...] = (step.selector, *step.refs, *step.results)
     if step.kind != "rows":
         return f"{step.name} has two sides that share no results"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,6 @@ from .driver import END
 from .plan import Buffer
 from .sizes import evaluate
 from .table import Address, Table, build_table
-
-if TYPE_CHECKING:
-    from .whole import Whole
 
 ALIGNMENT = 64
 
@@ -101,7 +98,7 @@ class Workspace:
         ]
         self.addresses = addresses
         self.launches = [table.address for table in self.tables if table is not None]
-        self.whole: Whole | None = None  # one launch of everything
+        self.whole: Any = None  # one launch of everything (`Whole`)
         self.views: dict[tuple[int, int], torch.Tensor] = {}
         self.singles: dict[tuple[int, int], Any] = {}  # launches of single steps (`Fetching`)
         own = (self.arena, *self.static.values())
