@@ -108,6 +108,17 @@ def test_statistics_that_overflow_or_come_from_outside_are_left_alone():
     assert targets(normalized(b.finish(bn))) == [aten.batch_norm.default]
 
 
+def test_a_weight_that_would_overflow_stays():
+    module = trained(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)))
+    with torch.no_grad():
+        module[0].weight[7] = 1e30
+        module[1].weight[7] = 1e20
+    graph_module = normalized(captured(module, torch.zeros(1, 3, 4, 4)))
+    constants = [t for n, t in graph_module.named_parameters()] + list(graph_module.buffers())
+    assert all(t.isfinite().all() for t in constants)
+    assert aten.mul.Tensor in targets(graph_module)
+
+
 def test_steps_can_be_switched_off():
     module = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     graph_module = captured(module, torch.randn(1, 3, 5, 5), decompose=False)
