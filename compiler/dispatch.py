@@ -10,16 +10,14 @@ left open.
 from __future__ import annotations
 
 import inspect
-import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .build import build, store_for
+from .build import store_for
 from .capture.arguments import (
     Order,
     canonical,
@@ -28,53 +26,32 @@ from .capture.arguments import (
     is_wrapped,
     positional,
     signature_of,
-    tensor_names,
     watched,
 )
-from .capture.captured import Captured, misfit
-from .capture.dynamic import Declared, declared_dims, enlarged, openings, varying
-from .capture.export import SCALARS, argument_names, capture
+from .capture.captured import misfit
+from .capture.dynamic import Declared, declared_dims, enlarged, varying
+from .capture.export import SCALARS, argument_names
 from .capture.state import states_of
 from .capture.tree import Tree, flatten, unflatten
-from .errors import CaptureError, ChangeError, InputError, PlaitError
+from .errors import CaptureError, ChangeError, InputError
 from .guards.keys import FLOATS, autocast_key, structure_key
-from .guards.quick import limits
 from .guards.watch import Structure, modules_of
 from .modes import collector_paused
 from .notes import Notes
-from .options import Executable, Options
+from .options import Options
 from .program import Program, Unfit
+from .specialise import Bucket, Refused, Specialiser
 
 MAX_PROGRAMS = 8
 """Programs captured for one structure of arguments before the original runs instead."""
 MAX_SETTLED = 4
 """How often a model may change its attributes, each time a reason to capture it anew."""
-DEBUG = "PLAIT_DEBUG"
-"""Environment variable: errors of code generation are raised instead of being remarked on."""
 MAX_KEYS = 4096
 """Remembered keys; the table is emptied when full."""
 
 _VALUES = frozenset(SCALARS)
 _autocast = torch._C._is_any_autocast_enabled
 _default_dtype = torch.get_default_dtype
-
-
-@dataclass
-class Bucket:
-    """Programs for one structure of arguments, and the shapes it was called with."""
-
-    programs: list[Program] = field(default_factory=list)
-    seen: list[list[torch.Size]] = field(default_factory=list)
-    closed: list[Any] = field(default_factory=list)  # dimensions that could not be left open
-    hopeless: bool = False
-
-
-class _Refused(Exception):
-    """A call that was not captured. ``bucket`` is its structure's, for which that is final."""
-
-    def __init__(self, error: CaptureError, bucket: Bucket | None = None) -> None:
-        super().__init__(str(error))
-        self.error, self.bucket = error, bucket
 
 
 def _settles(error: CaptureError) -> bool:
@@ -104,6 +81,8 @@ class Dispatcher:
         self._structure = Structure(self.modules)
         self._default = torch.get_default_dtype()
         self.signature = signature_of(target) if signature is None else signature
+        made = Specialiser(target, options, self.signature, self.notes, self.store, self.modules)
+        self._specialise, self._build = made.specialise, made.build
 
     # -- the call -------------------------------------------------------------------------------
 
@@ -219,7 +198,7 @@ class Dispatcher:
                 return self._original(args, kwargs)
             try:
                 found = self._find(key, tensors, args, kwargs)
-            except _Refused as refused:
+            except Refused as refused:
                 return self._first_refusal(refused, key, tensors, args, kwargs)
         if found is None:
             return self._original(args, kwargs)
@@ -255,7 +234,7 @@ class Dispatcher:
 
     def _first_refusal(
         self,
-        refused: _Refused,
+        refused: Refused,
         key: Any,
         tensors: list[Tensor],
         args: tuple[Any, ...],
@@ -275,7 +254,7 @@ class Dispatcher:
                 return result  # the next call can be captured: this one's arguments have changed
             try:
                 self._find(key, tensors, args, kwargs)
-            except _Refused as again:
+            except Refused as again:
                 refused = again
             else:
                 return result
@@ -318,7 +297,7 @@ class Dispatcher:
                     raise InputError("PLT-INP-001", str(error)) from None
                 # The original raises what the user expects, or a hook changes the arguments first.
                 reason = f"arguments differ from the signature: {error}"
-                raise _Refused(CaptureError("PLT-CAP-001", reason)) from None
+                raise Refused(CaptureError("PLT-CAP-001", reason)) from None
             if order is not None:
                 tensors = [tensors[i] for i in order.tensors]
             with collector_paused():
@@ -384,79 +363,12 @@ class Dispatcher:
         args, kwargs = unflatten(tree, larger)
         try:
             program = self._specialise(bucket, args, kwargs, opened, [{} for _ in opened])
-        except _Refused as refused:
+        except Refused as refused:
             error = refused.error
             self.notes.say(error.remark, f"{error.reason}; the original runs", error.hint)
             return
         if program is not None:
             bucket.programs.append(program)
-
-    def _specialise(
-        self,
-        bucket: Bucket,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        declared: Sequence[Declared],
-        automatic: Sequence[dict[int, Any]],
-    ) -> Program | None:
-        """Captures and compiles a call. Raises _Refused; None means no code could be generated."""
-        names = argument_names(flatten((args, kwargs))[1], positional(self.signature))
-        failure: CaptureError | None = None
-        for dims in openings(declared, automatic, bucket.closed):
-            try:
-                captured = capture(self.target, args, kwargs, dims or None)  # type: ignore[arg-type]
-            except CaptureError as error:
-                failure = error
-                if dims and error.remark == "PLT-CAP-001":
-                    bucket.closed.append(dims)
-                    self.notes.add(
-                        "PLT-CAP-004", f"a dimension could not be left open: {error.reason}"
-                    )
-                    continue
-                break
-            if dims and any(automatic):
-                where = ", ".join(
-                    f"{n}[{d}]"
-                    for n, a in zip(tensor_names(names, args, kwargs), automatic, strict=True)
-                    for d in a
-                )
-                self.notes.add(
-                    "PLT-CAP-002", f"more than one size was seen of {where}", kind="done"
-                )
-            return self._compile(captured)
-        assert failure is not None
-        raise _Refused(failure, bucket)
-
-    def _compile(self, captured: Captured) -> Program | None:
-        executable = self._build(captured)
-        if executable is None:
-            return None
-        slow = limits() if self.modules else ""
-        if slow:
-            reason = f"changes of {slow} cannot be read from memory, so each is asked at every call"
-            self.notes.add("PLT-CAP-022", reason, kind="note")
-        return Program(captured, executable, self.modules)
-
-    def _build(self, captured: Captured) -> Executable | None:
-        """The executable, or None (said) where code generation fails: the original still runs."""
-        try:
-            if self.store is None:
-                return build(captured, self.options)
-            with self.store.moved(captured, self.modules):
-                return build(captured, self.options, self.store)
-        except PlaitError:
-            raise
-        except Exception as error:
-            if os.environ.get(DEBUG):
-                raise
-            text = " ".join(str(error).split("\n")[:2]).strip()
-            reason = f"{type(error).__name__}: {text}"[:300]
-            self.notes.say(
-                "PLT-CAP-015",
-                f"code generation failed ({reason}); the original runs",
-                f"set {DEBUG}=1 to raise the error instead",
-            )
-            return None
 
     def _refresh(self, program: Program) -> bool:
         """Prepares ``program`` again from the weights of now; False if that is no use."""

@@ -143,7 +143,16 @@ class CompiledGraph:
     @property
     def remarks(self) -> tuple[Remark, ...]:
         """What was done, or not done and why, in order."""
-        return (*self.own_remarks, *(self.monitor.remarks if self.monitor is not None else ()))
+        hint = "branches that are kernels alone, and have rows, run within the launch"
+        apart = [
+            Remark("PLT-BRN-008", "missed", "launch", (), f"more than one launch: {reason}", hint)
+            for reason in dict.fromkeys(self.engine.apart())
+        ]
+        return (
+            *self.own_remarks,
+            *apart,
+            *(self.monitor.remarks if self.monitor is not None else ()),
+        )
 
     @property
     def speculation(self) -> Speculation | None:

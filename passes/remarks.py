@@ -210,6 +210,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-BRN-005": "Something outside reads the values of one branch.",
     "PLT-BRN-006": "A branch needs a size from outside that it cannot be given.",
     "PLT-BRN-007": "A branch has sizes that none of its inputs has.",
+    "PLT-BRN-008": "A plan with branches or fetches is more than one launch.",
     "PLT-DST-001": "What was named as a device is nothing that a model can run on here.",
     "PLT-DST-002": "The model cannot be divided among devices.",
     "PLT-DST-003": "There are not as many processes as devices.",

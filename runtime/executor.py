@@ -19,7 +19,7 @@ from .counts import Counts
 from .fetching import Wanted, beside, fetching_of
 from .host import Part, Recorder
 from .instance import Instance
-from .plan import BranchStep, KernelStep, LibraryStep, Plan, PlanError, check_guards
+from .plan import BranchStep, FetchStep, KernelStep, LibraryStep, Plan, PlanError, check_guards
 from .sizes import evaluate
 from .tier import Tier
 from .workspace import Arena
@@ -107,13 +107,19 @@ class Executor:
         """The weights of a slower tier that whoever runs it must fetch."""
         return self._wanted
 
+    def apart(self) -> list[str]:
+        """Why calls with branches or fetches are more than one launch, here and in parts."""
+        parts = filter(None, (part.made() for part in self.parts.values()))
+        found = [reason for part in parts for reason in part.apart()]
+        if any(isinstance(step, BranchStep | FetchStep) for step in self.plan.steps):
+            found = [*(i.apart for i in list(self._instances.values()) if i.apart), *found]
+        return list(dict.fromkeys(found))
+
     def visits(self) -> list[str]:
         """How often each branch ran, as lines of text."""
         lines = []
         if self.inside:
             lines.append(f"{self.inside} calls ran all within one launch")
-        for reason in dict.fromkeys(i.apart for i in self._instances.values() if i.apart):
-            lines.append(f"more than one launch: {reason}")
         sized = {n for s in self.plan.steps if isinstance(s, BranchStep) for _, n in s.sized}
         for name in self.parts:
             count = self.counts["taken", name]

@@ -62,6 +62,10 @@ class Host(Protocol):
     arena: Arena | None
     launch: Callable[[int, int], None]
 
+    def apart(self) -> list[str]:
+        """See `Executor.apart`."""
+        ...
+
     def instance(self, shapes: Sequence[Sequence[int]], threads: int) -> Hosted:
         """See `Executor.instance`."""
         ...

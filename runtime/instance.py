@@ -118,7 +118,8 @@ class Instance(Hosted):
             self.executor.inside += 1
         elif workspace.whole.refused:
             self.apart, self._inside = workspace.whole.refused, False
-            workspace.whole = None
+            for other in (workspace, *self._free):
+                other.whole = None
         return done
 
     def run_into(self, tensors: Sequence[torch.Tensor], into: torch.Tensor) -> list[torch.Tensor]:

@@ -71,7 +71,7 @@ class Whole:
                 add(fetch, self._reads())  # it may drop what any step reads
             if isinstance(segment, BranchStep):
                 fork = self._fork(segment, values)
-                functions[fork.kernel] = fork_function(fork.reads)
+                functions[fork.kernel] = fork_function(len(fork.args) - 1)
                 checked.add(fork.kernel)
                 jumps[segment.name] = self.branches[-1].jumps
                 add(fork)
@@ -115,10 +115,10 @@ class Whole:
         number = len(self.branches) + 1
         stop = self._stop.ctypes.data
         self.branches.append(Branches(self._instance, step, _FETCH_STOPPED + number, stop))
-        symbol, reads = f"fork {number}", len(step.refs) + 1
+        symbol, operands = f"fork {number}", (*step.refs, *step.results)
         values[symbol] = self.branches[-1].fork.ctypes.data
-        args = (step.selector, *step.refs, *step.results)
-        return KernelStep(step.name, f"fork of {reads}", args, reads, (symbol,))
+        kernel, reads = f"fork of {len(operands)}", len(step.refs) + 1
+        return KernelStep(step.name, kernel, (step.selector, *operands), reads, (symbol,))
 
     def fits(self) -> bool:
         """Whether the sites that it fetches for are still those of the executor."""
@@ -182,7 +182,7 @@ def refusal(instance: Hosted) -> str:
 def _refusal(instance: Hosted, step: BranchStep) -> str:
     refs: tuple[TensorRef, ...] = (step.selector, *step.refs, *step.results)
     if step.kind != "rows":
-        return f"{step.name} has two sides that share no results"
+        return f"{step.name} is a torch.cond: it has two sides, not rows"
     if len(refs) + 1 > driver.ARG_CLASSES[-1]:
         return f"{step.name} has {len(refs)} operands"
     if not all(_is_dense(*instance.geometry(ref)) for ref in refs):

@@ -94,6 +94,10 @@ class Speculation:
             self.monitor.lost()
         return self.general.run(tensors, into)
 
+    def apart(self) -> list[str]:
+        """See `Executor.apart`."""
+        return [*self.likely.apart(), *self.general.apart()]
+
     def visits(self) -> list[str]:
         """Hits and misses and what they cost, then how often each branch ran, as lines of text."""
         text = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 import plait
 from plait.kernels.routing import gather, scatter
 from plait.runtime.plan import BranchStep, Plan
-from plait.runtime.tier import Tier
+
+sys.path.insert(0, str(Path(__file__).parent))
+from budgets import under_budgets, within_budget  # a plain module beside this file
 
 WIDTH, INNER = 64, 512
 
@@ -126,21 +129,8 @@ def net() -> Net:
 @pytest.fixture(scope="module")
 def variants(net: Net) -> dict[str, Any]:
     """Compiled with everything in memory, with room for some branches, and for hardly one."""
-    demand = "normalize,outline-branches,prefetch-weights{ahead=false,evict=lru,cached=false},"
     with torch.no_grad():
-        return {
-            "resident": compiled(copy.deepcopy(net), None),
-            "some": compiled(copy.deepcopy(net), "60%"),
-            "one": compiled(copy.deepcopy(net), small(net) + LARGEST),
-            "demand": compiled(copy.deepcopy(net), "60%", pipeline=demand + "fuse-vertical"),
-        }
-
-
-def within_budget(model: Any) -> Tier:
-    tier = model.weight_tier
-    assert tier.counters.peak_bytes <= tier.capacity and not tier.counters.over
-    assert not tier._waving and not tier._frames
-    return tier
+        return under_budgets(compiled, net, small(net) + LARGEST)
 
 
 ROUTES = st.one_of(

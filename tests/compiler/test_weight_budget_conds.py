@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 import plait
 from plait.kernels import routing
 from plait.runtime.plan import BranchStep
-from plait.runtime.tier import Tier
+
+sys.path.insert(0, str(Path(__file__).parent))
+from budgets import under_budgets, within_budget  # a plain module beside this file
 
 WIDTH, INNER = 64, 512
 
@@ -130,21 +133,8 @@ def net() -> Net:
 @pytest.fixture(scope="module")
 def variants(net: Net) -> dict[str, Any]:
     """Compiled with everything in memory, with room for some sides, and for hardly one."""
-    demand = "normalize,outline-branches,prefetch-weights{ahead=false,evict=lru,cached=false},"
     with torch.no_grad():
-        return {
-            "resident": compiled(copy.deepcopy(net), None),
-            "some": compiled(copy.deepcopy(net), "60%"),
-            "one": compiled(copy.deepcopy(net), small(net) + LARGEST),
-            "demand": compiled(copy.deepcopy(net), "60%", pipeline=demand + "fuse-vertical"),
-        }
-
-
-def within_budget(model: Any) -> Tier:
-    tier = model.weight_tier
-    assert tier.counters.peak_bytes <= tier.capacity and not tier.counters.over
-    assert not tier._waving and not tier._frames
-    return tier
+        return under_budgets(compiled, net, small(net) + LARGEST)
 
 
 @settings(max_examples=30, deadline=None)

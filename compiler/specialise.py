@@ -1,0 +1,128 @@
+"""Captures a call and compiles it, with those dimensions open that have been seen to vary."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .build import build
+from .capture.arguments import positional, tensor_names
+from .capture.captured import Captured
+from .capture.dynamic import Declared, openings
+from .capture.export import argument_names, capture
+from .capture.tree import flatten
+from .errors import CaptureError, PlaitError
+from .guards.quick import limits
+from .notes import Notes
+from .options import Executable, Options
+from .program import Program
+from .weights.budget import WeightStore
+
+DEBUG = "PLAIT_DEBUG"
+"""Environment variable: errors of code generation are raised instead of being remarked on."""
+
+
+@dataclass
+class Bucket:
+    """Programs for one structure of arguments, and the shapes it was called with."""
+
+    programs: list[Program] = field(default_factory=list)
+    seen: list[list[torch.Size]] = field(default_factory=list)
+    closed: list[Any] = field(default_factory=list)  # dimensions that could not be left open
+    hopeless: bool = False
+
+
+class Refused(Exception):
+    """A call that was not captured. ``bucket`` is its structure's, for which that is final."""
+
+    def __init__(self, error: CaptureError, bucket: Bucket | None = None) -> None:
+        super().__init__(str(error))
+        self.error, self.bucket = error, bucket
+
+
+class Specialiser:
+    """Makes programs of ``target``. What it says goes to ``notes``."""
+
+    def __init__(
+        self,
+        target: Callable[..., Any] | None,
+        options: Options,
+        signature: inspect.Signature | None,
+        notes: Notes,
+        store: WeightStore | None,
+        modules: Sequence[Any],
+    ) -> None:
+        self.target, self.options, self.signature = target, options, signature
+        self.notes, self.store, self.modules = notes, store, modules
+
+    def specialise(
+        self,
+        bucket: Bucket,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        declared: Sequence[Declared],
+        automatic: Sequence[dict[int, Any]],
+    ) -> Program | None:
+        """Captures and compiles a call. Raises Refused; None means no code could be generated."""
+        names = argument_names(flatten((args, kwargs))[1], positional(self.signature))
+        failure: CaptureError | None = None
+        for dims in openings(declared, automatic, bucket.closed):
+            try:
+                captured = capture(self.target, args, kwargs, dims or None)  # type: ignore[arg-type]
+            except CaptureError as error:
+                failure = error
+                if dims and error.remark == "PLT-CAP-001":
+                    bucket.closed.append(dims)
+                    self.notes.add(
+                        "PLT-CAP-004", f"a dimension could not be left open: {error.reason}"
+                    )
+                    continue
+                break
+            if dims and any(automatic):
+                where = ", ".join(
+                    f"{n}[{d}]"
+                    for n, a in zip(tensor_names(names, args, kwargs), automatic, strict=True)
+                    for d in a
+                )
+                self.notes.add(
+                    "PLT-CAP-002", f"more than one size was seen of {where}", kind="done"
+                )
+            return self._compile(captured)
+        assert failure is not None
+        raise Refused(failure, bucket)
+
+    def _compile(self, captured: Captured) -> Program | None:
+        executable = self.build(captured)
+        if executable is None:
+            return None
+        slow = limits() if self.modules else ""
+        if slow:
+            reason = f"changes of {slow} cannot be read from memory, so each is asked at every call"
+            self.notes.add("PLT-CAP-022", reason, kind="note")
+        return Program(captured, executable, self.modules)
+
+    def build(self, captured: Captured) -> Executable | None:
+        """The executable, or None (said) where code generation fails: the original still runs."""
+        try:
+            if self.store is None:
+                return build(captured, self.options)
+            with self.store.moved(captured, self.modules):
+                return build(captured, self.options, self.store)
+        except PlaitError:
+            raise
+        except Exception as error:
+            if os.environ.get(DEBUG):
+                raise
+            text = " ".join(str(error).split("\n")[:2]).strip()
+            reason = f"{type(error).__name__}: {text}"[:300]
+            self.notes.say(
+                "PLT-CAP-015",
+                f"code generation failed ({reason}); the original runs",
+                f"set {DEBUG}=1 to raise the error instead",
+            )
+            return None
