@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,7 +21,9 @@ from .guards.quick import limits
 from .notes import Notes
 from .options import Executable, Options
 from .program import Program
-from .weights.budget import WeightStore
+
+if TYPE_CHECKING:
+    from .weights.budget import WeightStore
 
 DEBUG = "PLAIT_DEBUG"
 """Environment variable: errors of code generation are raised instead of being remarked on."""
