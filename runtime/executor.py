@@ -108,12 +108,11 @@ class Executor:
         return self._wanted
 
     def apart(self) -> list[str]:
-        """Why calls with branches or fetches are more than one launch, here and in parts."""
-        parts = filter(None, (part.made() for part in self.parts.values()))
-        found = [reason for part in parts for reason in part.apart()]
-        if any(isinstance(step, BranchStep | FetchStep) for step in self.plan.steps):
-            found = [*(i.apart for i in list(self._instances.values()) if i.apart), *found]
-        return list(dict.fromkeys(found))
+        """Why calls with branches or fetches are more than one launch."""
+        if not any(isinstance(step, BranchStep | FetchStep) for step in self.plan.steps):
+            return []
+        reasons = (instance.apart for instance in list(self._instances.values()))
+        return list(dict.fromkeys(filter(None, reasons)))
 
     def visits(self) -> list[str]:
         """How often each branch ran, as lines of text."""

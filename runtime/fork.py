@@ -44,9 +44,11 @@ class Fork(IntEnum):
     """Address of the variant of a unit without rows, which has no lists."""
     GIVEN = 9
     """Address of offsets to follow instead of the route's, or 0."""
-    SEEN = 10
+    TRUTH = 10
+    """Address of the offsets for a route that is a truth value, those for false first, or 0."""
+    SEEN = 11
     """Address of a copy of those that were followed, and its bytes."""
-    SEEN_BYTES = 11
+    SEEN_BYTES = 12
 
 
 class Unit(IntEnum):
@@ -90,6 +92,9 @@ class Variant(IntEnum):
     """Address of the addresses of the last entries of the lists."""
     TIMES = 5
     """Address of how long each list takes, in nanoseconds."""
+    FORKS = 6
+    """Address of the addresses of its own forks, and their number."""
+    N_FORKS = 7
 
 
 _IR = """
@@ -246,7 +251,18 @@ define void @plait_fork_N_body(ptr %lo, ptr %hi, ptr %route, OPERANDS_GIVEN, ptr
 entry:
   %operands = call ptr @plait_pointer(ptr %fork, i64 OPERANDS)
   OPERANDS_STORED
-  %own = ptrtoint ptr %route to i64
+  %offsets_ = ptrtoint ptr %route to i64
+  %truth = call i64 @plait_get(ptr %fork, i64 TRUTH)
+  %sides = icmp ne i64 %truth, 0
+  br i1 %sides, label %side, label %begin
+side:
+  %byte = load i8, ptr %route
+  %true = icmp ne i8 %byte, 0
+  %past = select i1 %true, i64 SEEN_OF_TWO, i64 0
+  %told = add i64 %truth, %past
+  br label %begin
+begin:
+  %own = phi i64 [ %offsets_, %entry ], [ %told, %side ]
   %given = call i64 @plait_get(ptr %fork, i64 GIVEN)
   %follow = icmp ne i64 %given, 0
   %at = select i1 %follow, i64 %given, i64 %own
@@ -261,7 +277,7 @@ entry:
   %nothing = call i64 @plait_get(ptr %fork, i64 NOTHING)
   br label %clear
 clear:
-  %c = phi i64 [ 0, %entry ], [ %c1, %clear ]
+  %c = phi i64 [ 0, %begin ], [ %c1, %clear ]
   %c1 = add i64 %c, 1
   call void @plait_set(ptr %loads, i64 %c, i64 0)
   %cleared = icmp uge i64 %c1, %workers
@@ -323,12 +339,14 @@ define internal void @plait_count(ptr %unit, i64 %where, i64 %by) {
   ret void
 }
 
+declare void @plait_tally(ptr, ptr, ptr)
+
 define void @plait_tally_body(ptr %lo, ptr %hi, ptr %fork) {
 entry:
   %units = call i64 @plait_get(ptr %fork, i64 UNITS)
   br label %next
 next:
-  %k = phi i64 [ 0, %entry ], [ %k1, %count ]
+  %k = phi i64 [ 0, %entry ], [ %k1, %count ], [ %k1, %within ]
   %over = icmp uge i64 %k, %units
   br i1 %over, label %out, label %count
 count:
@@ -342,7 +360,21 @@ count:
   call void @plait_count(ptr %unit, i64 RUNS, i64 %ran)
   call void @plait_count(ptr %unit, i64 MISSES, i64 %short)
   call void @plait_count(ptr %unit, i64 SPILLS, i64 %long)
-  br label %next
+  br i1 %some, label %look, label %next
+look:
+  %variant = call ptr @plait_pointer(ptr %unit, i64 CHOSEN)
+  %forks = call ptr @plait_pointer(ptr %variant, i64 FORKS)
+  %n = call i64 @plait_get(ptr %variant, i64 N_FORKS)
+  br label %within
+within:
+  %i = phi i64 [ 0, %look ], [ %i1, %inner ]
+  %done = icmp uge i64 %i, %n
+  br i1 %done, label %next, label %inner
+inner:
+  %i1 = add i64 %i, 1
+  %own = call ptr @plait_pointer(ptr %forks, i64 %i)
+  call void @plait_tally(ptr %lo, ptr %hi, ptr %own)
+  br label %within
 out:
   ret void
 }
@@ -373,7 +405,7 @@ def fork_function(operands: int) -> int:
 @functools.cache
 def tally_function() -> int:
     """Address of the native ``tally(lo, hi, fork)``, to be called at a launch's end: counts what
-    ran. A launch that stops has not run, for the call begins anew.
+    ran, within branches as well. A launch that stops has not run, for the call begins anew.
     """
     text = _numbered(native.WORDS + _IR[: _IR.index("define internal void @plait_divide")])
     function = native.Function("plait_tally", ("lo", "hi", "fork"), text + _numbered(_TALLY_IR))
@@ -400,6 +432,7 @@ def _numbered(text: str) -> str:
     """The text with numbers of words for their names."""
     words = {word.name: word.value for kind in (Fork, Unit, Variant) for word in kind}
     words |= {"UNIT_WORDS": UNIT, "FILL_WORDS": FILL, "ENTRY_WORDS": driver.ENTRY_WORDS}
+    words["SEEN_OF_TWO"] = 8 * 3  # bytes of the offsets of two branches
     words |= {"LAUNCH_WORKERS": driver.WORKERS, "LAUNCH_LISTS": driver.LISTS}
     names = "|".join(sorted(words, key=len, reverse=True))
     return re.sub(rf"\b({names})\b", lambda found: str(words[found[0]]), text)

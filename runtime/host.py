@@ -62,10 +62,6 @@ class Host(Protocol):
     arena: Arena | None
     launch: Callable[[int, int], None]
 
-    def apart(self) -> list[str]:
-        """See `Executor.apart`."""
-        ...
-
     def instance(self, shapes: Sequence[Sequence[int]], threads: int) -> Hosted:
         """See `Executor.instance`."""
         ...
@@ -79,3 +75,7 @@ class Hosted(Bound):
     ) -> None:
         super().__init__(executor.plan, values, workers, stamped)
         self.executor = executor
+
+    def routes(self) -> dict[str, Any] | None:
+        """Where steps go instead of where the data tells: offsets, or truth values, by step."""
+        return None

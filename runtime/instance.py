@@ -111,7 +111,7 @@ class Instance(Hosted):
             return False
         if workspace.whole is None or not workspace.whole.fits():
             workspace.whole = Whole(self, workspace, residency)
-        done = workspace.whole.run(self._routes())
+        done = workspace.whole.run()
         if fetching is not None:
             done = fetching.tier.fetched() and done
         if done:
@@ -228,10 +228,6 @@ class Instance(Hosted):
                 self.executor.counts.add("taken", name)
                 part = self.executor.parts[name]
                 part.run([rows[begin:end], *others], into=result[begin:end])
-
-    def _routes(self) -> dict[str, Sequence[int]] | None:
-        """Offsets to be followed instead of those that the data tells, by step."""
-        return None
 
     def _choice(self, step: BranchStep, selector: torch.Tensor) -> Any:
         """Which way a step goes: offsets of the branches' rows, or a truth value."""

@@ -29,7 +29,7 @@ class _Scripted(Instance):
         count = self.geometry(step.refs[0])[0][0]
         return [0, *(round(e * count) for e in ends or [0.0] * len(step.plans))]
 
-    def _routes(self) -> dict[str, Sequence[int]]:
+    def routes(self) -> dict[str, Any]:
         executor = self.executor
         assert isinstance(executor, Rehearsal)
         steps = (s for s in self.segments if isinstance(s, BranchStep))

@@ -4,7 +4,7 @@ What Python runs between kernels ends one launch and begins another, for a `Bran
 branch. That costs more than small branches do, or fetches where loads are cheap, and a branch that
 is too small to share leaves all workers but one idle. Here fetches are steps of the launch
 (`residency`), and so is what leads the workers through the tables of branches (`fork`), without any
-barrier between them, so small ones run side by side.
+barrier between them, so small ones run side by side. Branches may branch in turn.
 
 Whatever is not that simple stops the launch (`driver.CHECKED`), and the call begins anew: when a
 table of a branch was missing, which Python makes, in the same way, else step by step.
@@ -12,26 +12,21 @@ table of a branch was missing, which Python makes, in the same way, else step by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 
 from . import driver
-from .branching import NOT_YET, Branches
-from .fork import fork_function, tally_function
-from .host import Hosted
+from .branching import FIRST, NOT_YET, Forks, Layout, has_gaps
+from .fork import tally_function
+from .host import Host, Hosted
 from .plan import BranchStep, FetchStep, KernelStep, LibraryStep, TensorRef
 from .residency import Residency, Root, fetch_function
 from .site import Site
-from .spans import Span
-from .table import build_table
 from .workspace import Workspace
 
 PATIENCE = 16
 """Calls that may stop before it counts how many of them do: see `Whole.run`."""
-_FETCH, _TALLY = "fetch", "tally"  # as kernels; hashes are longer
-_ROOT = "root of residency"
-_FETCH_STOPPED = 1  # in the stop word; above it are numbers of forks
+_FETCH_STOPPED = 1  # in the stop word
+assert _FETCH_STOPPED < FIRST
 
 
 class Whole:
@@ -47,49 +42,39 @@ class Whole:
         self._residency = residency
         self._stop = np.zeros(1, np.int64) if residency is None else residency.root[Root.STOP :]
         self._calls = self._stopped = 0
-        self.branches: list[Branches] = []
         self._sites: dict[str, Site] = {}
-        steps: list[KernelStep] = []
-        spans: list[list[Span]] = []
-        functions, values = dict(instance.executor.functions), dict(instance.values)
-        jumps: dict[str, np.ndarray] = {}
-        checked = {_FETCH}
-
-        def add(step: KernelStep, also: Sequence[TensorRef] = ()) -> None:
-            steps.append(step)
-            spans.append([instance.span(a) for a in (*step.args, *also)])
-
+        self._forks = Forks(self._stop.ctypes.data)
+        layout = Layout(instance, self._forks)
         for segment in instance.segments:
             if isinstance(segment, list):
                 for step in segment:
-                    add(step)
+                    layout.add(step)
                 continue
             assert isinstance(segment, BranchStep | FetchStep)
-            fetch = self._fetch(segment, values)
-            if fetch is not None:
-                functions[_FETCH] = fetch_function()
-                add(fetch, self._reads())  # it may drop what any step reads
+            self._fetch(segment, layout)
             if isinstance(segment, BranchStep):
-                fork = self._fork(segment, values)
-                functions[fork.kernel] = fork_function(len(fork.args) - 1)
-                checked.add(fork.kernel)
-                jumps[segment.name] = self.branches[-1].jumps
-                add(fork)
-        for number in range(1, len(self.branches) + 1):
-            functions[_TALLY] = tally_function()
-            add(KernelStep(f"tally {number}", _TALLY, (), 0, (f"fork {number}",)))
-        self.table = build_table(
-            steps,
-            spans,
-            workspace.addresses,
-            functions,
-            values,
-            instance.workers,
-            placed=instance.workers == instance.plan.workers,
-            checked=checked,
-            stop=self._stop.ctypes.data,
-            forks=jumps,
-        )
+                layout.branch(segment)
+        self.branches = layout.branches
+        for branches in self.branches:
+            words = {f"fork {branches.number}": branches.fork.ctypes.data}
+            layout.native(f"tally {branches.number}", tally_function(), words=words)
+        self.table = layout.table(workspace.addresses)
+
+    def _fetch(self, step: BranchStep | FetchStep, layout: Layout) -> None:
+        """Adds the fetch of what a step wants, if it wants any."""
+        fetching = self._instance.executor.fetching
+        site = None if fetching is None else fetching.sites.get(step.name)
+        if site is None or self._residency is None:
+            return
+        self._sites[step.name] = site
+        words = {
+            "root of residency": self._residency.address,
+            f"first unit of {step.name}": self._residency.first[site.number],
+            f"units of {step.name}": len(site.units),
+        }
+        # As if it wrote the route: what reads it afterwards waits. It may drop what any step reads.
+        name, route, also = f"fetch of {step.name}", (step.selector,), self._reads()
+        layout.native(name, fetch_function(), route, 0, words, also, checked=True)
 
     def _reads(self) -> list[TensorRef]:
         """The weights on the slower tier that kernels read."""
@@ -98,47 +83,23 @@ class Whole:
         found = {a.buffer: a for s in steps for a in s.args[: s.reads] if a.buffer in banks}
         return list(found.values())
 
-    def _fetch(self, step: BranchStep | FetchStep, values: dict[str, int]) -> KernelStep | None:
-        fetching = self._instance.executor.fetching
-        site = None if fetching is None else fetching.sites.get(step.name)
-        if site is None or self._residency is None:
-            return None
-        self._sites[step.name] = site
-        name = f"fetch of {step.name}"
-        first, count = f"first unit of {step.name}", f"units of {step.name}"
-        values |= {_ROOT: self._residency.address, first: self._residency.first[site.number]}
-        values[count] = len(site.units)
-        # As if it wrote the route: what reads it afterwards waits.
-        return KernelStep(name, _FETCH, (step.selector,), 0, (_ROOT, first, count))
-
-    def _fork(self, step: BranchStep, values: dict[str, int]) -> KernelStep:
-        number = len(self.branches) + 1
-        stop = self._stop.ctypes.data
-        self.branches.append(Branches(self._instance, step, _FETCH_STOPPED + number, stop))
-        symbol, operands = f"fork {number}", (*step.refs, *step.results)
-        values[symbol] = self.branches[-1].fork.ctypes.data
-        kernel, reads = f"fork of {len(operands)}", len(step.refs) + 1
-        return KernelStep(step.name, kernel, (step.selector, *operands), reads, (symbol,))
-
     def fits(self) -> bool:
         """Whether the sites that it fetches for are still those of the executor."""
         fetching = self._instance.executor.fetching
         return fetching is None or all(fetching.sites[n] is s for n, s in self._sites.items())
 
-    def run(self, routes: Mapping[str, Sequence[int]] | None = None) -> bool:
+    def run(self) -> bool:
         """Runs everything; False where it could not, and the call has to be made otherwise.
-
-        ``routes`` are offsets to be followed instead of those that the data tells, by step.
 
         Where numbers of rows keep changing, so that more than one call in four lacks tables, it
         gives up: making them takes longer than it saves.
         """
         self._calls += 1
-        if routes is not None:
-            for branches in self.branches:
-                branches.follow(routes.get(branches.step.name))
+        led = self._instance.routes() is not None
         first = True
         while True:
+            if led:
+                self._forks.follow()
             self._instance.executor.launch(self.table.address, self._ext)
             number = int(self._stop[0])
             if not number:
@@ -148,7 +109,7 @@ class Whole:
                 return False
             self._stopped += first
             first = False
-            reason = self.branches[number - _FETCH_STOPPED - 1].make()
+            reason = self._forks[number].make()
             if reason and reason != NOT_YET:
                 self.refused = reason
             elif self._stopped > PATIENCE + self._calls // 4:
@@ -173,31 +134,31 @@ def refusal(instance: Hosted) -> str:
         if isinstance(step, LibraryStep):
             return f"{step.target} is called between"
         if isinstance(step, BranchStep):
-            reason = _refusal(instance, step)
+            if has_gaps(instance, step):
+                return f"{step.name} has operands with gaps"
+            reason = _refusal(instance.executor, step)
             if reason:
                 return reason
     return ""
 
 
-def _refusal(instance: Hosted, step: BranchStep) -> str:
-    refs: tuple[TensorRef, ...] = (step.selector, *step.refs, *step.results)
-    if step.kind != "rows":
-        return f"{step.name} is a torch.cond: it has two sides, not rows"
-    if len(refs) + 1 > driver.ARG_CLASSES[-1]:
-        return f"{step.name} has {len(refs)} operands"
-    if not all(_is_dense(*instance.geometry(ref)) for ref in refs):
-        return f"{step.name} has operands with gaps"
+def _refusal(host: Host, step: BranchStep) -> str:
+    """Why the branches of a step cannot be part of a launch, as far as plans tell."""
+    operands = len(step.refs) + len(step.results)
+    if operands + 2 > driver.ARG_CLASSES[-1]:
+        return f"{step.name} has {operands} operands"
     for name in step.every_plan:
-        part = instance.executor.parts[name].made()
-        if part and any(not isinstance(s, KernelStep) for s in part.plan.steps):
-            return f"{name} is not kernels alone"
+        part = host.parts[name].made()
+        if part is None:
+            continue
+        if part.fetching is not None:
+            return f"{name} fetches weights of its own"
+        for inner in part.plan.steps:
+            if isinstance(inner, LibraryStep | FetchStep):
+                what = inner.target if isinstance(inner, LibraryStep) else inner.name
+                return f"{name} is not kernels alone, but has {what}"
+            if isinstance(inner, BranchStep):
+                reason = _refusal(part, inner)
+                if reason:
+                    return reason
     return ""
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from .bound import Bound
-from .driver import END
 from .plan import Buffer
 from .sizes import evaluate
 from .table import Address, Table, build_table
@@ -48,20 +47,14 @@ class Arena:
         return self._memory[:nbytes]
 
 
-class Workspace:
-    """Memory and tables for one call in flight of a bound plan.
+class Memory:
+    """Memory for one call in flight of a bound plan.
 
-    ``functions`` maps kernel hashes to addresses, ``constants`` names to tensors; ``shared`` is an
-    arena to work in instead of one of its own. Lists of launches end with ``tail``.
+    ``constants`` maps names to tensors; ``shared`` is an arena to work in, not one of its own.
     """
 
     def __init__(
-        self,
-        bound: Bound,
-        functions: Mapping[str, int],
-        constants: Mapping[str, torch.Tensor],
-        shared: Arena | None = None,
-        tail: int = END,
+        self, bound: Bound, constants: Mapping[str, torch.Tensor], shared: Arena | None = None
     ) -> None:
         plan, values = bound.plan, bound.values
         self._values, self._constants = values, constants
@@ -72,31 +65,51 @@ class Workspace:
             for b in plan.buffers.values()
             if b.kind == "static"
         }
-        self.ext = array("q", [0] * max(1, len(bound.ext)))  # quicker to store into than ctypes
-        self.ext_address = self.ext.buffer_info()[0]
-        addresses: dict[str, Address] = {}
+        self.addresses: dict[str, Address] = {}
         for buffer in plan.buffers.values():
             if buffer.name in bound.ext:
-                addresses[buffer.name] = Address(0, bound.ext[buffer.name])
+                self.addresses[buffer.name] = Address(0, bound.ext[buffer.name])
             else:
-                addresses[buffer.name] = Address(self.storage(buffer).data_ptr())
+                self.addresses[buffer.name] = Address(self.storage(buffer).data_ptr())
+
+    def storage(self, buffer: Buffer) -> torch.Tensor:
+        """The memory of a buffer that calls do not bring."""
+        if buffer.kind == "arena":
+            return self.arena[evaluate(buffer.offset, self._values) :]
+        if buffer.kind == "static":
+            raw = self.static[buffer.name]
+            return raw[-raw.data_ptr() % ALIGNMENT :]
+        return self._constants[buffer.name]
+
+
+class Workspace(Memory):
+    """Memory and tables for one call in flight; ``functions`` maps kernel hashes to addresses."""
+
+    def __init__(
+        self,
+        bound: Bound,
+        functions: Mapping[str, int],
+        constants: Mapping[str, torch.Tensor],
+        shared: Arena | None = None,
+    ) -> None:
+        super().__init__(bound, constants, shared)
+        self.ext = array("q", [0] * max(1, len(bound.ext)))  # quicker to store into than ctypes
+        self.ext_address = self.ext.buffer_info()[0]
         self.tables: list[Table | None] = [
             build_table(
                 steps,
                 [[bound.span(a) for a in s.args] for s in steps],
-                addresses,
+                self.addresses,
                 functions,
-                values,
+                bound.values,
                 bound.workers,
-                placed=bound.workers == plan.workers,
+                placed=bound.workers == bound.plan.workers,
                 stamped=bound.stamped,
-                tail=tail,
             )
             if isinstance(steps, list)
             else None
             for steps in bound.segments
         ]
-        self.addresses = addresses
         self.launches = [table.address for table in self.tables if table is not None]
         self.whole: Any = None  # one launch of everything (`Whole`)
         self.views: dict[tuple[int, int], torch.Tensor] = {}
@@ -107,12 +120,3 @@ class Workspace:
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in this memory, which later steps and calls write again."""
         return tensor.untyped_storage().data_ptr() in self._memory
-
-    def storage(self, buffer: Buffer) -> torch.Tensor:
-        """The memory of a buffer that calls do not bring."""
-        if buffer.kind == "arena":
-            return self.arena[evaluate(buffer.offset, self._values) :]
-        if buffer.kind == "static":
-            raw = self.static[buffer.name]
-            return raw[-raw.data_ptr() % ALIGNMENT :]
-        return self._constants[buffer.name]
