@@ -143,7 +143,7 @@ class CompiledGraph:
     @property
     def remarks(self) -> tuple[Remark, ...]:
         """What was done, or not done and why, in order."""
-        hint = "branches that are kernels alone, and have rows, run within the launch"
+        hint = "branches that are kernels alone run within the launch"
         apart = [
             Remark("PLT-BRN-008", "missed", "launch", (), f"more than one launch: {reason}", hint)
             for reason in dict.fromkeys(self.engine.apart())

@@ -1,7 +1,7 @@
 """Branches inside a launch: what the native step that leads the workers to them (`fork`) reads.
 
 The branches of a `BranchStep` have tables of their own, for each number of rows one; so have the
-two sides of a `torch.cond`, of which one has a single row and the other none. Tables are made when
+two sides of a `torch.cond`, which is a route of one row. Tables are made when
 a launch stops because one is missing, and kept for the latest `SLOTS` numbers of a branch. What
 branches within a branch is part of that branch's table, in the same way.
 """
@@ -18,11 +18,20 @@ from typing import Any
 import numpy as np
 
 from . import driver
-from .fork import SLOTS, UNIT, Fork, Unit, Variant, copy_function, fork_function
+from .fork import (
+    SLOTS,
+    UNIT,
+    Fork,
+    Unit,
+    Variant,
+    copy_function,
+    fork_function,
+    offsets_function,
+)
 from .host import Host, Hosted, Recorder
-from .plan import BranchStep, KernelStep, TensorRef
+from .plan import BranchStep, FetchStep, KernelStep, TensorRef
 from .sizes import evaluate
-from .spans import ITEMSIZE, Span
+from .spans import ITEMSIZE, Span, span_of
 from .table import Address, Table, build_table, micros, share
 from .workspace import Memory, aligned_empty
 
@@ -72,11 +81,17 @@ class Layout:
         self._values = dict(instance.values)
         self._jumps: dict[str, np.ndarray] = {}
         self._checked: set[str] = set()
+        self._routes: dict[str, np.ndarray] = {}  # of `torch.cond`s
 
     def add(self, step: KernelStep, also: Sequence[TensorRef] = ()) -> None:
         """Adds a kernel; it writes what lies ``also`` behind its arguments."""
         self.steps.append(step)
-        self._spans.append([self.instance.span(a) for a in (*step.args, *also)])
+        self._spans.append([self._span(a) for a in (*step.args, *also)])
+
+    def _span(self, ref: TensorRef) -> Span:
+        if ref.buffer in self._routes:
+            return span_of(ref, ref.buffer, 0, {})
+        return self.instance.span(ref)
 
     def native(
         self,
@@ -96,16 +111,27 @@ class Layout:
             self._checked.add(kernel)
         self.add(KernelStep(name, kernel, tuple(args), reads, tuple(words)), also)
 
+    def route(self, step: BranchStep | FetchStep) -> TensorRef:
+        """The offsets of its route. Those of a `torch.cond` are made once, of its truth value."""
+        if not isinstance(step, BranchStep) or step.kind == "rows":
+            return step.selector
+        name = f"offsets of {step.name}"
+        ref = TensorRef(name, "int64", (3,), (1,))
+        if name not in self._routes:
+            self._routes[name] = np.zeros(3, np.int64)
+            self.native(name, offsets_function(), (step.selector, ref), 1)
+        return ref
+
     def branch(self, step: BranchStep) -> None:
         """Adds a branch step."""
-        branches = Branches(self.instance, step, self.forks)
+        route, branches = self.route(step), Branches(self.instance, step, self.forks)
         operands = (*step.refs, *step.results)
         self.branches.append(branches)
         self._jumps[step.name] = branches.jumps
         self.native(
             step.name,
             fork_function(len(operands)),
-            (step.selector, *operands),
+            (route, *operands),
             len(step.refs) + 1,
             {f"fork {branches.number}": branches.fork.ctypes.data},
             checked=True,
@@ -124,10 +150,11 @@ class Layout:
 
     def table(self, addresses: Mapping[str, Address], tail: int = driver.END) -> Table:
         """The native table of everything added."""
-        return build_table(
+        routes = {name: Address(words.ctypes.data) for name, words in self._routes.items()}
+        table = build_table(
             self.steps,
             self._spans,
-            addresses,
+            {**addresses, **routes},
             self._functions,
             self._values,
             self.instance.workers,
@@ -137,6 +164,8 @@ class Layout:
             forks=self._jumps,
             tail=tail,
         )
+        table.arrays += self._routes.values()
+        return table
 
     def nanoseconds(self, table: Table) -> list[int]:
         """About how long each list of a table takes, without branches."""
@@ -183,7 +212,6 @@ class Branches:
         self._nothing[Variant.LAUNCH] = self._idle.ctypes.data
         self._given = np.zeros(len(step.plans) + 1, np.int64)
         self._seen = np.zeros(len(step.plans) + 1, np.int64)
-        self._truth = np.array([_offsets(False), _offsets(True)], np.int64)
         self._made: list[list[_Made]] = [[] for _ in range(units)]
         self._next = [0] * units
         self.fork = np.zeros(len(Fork), np.int64)
@@ -197,7 +225,6 @@ class Branches:
             (Fork.LOADS, self._loads.ctypes.data),
             (Fork.OPERANDS, self._operands.ctypes.data),
             (Fork.NOTHING, self._nothing.ctypes.data),
-            (Fork.TRUTH, 0 if self._rows else self._truth.ctypes.data),
             (Fork.SEEN, self._seen.ctypes.data),
             (Fork.SEEN_BYTES, self._seen.nbytes),
         ):
@@ -218,7 +245,8 @@ class Branches:
         """Goes there from now on and not where the route tells; None: where that does."""
         self.fork[Fork.GIVEN] = 0
         if choice is not None:
-            self._given[:] = _offsets(choice) if isinstance(choice, bool) else choice
+            sides = (0, int(choice), 1) if isinstance(choice, bool) else choice
+            self._given[:] = sides
             self.fork[Fork.GIVEN] = self._given.ctypes.data
 
     def report(self, recorder: Recorder) -> None:
@@ -347,11 +375,6 @@ def _wide(host: Host, shapes: Sequence[Sequence[int]], workers: int) -> bool:
             if any(_wide(part, inner, workers) for part in parts):
                 return True
     return False
-
-
-def _offsets(truth: bool) -> tuple[int, int, int]:
-    """A truth value as the offsets of a route: of one row to the first side, or the second."""
-    return (0, 1, 1) if truth else (0, 0, 1)
 
 
 def _nbytes(instance: Hosted, ref: TensorRef) -> int:

@@ -44,11 +44,9 @@ class Fork(IntEnum):
     """Address of the variant of a unit without rows, which has no lists."""
     GIVEN = 9
     """Address of offsets to follow instead of the route's, or 0."""
-    TRUTH = 10
-    """Address of the offsets for a route that is a truth value, those for false first, or 0."""
-    SEEN = 11
+    SEEN = 10
     """Address of a copy of those that were followed, and its bytes."""
-    SEEN_BYTES = 12
+    SEEN_BYTES = 11
 
 
 class Unit(IntEnum):
@@ -251,18 +249,7 @@ define void @plait_fork_N_body(ptr %lo, ptr %hi, ptr %route, OPERANDS_GIVEN, ptr
 entry:
   %operands = call ptr @plait_pointer(ptr %fork, i64 OPERANDS)
   OPERANDS_STORED
-  %offsets_ = ptrtoint ptr %route to i64
-  %truth = call i64 @plait_get(ptr %fork, i64 TRUTH)
-  %sides = icmp ne i64 %truth, 0
-  br i1 %sides, label %side, label %begin
-side:
-  %byte = load i8, ptr %route
-  %true = icmp ne i8 %byte, 0
-  %past = select i1 %true, i64 SEEN_OF_TWO, i64 0
-  %told = add i64 %truth, %past
-  br label %begin
-begin:
-  %own = phi i64 [ %offsets_, %entry ], [ %told, %side ]
+  %own = ptrtoint ptr %route to i64
   %given = call i64 @plait_get(ptr %fork, i64 GIVEN)
   %follow = icmp ne i64 %given, 0
   %at = select i1 %follow, i64 %given, i64 %own
@@ -277,7 +264,7 @@ begin:
   %nothing = call i64 @plait_get(ptr %fork, i64 NOTHING)
   br label %clear
 clear:
-  %c = phi i64 [ 0, %begin ], [ %c1, %clear ]
+  %c = phi i64 [ 0, %entry ], [ %c1, %clear ]
   %c1 = add i64 %c, 1
   call void @plait_set(ptr %loads, i64 %c, i64 0)
   %cleared = icmp uge i64 %c1, %workers
@@ -413,6 +400,28 @@ def tally_function() -> int:
 
 
 @functools.cache
+def offsets_function() -> int:
+    """Address of the native ``offsets(lo, hi, truth, offsets)``, called like a kernel: writes a
+    truth value as the offsets of a route of one row, to the first of two branches or the second.
+    """
+    text = """
+define void @plait_offsets_body(ptr %lo, ptr %hi, ptr %truth, ptr %offsets) {
+  %byte = load i8, ptr %truth
+  %true = icmp ne i8 %byte, 0
+  %first = zext i1 %true to i64
+  call void @plait_set(ptr %offsets, i64 0, i64 0)
+  call void @plait_set(ptr %offsets, i64 1, i64 %first)
+  call void @plait_set(ptr %offsets, i64 2, i64 1)
+  ret void
+}
+"""
+    function = native.Function(
+        "plait_offsets", ("lo", "hi", "truth", "offsets"), native.WORDS + text
+    )
+    return native.load("offsets", [function])["plait_offsets"]
+
+
+@functools.cache
 def copy_function() -> int:
     """Address of the native ``copy(lo, hi, source, target, nbytes)``, called like a kernel."""
     text = """
@@ -432,7 +441,6 @@ def _numbered(text: str) -> str:
     """The text with numbers of words for their names."""
     words = {word.name: word.value for kind in (Fork, Unit, Variant) for word in kind}
     words |= {"UNIT_WORDS": UNIT, "FILL_WORDS": FILL, "ENTRY_WORDS": driver.ENTRY_WORDS}
-    words["SEEN_OF_TWO"] = 8 * 3  # bytes of the offsets of two branches
     words |= {"LAUNCH_WORKERS": driver.WORKERS, "LAUNCH_LISTS": driver.LISTS}
     names = "|".join(sorted(words, key=len, reverse=True))
     return re.sub(rf"\b({names})\b", lambda found: str(words[found[0]]), text)

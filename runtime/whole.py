@@ -73,7 +73,7 @@ class Whole:
             f"units of {step.name}": len(site.units),
         }
         # As if it wrote the route: what reads it afterwards waits. It may drop what any step reads.
-        name, route, also = f"fetch of {step.name}", (step.selector,), self._reads()
+        name, route, also = f"fetch of {step.name}", (layout.route(step),), self._reads()
         layout.native(name, fetch_function(), route, 0, words, also, checked=True)
 
     def _reads(self) -> list[TensorRef]:
