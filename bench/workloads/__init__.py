@@ -147,6 +147,8 @@ _ROUTED = (
     ),
     _routed("mixture_of_depths", "Mixture of depths, capacity 25 %, 256 tokens", forms=()),
     _routed("early_exit_bert", "DeeBERT: six exits, batch 8"),
+    _routed("decisions", "Eight torch.conds one after the other, tiny sides", part="conds"),
+    _routed("decision_tree", "Two trees of gates, three deep", "decisions", part="tree"),
 )
 _ALL = (
     Workload("inception_v3", "Inception-v3, 299x299: wide branches, asymmetric kernels", ("cnn",)),
