@@ -19,7 +19,7 @@ from .counts import Counts
 from .fetching import Wanted, beside, fetching_of
 from .host import Part, Recorder
 from .instance import Instance
-from .plan import BranchStep, FetchStep, KernelStep, LibraryStep, Plan, PlanError, check_guards
+from .plan import BranchStep, KernelStep, LibraryStep, Plan, PlanError, check_guards
 from .sizes import evaluate
 from .tier import Tier
 from .workspace import Arena
@@ -109,8 +109,6 @@ class Executor:
 
     def apart(self) -> list[str]:
         """Why calls with branches or fetches are more than one launch."""
-        if not any(isinstance(step, BranchStep | FetchStep) for step in self.plan.steps):
-            return []
         reasons = (instance.apart for instance in list(self._instances.values()))
         return list(dict.fromkeys(filter(None, reasons)))
 

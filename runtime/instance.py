@@ -44,8 +44,9 @@ class Instance(Hosted):
         self._made = [(slot, tuple(geometry)) for slot, _, *geometry in self.fresh]
         self._launch = executor.launch
         self._free: list[Workspace] = []
-        self.apart = "" if self.simple else refusal(self)
-        """Why it is more than one launch, "" if it is not."""
+        self._branches = any(isinstance(s, BranchStep | FetchStep) for s in self.segments)
+        self.apart = refusal(self) if self._branches else ""
+        """Why branches or fetches make it more than one launch, "" if they do not."""
         self.on_step = None
 
     @property
@@ -57,7 +58,7 @@ class Instance(Hosted):
     def on_step(self, call: Callable[[], None] | None) -> None:
         self._on_step = call
         # One input, one result, one launch: worth a path without loops.
-        self._inside = not (self.simple or self.apart or self.stamped) and call is None
+        self._inside = self._branches and not (self.apart or self.stamped) and call is None
         counts = (len(self._slots), len(self._made), len(self.segments))
         self._lean = self.simple and call is None and counts == (1, 1, 1) and self._slots[0] >= 0
 
@@ -79,13 +80,12 @@ class Instance(Hosted):
             self._launch(workspace.launches[0], workspace.ext_address)
             self._free.append(workspace)
             return [out]
-        held = []
-        for slot, tensor in zip(self._slots, tensors, strict=True):
+        held = list(tensors)
+        for k, slot in enumerate(self._slots):
             if slot >= 0:
-                if not tensor.is_contiguous():
-                    tensor = tensor.contiguous()
-                    held.append(tensor)
-                ext[slot] = tensor.data_ptr()
+                if not held[k].is_contiguous():
+                    held[k] = held[k].contiguous()
+                ext[slot] = held[k].data_ptr()
         fresh = []
         for slot, geometry in self._made:
             out = _empty(*geometry)
@@ -99,9 +99,10 @@ class Instance(Hosted):
         fetching = self.executor.fetching
         with nullcontext() if fetching is None else fetching.tier.using():
             if self._inside and self._run_inside(workspace):
+                outputs = fresh if self.direct else self._outputs(workspace, held, fresh)
                 self._free.append(workspace)
-                return fresh
-            return self._run_mixed(workspace, tensors, held, fresh)
+                return outputs
+            return self._run_mixed(workspace, held, fresh)
 
     def _run_inside(self, workspace: Workspace) -> bool:
         """Runs everything as one launch; False where that cannot be."""
@@ -140,15 +141,10 @@ class Instance(Hosted):
     def _run_mixed(
         self,
         workspace: Workspace,
-        tensors: Sequence[torch.Tensor],
-        held: list[torch.Tensor],
-        fresh: list[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        fresh: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
-        live: dict[str, torch.Tensor] = {}
-        for (_, name), tensor in zip(self.inputs, tensors, strict=True):
-            live[name] = tensor if tensor.is_contiguous() else tensor.contiguous()
-        for (_, name, *_), tensor in zip(self.fresh, fresh, strict=True):
-            live[name] = tensor
+        live = self._live(inputs, fresh)
         waves: Callable[[int], None] | None = None  # what was fetched last does not fit at once
         for number, (segment, table) in enumerate(
             zip(self.segments, workspace.tables, strict=True)
@@ -171,6 +167,24 @@ class Instance(Hosted):
         outputs = [self._view(workspace, ref, live) for ref in self.plan.outputs]
         self._free.append(workspace)
         return outputs
+
+    def _live(
+        self, inputs: Sequence[torch.Tensor], fresh: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What a call brings, by buffer."""
+        live = {name: tensor for (_, name), tensor in zip(self.inputs, inputs, strict=True)}
+        live |= {name: tensor for (_, name, *_), tensor in zip(self.fresh, fresh, strict=True)}
+        return live
+
+    def _outputs(
+        self,
+        workspace: Workspace,
+        inputs: Sequence[torch.Tensor],
+        fresh: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """The results, which may be parts of each other, of inputs or of constants."""
+        live = self._live(inputs, fresh)
+        return [self._view(workspace, ref, live) for ref in self.plan.outputs]
 
     def _run_branches(
         self, workspace: Workspace, step: BranchStep, number: int, live: dict[str, torch.Tensor]

@@ -128,8 +128,6 @@ class Whole:
 
 def refusal(instance: Hosted) -> str:
     """Why an instance is more than one launch; "" where one can have all that it has to do."""
-    if not instance.direct:
-        return "a result is a part of another, or of an input"
     for step in instance.segments:
         if isinstance(step, LibraryStep):
             return f"{step.target} is called between"

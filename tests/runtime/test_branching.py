@@ -169,6 +169,26 @@ def deep() -> tuple[plait.Compiled, Executor, nn.Module]:
     return *compiled_and(model), model
 
 
+def test_results_that_are_parts_of_others() -> None:
+    class Parts(Net):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y[:, 1:3], x, y, self.norm.weight, y.t()
+
+    model = Parts().eval()
+    compiled, executor = compiled_and(model)
+    x, inside = rows([3, 1, 0, 3, 2]), executor.inside
+    with torch.no_grad():
+        have, slow = compiled(x), step_by_step(executor, compiled, x)
+        again = compiled(rows([0] * 5))
+        assert executor.inside == inside + 2
+        for a, b, want in zip(have, slow, model(x), strict=True):
+            torch.testing.assert_close(a, want)
+            assert torch.equal(a, b) and a.stride() == want.stride()
+    assert have[1].data_ptr() == x.data_ptr() != again[1].data_ptr()
+    assert have[0].untyped_storage().data_ptr() == have[2].untyped_storage().data_ptr()
+
+
 CHOICE = st.tuples(*[st.integers(-2, 2)] * 3)
 
 
