@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from .build import store_for
 from .capture.arguments import (
+    SCALARS,
     Order,
+    argument_names,
     canonical,
     canonical_tree,
     is_plain,
@@ -30,7 +32,6 @@ from .capture.arguments import (
 )
 from .capture.captured import misfit
 from .capture.dynamic import Declared, declared_dims, enlarged, varying
-from .capture.export import SCALARS, argument_names
 from .capture.state import states_of
 from .capture.tree import Tree, flatten, unflatten
 from .errors import CaptureError, ChangeError, InputError
@@ -202,6 +203,13 @@ class Dispatcher:
                 return self._first_refusal(refused, key, tensors, args, kwargs)
         if found is None:
             return self._original(args, kwargs)
+        if found[0].choosy:  # type: ignore[index]
+            try:
+                found = self._decided(found, key, tensors, args, kwargs)  # type: ignore[arg-type]
+            except Refused as refused:
+                return self._first_refusal(refused, key, tensors, args, kwargs)
+            if found is None:
+                return self._original(args, kwargs)
         program, order = found  # type: ignore[misc]
         if program.watch is not None and program.watch.changed():
             with self._lock:
@@ -265,7 +273,7 @@ class Dispatcher:
                 self._restless = True
             if refused.bucket is not None:
                 refused.bucket.hopeless = True
-            self._table[key] = None
+            self._leave(key)
         self.notes.say(error.remark, f"{error.reason}; the original runs", error.hint)
         return result
 
@@ -302,9 +310,32 @@ class Dispatcher:
                 tensors = [tensors[i] for i in order.tensors]
             with collector_paused():
                 program = self._program(tensors, args, kwargs)
-            found = None if program is None else (program, order)
-            self._table[key] = found
+            if program is None:
+                self._leave(key)
+                return None
+            self._table[key] = program, order
+            return program, order
+
+    def _leave(self, key: tuple[Any, ...]) -> None:
+        """Later calls with this key run the original, unless it is values that tell."""
+        if any(p.choosy for p in self.programs):
+            self._table.pop(key, None)
+        else:
+            self._table[key] = None
+
+    def _decided(
+        self,
+        found: tuple[Program, Order | None],
+        key: tuple[Any, ...],
+        tensors: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Program, Order | None] | None:
+        """What was found, or what it takes where the call's values decide otherwise."""
+        program, order = found
+        if program.holds(tensors if order is None else [tensors[i] for i in order.tensors]):
             return found
+        return self._find(key, tensors, args, kwargs)
 
     def _program(
         self, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -314,7 +345,7 @@ class Dispatcher:
         bucket = self._buckets.setdefault(structure, Bucket())
         shapes = [t.shape for t in tensors]
         for program in bucket.programs:
-            if program.matches(shapes):
+            if program.matches(shapes) and program.holds(tensors):
                 return program
         if self.target is None:
             known = [p.captured for p in bucket.programs or self.programs]
@@ -322,11 +353,11 @@ class Dispatcher:
             raise misfit(known, tensors, zip(names, leaves, strict=True))
         if bucket.hopeless:
             return None
-        if len(bucket.programs) >= MAX_PROGRAMS:
+        if len(bucket.programs) >= MAX_PROGRAMS or bucket.fickle():
             self.notes.say(
                 "PLT-CAP-013",
-                f"{MAX_PROGRAMS} programs exist already for this structure of arguments, so the "
-                "original runs for other sizes",
+                f"{len(bucket.programs)} programs exist already for this structure of arguments, "
+                "so the original runs for other sizes and values",
                 "declare the varying dimensions by dynamic_shapes=",
             )
             return None

@@ -44,10 +44,22 @@ class Program:
         self._sizes = captured.binder()
         self._symbolic = any(isinstance(x, sympy.Basic) for x in captured.all_leaves())
         self._single = captured.out_tree.kind == "leaf" and captured.out_leaves == [0]
-        self._calls = 0
+        below = list(dict.fromkeys(m for root in modules for m in root.modules()))
+        self._assigned = [(below[i], name, slot) for i, name, slot in captured.assigned]
+        self.choosy = captured.decisions is not None or bool(captured.assigned)
+        """Whether sizes do not suffice to tell that a call is this program's: ask `holds`."""
+        self.calls = 0
+        """Calls since the weights were prepared."""
         self._history: list[int] = []
         self.watch: Watch | None = None
         self.ready()
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether values of the call's tensors decide as they did when this was captured."""
+        decisions = self.captured.decisions
+        if not all(isinstance(vars(m).get(name), Tensor) for m, name, _ in self._assigned):
+            return False
+        return decisions is None or decisions.hold(tensors)
 
     # -- running --------------------------------------------------------------------------------
 
@@ -57,7 +69,7 @@ class Program:
         self._written = [m.input for m in self.captured.mutations]
         self._checks = self._index_checks()
         conjugable = any(i.dtype.is_complex for i in self.captured.inputs)
-        changes = self._written or self.captured.updates
+        changes = self._written or self.captured.updates or self.captured.assigned
         self._simple = self._single and not (conjugable or changes or self._checks)
         where = self._places()
         self.watch = Watch(where) if where else None
@@ -66,7 +78,7 @@ class Program:
         """The result for ``tensors``, whose sizes satisfy `matches`, and the state ``objects`` of
         the call. Raises Unfit.
         """
-        self._calls += 1
+        self.calls += 1
         if self._simple and not (_inference() or _autocast()):
             if not (_is_neg(tensors[0]) if len(tensors) == 1 else any(map(_is_neg, tensors))):
                 return self._run(tensors)[0]
@@ -129,6 +141,8 @@ class Program:
         leaves = [leaf(x) for x in captured.out_leaves]
         for update in captured.updates:
             apply(update, objects[update.number], leaf)
+        for module, name, slot in self._assigned:
+            setattr(module, name, leaf(slot))
         return unflatten(captured.out_tree, leaves)
 
     def _write_back(self, inputs: list[Tensor], results: list[Tensor]) -> list[Tensor]:
@@ -168,8 +182,8 @@ class Program:
 
     def restless(self) -> bool:
         """Whether the last eight preparations, this one included, served hardly a call each."""
-        self._history = [*self._history[-7:], self._calls]
-        self._calls = 0
+        self._history = [*self._history[-7:], self.calls]
+        self.calls = 0
         return len(self._history) == 8 and sum(self._history) <= 16
 
     def adopt_weights(self) -> bool:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .build import build
-from .capture.arguments import positional, tensor_names
+from .capture.arguments import argument_names, positional, tensor_names
 from .capture.captured import Captured
 from .capture.dynamic import Declared, openings
-from .capture.export import argument_names, capture
+from .capture.export import capture
 from .capture.tree import flatten
-from .errors import CaptureError, PlaitError
+from .errors import CaptureError, ChangeError, PlaitError
 from .guards.quick import limits
 from .notes import Notes
 from .options import Executable, Options
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 DEBUG = "PLAIT_DEBUG"
 """Environment variable: errors of code generation are raised instead of being remarked on."""
 
+DECIDABLE = ("PLT-CAP-001", "PLT-CAP-006", "PLT-CAP-011", "PLT-CAP-012")
+"""Refusals that there may be no reason for where values are known."""
+MAX_UNUSED = 4
+"""Programs for values in a row that only the call ran that they were made for, before it ends."""
+
 
 @dataclass
 class Bucket:
@@ -37,6 +42,12 @@ class Bucket:
     seen: list[list[torch.Size]] = field(default_factory=list)
     closed: list[Any] = field(default_factory=list)  # dimensions that could not be left open
     hopeless: bool = False
+    decides: bool = False  # whether programs are for values of arguments
+
+    def fickle(self) -> bool:
+        """Whether values decide anew at every call, so that programs serve for one each."""
+        latest = self.programs[-MAX_UNUSED:] if self.decides else []
+        return len(latest) == MAX_UNUSED and all(p.calls <= 1 for p in latest)
 
 
 class Refused(Exception):
@@ -75,7 +86,7 @@ class Specialiser:
         failure: CaptureError | None = None
         for dims in openings(declared, automatic, bucket.closed):
             try:
-                captured = capture(self.target, args, kwargs, dims or None)  # type: ignore[arg-type]
+                captured = _attempt(bucket, self.target, args, kwargs, dims or None)
             except CaptureError as error:
                 failure = error
                 if dims and error.remark == "PLT-CAP-001":
@@ -94,6 +105,10 @@ class Specialiser:
                 self.notes.add(
                     "PLT-CAP-002", f"more than one size was seen of {where}", kind="done"
                 )
+            if captured.decisions is not None:
+                count = len(captured.decisions)
+                reason = f"{count} values that arguments tell decide; others get their own program"
+                self.notes.add("PLT-CAP-023", reason, kind="note")
             return self._compile(captured)
         assert failure is not None
         raise Refused(failure, bucket)
@@ -128,3 +143,27 @@ class Specialiser:
                 f"set {DEBUG}=1 to raise the error instead",
             )
             return None
+
+
+def _attempt(bucket: Bucket, *call: Any) -> Captured:
+    """The graph of a call; where it depends on values, the one for those at hand.
+
+    Raises CaptureError.
+    """
+    if bucket.decides:
+        return capture(*call, decide=True)
+    try:
+        return capture(*call)
+    except CaptureError as error:
+        # What `limits` ends is too much for any values.
+        if error.remark not in DECIDABLE or isinstance(error.__cause__, NotImplementedError):
+            raise
+        failure = error
+    try:
+        captured = capture(*call, decide=True)
+    except ChangeError:
+        raise
+    except CaptureError:
+        raise failure from None
+    bucket.decides = captured.decisions is not None
+    return captured

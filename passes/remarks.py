@@ -186,6 +186,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-CAP-020": "Weights get their shapes at the first call, which the original ran.",
     "PLT-CAP-021": "Experts or other adapted modules could only be captured the model's way.",
     "PLT-CAP-022": "Guards ask each object for changes, for its memory cannot be read.",
+    "PLT-CAP-023": "Values of arguments decide what runs; each decision has a program of its own.",
     "PLT-CNV-001": "A convolution's stride, padding or dilation depends on symbols.",
     "PLT-CNV-002": "What follows a convolution in its group is not elementwise over it.",
     "PLT-CNV-003": "The weight of a convolution is computed; kernels pack constant weights.",

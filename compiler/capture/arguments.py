@@ -14,7 +14,10 @@ from torch.autograd import forward_ad
 
 from ..errors import InputError
 from .state import states_of
-from .tree import Tree, flatten
+from .tree import Tree, flatten, leaf_names
+
+SCALARS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, type)
+"""What besides tensors an argument may be: compared by value at every call."""
 
 _levels = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
@@ -117,6 +120,17 @@ def positional(signature: inspect.Signature | None) -> list[str]:
         return []
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in signature.parameters.values() if p.kind in kinds]
+
+
+def argument_names(tree: Tree, positional: Sequence[str] = ()) -> list[str]:
+    """A readable name of every leaf of ``(args, kwargs)``; ``positional`` names ``args``."""
+    args, kwargs = tree.children
+    names: list[str] = []
+    for i, child in enumerate(args.children):
+        names += leaf_names(child, positional[i] if i < len(positional) else f"args[{i}]")
+    for key, child in zip(kwargs.keys, kwargs.children, strict=True):
+        names += leaf_names(child, str(key))
+    return names
 
 
 def tensor_names(names: Sequence[str], args: Any, kwargs: Any) -> list[str]:

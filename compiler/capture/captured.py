@@ -15,6 +15,7 @@ from ...kernels.abi import Dim
 from ...passes.remarks import Remark
 from ..errors import InputError
 from ..weights.absent import Source
+from .decisions import Decisions
 from .state import Update
 from .tree import Tree
 
@@ -61,10 +62,13 @@ class Captured:
         out_tree: structure of the result; ``out_leaves`` has an output's position, an expression
             over the symbols, a 1-tuple ``(value,)``, or what the call was `Given`.
         updates: what becomes of the state objects among the arguments.
+        assigned: results that become attributes: (module's number, name, leaf), modules numbered
+            as by `Attributes`, leaves as in ``updates``. Each replaces a tensor not looked at.
         routes: how its calls were routed, once that was learned from them.
         names: for every ``get_attr`` target of the graph the model's own name of the tensor.
         aliases: further names of tied tensors, with the attribute that holds them.
         remarks: what happened during capture.
+        decisions: what the graph was made for besides sizes: answers to questions about values.
         weights: where the weights come from that are on the meta device, by ``get_attr`` target.
     """
 
@@ -83,7 +87,9 @@ class Captured:
     aliases: dict[str, str] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
+    assigned: list[tuple[int, str, Any]] = field(default_factory=list)
     routes: Any = None
+    decisions: Decisions | None = None
     weights: Source | None = None
 
     @property

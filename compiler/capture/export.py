@@ -8,6 +8,7 @@ kinds need no registration.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -25,15 +26,16 @@ from ...passes.remarks import Remark
 from ..errors import CaptureError, ChangeError
 from ..guards.watch import Attributes, modules_of
 from . import ops
-from .arguments import distinct, is_plain
+from .arguments import SCALARS, argument_names, distinct, is_plain
 from .as_eager import as_eager
 from .captured import Captured, InputSpec, Mutation
+from .decisions import Recording
 from .experts import routed_experts
-from .limits import CheckedSizes
+from .limits import CheckedSizes, Untouched
 from .quiet import quiet
 from .recorded import unhooked
 from .state import Given, Tracked, Update
-from .tree import Tree, flatten, leaf_names, unflatten
+from .tree import Tree, flatten, unflatten
 
 EXCLUSIVE = threading.RLock()
 """Export swaps a module's weights for fakes while it traces, and patches torch."""
@@ -47,6 +49,7 @@ def capture(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     dynamic: Sequence[Dynamic] | None = None,
+    decide: bool = False,
 ) -> Captured:
     """The graph of ``target(*args, **kwargs)``.
 
@@ -54,6 +57,9 @@ def capture(
     sizes are constants. Open dimensions must have a size of at least 2 in the example, and a
     symbol's smallest size is never below 2, for sizes 0 and 1 change how torch broadcasts: such
     calls need a capture of their own.
+
+    With ``decide``, what the program asks of tensors' values is answered as for the example, and is
+    in `Captured.decisions`.
 
     Raises CaptureError with torch's reason in one line.
     """
@@ -69,6 +75,8 @@ def capture(
     if dynamic:
         tensors = list(map(_packed, tensors))
         shapes = (tuple(dict(d) or None for d in dynamic),)
+    if decide:
+        traced.recording = Recording(tensors, roots)
     try:
         with EXCLUSIVE, quiet():
             program, remarks = _export(target, traced, tuple(tensors), shapes, roots)
@@ -81,6 +89,8 @@ def capture(
         raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
     captured = _Flat(program, traced, tree, leaves).captured()
     captured.remarks += remarks
+    if traced.recording is not None:
+        captured.decisions = traced.recording.decisions()
     return captured
 
 
@@ -132,6 +142,7 @@ class _Traced(nn.Module):
         self._call = (leaves, tree)
         self.result = _Holder()
         self.attributes: Attributes | None = None
+        self.recording: Recording | None = None
         self.roots = modules_of(target)
         self.training = getattr(target, "training", False)
 
@@ -144,7 +155,11 @@ class _Traced(nn.Module):
         before, _ = flatten((args, kwargs), marks=tracked.given)
         if self.attributes is not None:
             self.attributes.begin()
-        with CheckedSizes(), unhooked(self.roots), as_eager():
+        recording = contextlib.nullcontext() if self.recording is None else self.recording
+        if self.recording is not None:
+            self.recording.begin(tensors)
+        untouched = Untouched(self.attributes.held() if self.attributes else ())
+        with CheckedSizes(), unhooked(self.roots), as_eager(), recording, untouched:
             out = self.target(*args, **kwargs)
         after, tree_after = flatten((args, kwargs), marks=tracked.given)
         same = len(after) == len(before) and all(
@@ -155,6 +170,7 @@ class _Traced(nn.Module):
             raise CaptureError(
                 "PLT-CAP-005", "the program changes a container it is given", "return it instead"
             )
+        assigned = self._assigned(untouched)
         changed = self.attributes.changed() if self.attributes is not None else None
         if changed is not None:
             error = ChangeError(
@@ -171,16 +187,29 @@ class _Traced(nn.Module):
         # Not the tensors themselves: export objects to fake tensors that survive the trace.
         slots = [_slot(x, found, {}) for x in flat]
         updates = [Update(n, t, [_slot(x, found, own) for x in xs]) for n, xs, t in changes]
+        kept = [(i, name, _slot(x, found, own)) for i, name, x in assigned]
         if not found:
             raise CaptureError("PLT-CAP-007", "no result is a tensor")
-        self.result.value = out_tree, slots, updates
+        self.result.value = out_tree, slots, updates, kept
         return tuple(found)
+
+    def _assigned(self, untouched: Untouched) -> list[tuple[int, str, torch.Tensor]]:
+        """Attributes that the program gives other tensors without a look at those they held. They
+        are put back, and a run will assign them.
+        """
+        attributes = self.attributes
+        found = [] if attributes is None else list(attributes.replaced())
+        if attributes is None or untouched.touched:
+            return []
+        for number, name, _ in found:
+            attributes.put_back(number, name)
+        return found
 
 
 class _Holder:
     """Keeps a value set while tracing: export puts plain attributes of a module back."""
 
-    value: tuple[Tree, list[Any], list[Update]]
+    value: tuple[Tree, list[Any], list[Update], list[tuple[int, str, Any]]]
 
 
 def _slot(leaf: Any, found: list[torch.Tensor], given: Mapping[int, Given]) -> Any:
@@ -210,21 +239,6 @@ def _check_inputs(leaves: list[Any], tree: Tree) -> None:
                 f"argument {name!r} is a {kind}, whose contents cannot be checked at later calls",
                 "pass tensors, numbers, texts and containers of them",
             )
-
-
-SCALARS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, type)
-"""What besides tensors an argument may be: compared by value at every call."""
-
-
-def argument_names(tree: Tree, positional: Sequence[str] = ()) -> list[str]:
-    """A readable name of every leaf of ``(args, kwargs)``; ``positional`` names ``args``."""
-    args, kwargs = tree.children
-    names: list[str] = []
-    for i, child in enumerate(args.children):
-        names += leaf_names(child, positional[i] if i < len(positional) else f"args[{i}]")
-    for key, child in zip(kwargs.keys, kwargs.children, strict=True):
-        names += leaf_names(child, str(key))
-    return names
 
 
 def _first_line(error: BaseException) -> str:
@@ -286,7 +300,7 @@ class _Flat:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         module = fx.GraphModule(root, self.graph, "Captured")
-        out_tree, out_leaves, updates = self.traced.result.value
+        out_tree, out_leaves, updates, assigned = self.traced.result.value
         guards = self._guards(symbols)
         for leaf in (*out_leaves, *(x for u in updates for x in u.leaves)):
             if isinstance(leaf, sympy.Basic) and not _covered(leaf, symbols):
@@ -304,6 +318,7 @@ class _Flat:
             out_tree=out_tree,
             out_leaves=out_leaves,
             updates=updates,
+            assigned=assigned,
             names=self.names,
             aliases=self.aliases,
         )

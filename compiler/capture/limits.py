@@ -1,8 +1,8 @@
-"""Ends the tracing of a program as soon as it makes a size that is not worth tracing on."""
+"""What is noticed while a program is traced: sizes not worth tracing on, tensors it looks at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,3 +35,32 @@ class CheckedSizes(TorchFunctionMode):
                     if sizes.is_backed(size):
                         sizes.check(size)
         return result
+
+
+class Untouched(TorchFunctionMode):
+    """Within it, ``touched`` tells whether a function of torch was given one of some tensors."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors = list(tensors)
+        self.touched = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if self._tensors and not self.touched:
+            self._look((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            self.touched |= any(value is t for t in self._tensors)
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                self._look(part)
+        elif isinstance(value, dict):
+            self._look(list(value.values()))

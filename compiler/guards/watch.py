@@ -12,7 +12,7 @@ import inspect
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,11 +166,15 @@ class Attributes:
         self._before = [(vars(m), {k: _kept(v) for k, v in vars(m).items()}) for m in modules]
         self._derived = list(map(_derived, modules))
         self._weights: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._held: list[dict[str, Tensor]] = []
 
     def begin(self) -> None:
         """Notes the weights: to be called where tracing has put its own in their places."""
         tables = (now[name] for now, _ in self._before for name in ("_parameters", "_buffers"))
         self._weights = [(table, dict(table)) for table in tables]
+        self._held = [
+            {k: v for k, v in now.items() if isinstance(v, Tensor)} for now, _ in self._before
+        ]
 
     def changed(self) -> tuple[str, bool] | None:
         """The name of an attribute, or a weight, that is not what it was, and whether a `Watch` of
@@ -192,6 +196,28 @@ class Attributes:
                         return name, False
                     noticed = name, True
         return noticed
+
+    def replaced(self) -> Iterator[tuple[int, str, Tensor]]:
+        """(number of the module, name, tensor) of every plain attribute that held another tensor
+        when tracing began.
+        """
+        for i, ((now, before), held) in enumerate(zip(self._before, self._held, strict=True)):
+            for name, old in held.items():
+                new = now.get(name)
+                if not isinstance(new, Tensor) or new is old or name not in before:
+                    continue
+                if not any(new is weight for _, held in self._weights for weight in held.values()):
+                    yield i, name, new
+
+    def held(self) -> Iterator[Tensor]:
+        """Tensors that were plain attributes when tracing began."""
+        for attributes in self._held:
+            yield from attributes.values()
+
+    def put_back(self, number: int, name: str) -> None:
+        """Undoes a change of one attribute."""
+        now, before = self._before[number]
+        now[name] = before[name][0]
 
     def restore(self) -> None:
         """Puts everything back that is not what it was."""

@@ -244,6 +244,10 @@ def _shell(programs: list[Captured]) -> nn.Module:
 
 
 def _program_to_json(captured: Captured, weights: _Weights) -> dict[str, Any]:
+    if captured.decisions is not None:
+        raise Unsavable("what runs depends on values of arguments, which a file cannot ask for")
+    if captured.assigned:
+        raise Unsavable(f"a run sets the attribute {captured.assigned[0][1]!r} of a module")
     hints = {}
     for node, spec in zip(captured.graph_module.graph.nodes, captured.inputs, strict=False):
         for size, dim in zip(node.meta["val"].shape, spec.shape, strict=True):

@@ -48,7 +48,7 @@ def mixtral() -> Made:
 
 def runs(compiled: plait.Compiled) -> int:
     """How often a program ran."""
-    return sum(p._calls for p in compiled.programs)
+    return sum(p.calls for p in compiled.programs)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -40,8 +40,6 @@ CHOICE = """
 
 NOT_CAPTURED = {
     "paligemma-untyped": "attends by the values of its mask",
-    "longformer": "asks a tensor whether any token attends globally",
-    "led": "asks a tensor whether any token attends globally",
 }
 """Models that a graph cannot stand for: they must run as they are, with a remark."""
 
