@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import Dim
 
 import plait
-from plait.compiler import dispatch
+from plait.compiler import specialise
 from plait.compiler.capture.captured import check_tensors
 from plait.compiler.capture.export import capture
 from plait.compiler.capture.tree import Record, flatten, from_json, leaf_names, to_json, unflatten
@@ -168,7 +168,7 @@ def test_some_sizes_are_refused_and_become_constants(
     with pytest.raises(CaptureError, match=reason) as caught:
         capture(function, (torch.randn(2, 8, 6),), {}, [{1: Dim.AUTO}])
     assert caught.value.remark == "PLT-CAP-001"
-    monkeypatch.setattr(dispatch, "capture", counting)
+    monkeypatch.setattr(specialise, "capture", counting)
     compiled = plait.compile(function, tune="off")
     for length in (8, 9, 10):
         x = torch.randn(2, length, 6)
