@@ -143,7 +143,7 @@ class Recording(TorchFunctionMode):
         inputs = [x for x in _walk((args, kwargs)) if isinstance(x, Tensor)]
         writes = _written(func, name, inputs, kwargs)
         known = all(id(x) in self._refs for x in inputs) and bool(inputs or name in MAKERS)
-        if not known or any(_symbolic(x) for x in _walk((args, kwargs))):
+        if not known or any(_unknown(x) for x in _walk((args, kwargs))):
             args, kwargs = self._settled(name, args, kwargs)
             self._forget(writes)
             result = func(*args, **kwargs)
@@ -356,6 +356,11 @@ def _count(tensor: Tensor) -> int:
     for size in tensor.shape:
         total *= size if isinstance(size, int) else (size.node.hint or 0)
     return total
+
+
+def _unknown(x: Any) -> bool:
+    """Whether what is given besides tensors may be something else in another call."""
+    return _symbolic(x) or isinstance(x, torch.Generator)
 
 
 def _symbolic(x: Any) -> bool:

@@ -156,13 +156,17 @@ def test_an_argument_that_is_written_decides_nothing() -> None:
     check(function, torch.tensor([1, 1]), torch.tensor([0, 1]), programs=0)
 
 
-def test_chance_decides_nothing() -> None:
-    model = Net(lambda x, p: x * 2 if bool(torch.bernoulli(p).any()) else x).eval()
+@pytest.mark.parametrize("chance", [torch.default_generator, torch.Generator()])
+def test_chance_decides_nothing(chance: torch.Generator) -> None:
+    def function(x: Tensor, p: Tensor) -> Tensor:
+        return x * 2 if bool(torch.bernoulli(p, generator=chance).any()) else x
+
+    model = Net(function).eval()
     compiled, x = compile(model), torch.randn(6, 4)
     for seed in range(6):
-        torch.manual_seed(seed)
+        chance.manual_seed(seed)
         want = model(x, torch.tensor([0.5]))
-        torch.manual_seed(seed)
+        chance.manual_seed(seed)
         torch.testing.assert_close(compiled(x, torch.tensor([0.5])), want)
 
 
