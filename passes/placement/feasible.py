@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import time
 
 import numpy as np
@@ -15,8 +15,13 @@ from .problem import Floats, Ints, Problem
 
 Bools = npt.NDArray[np.bool_]
 
-_SUBSETS = (10, 14, 18, *[20] * 8)
+_SUBSETS = (10, 14, *[17] * 8)
 """Units of a device whose subsets are all looked at; more where fewer do not do."""
+
+_HALVES = 8  # pairs of halves that are looked at to fill a device of few units
+_SUMS = 150_000  # subsets of a half, at most
+
+_AGAIN = 300  # devices that could not be filled, in one search for what fills all of them
 
 
 def standing(problem: Problem) -> Floats:
@@ -141,42 +146,151 @@ def exchange(
 
     For sizes that hardly repeat, which `pack` cannot count, and next to no slack. Units stay on
     their device of ``near`` as long as they fit, the largest first. Then one device after another
-    is filled to the brim: of a few units of it and of another device all subsets are looked at, and
-    those change places that waste the least. Sums of n units are 2**n numbers, so that among some
-    20 units of each there are nearly always two subsets that differ by just what is too much
-    (after Horowitz and Sahni, 1974). The last devices get what is left, and must have room for it.
-    ``deadline`` is of ``time.perf_counter()``.
+    is filled to the brim: of a few units of it and of the devices that are left all subsets are
+    looked at, and those change places that waste the least. Sums of n units are 2**n numbers, so
+    that among some 17 units of each there are nearly always two subsets that differ by just what is
+    too much (after Horowitz and Sahni, 1974). The last devices get what is left, and must have room
+    for it; where they have few units, only other ones will do, so a device that is full is opened
+    again. ``deadline`` is of ``time.perf_counter()``.
     """
     p = problem.arrays
     need, room = standing(problem), p.cap * share
     device = _first_fit(need, room, p.allowed, near)
-    load = np.bincount(device, need, len(room))
-    left = set(range(len(room)))
-    while left:
-        over = load - room
-        if not (over[list(left)] > 0).any():
+    left, full = set(range(len(room))), []
+    for _ in range(_AGAIN + len(room)):
+        load = np.bincount(device, need, len(room))
+        if not (load > room)[list(left)].any():
             return device
         # Those with the fewest units have the fewest ways out.
         count = np.bincount(device[need > 0], minlength=len(room))
-        a = min(left, key=lambda d: (count[d], d))
+        a = min(left, key=lambda d: (count[d], rng.random()))
         left.remove(a)
-        spare = float(-over[[*left, a]].sum())  # what all of them may waste
-        others = rng.permutation(sorted(left)).tolist()
-        for size, b in itertools.product(_SUBSETS, others):
-            if over[a] <= 0 <= over[a] + spare / len(left):
-                break
-            if time.perf_counter() > deadline:
-                return None
-            mine = _some_units(need, p.allowed, device, a, b, size, rng)
-            theirs = _some_units(need, p.allowed, device, b, a, size, rng)
-            pair = _nearest_subsets(need[mine], need[theirs], float(over[a]), spare)
-            if pair is not None:
-                device[mine[pair[0]]], device[theirs[pair[1]]] = b, a
-                load = np.bincount(device, need, len(room))
-                break
-        if load[a] > room[a]:
+        if _filled(need, room, p.allowed, device, a, left, rng, deadline):
+            full.append(a)
+            continue
+        if time.perf_counter() > deadline:
             return None
-    return device
+        left.add(a)
+        if full:
+            left.add(full.pop(int(rng.integers(len(full)))))
+    return None
+
+
+def _filled(
+    need: Floats, room: Floats, allowed: Bools, device: Ints, a: int, left: set[int],
+    rng: np.random.Generator, deadline: float,
+) -> bool:  # fmt: skip
+    """Changes ``device`` so that one has what it has room for, at the cost of those ``left``.
+
+    What is wasted of its room is at most what all of these together have too much.
+    """
+    others = np.array(sorted(left), np.int64)
+    over = np.bincount(device, need, len(room)) - room
+    if not len(others):
+        return bool(over[a] <= 0)
+    spare = float(-over[others].sum() - over[a])
+    inside = np.isin(device, others) & allowed[:, a] & (need > 0)
+    if over[a] <= 0 <= over[a] + spare / len(others):
+        return True
+    if inside.any() and room[a] < _SUBSETS[1] * float(need[inside].mean()):
+        return _filled_anew(need, room, allowed, device, a, others, rng, spare, deadline)
+    _level(need, allowed, device, over, a, others)
+    inside = np.isin(device, others) & allowed[:, a] & (need > 0)
+    for size in _SUBSETS:
+        if over[a] <= 0 <= over[a] + spare / len(others):
+            return True
+        if time.perf_counter() > deadline:
+            return False
+        b = int(others[over[others].argmin()])
+        here = (device == a) & allowed[:, b] & (need > 0)
+        mine, theirs = (_some(np.flatnonzero(x), size, rng) for x in (here, inside))
+        pair = _nearest_subsets(need[mine], need[theirs], float(over[a]), spare)
+        if pair is not None:
+            device[mine[pair[0]]], device[theirs[pair[1]]] = b, a
+            return True
+        if here.sum() <= size and inside.sum() <= size:
+            return False  # these were all subsets
+    return False
+
+
+def _filled_anew(
+    need: Floats, room: Floats, allowed: Bools, device: Ints, a: int, others: Ints,
+    rng: np.random.Generator, spare: float, deadline: float,
+) -> bool:  # fmt: skip
+    """The same for a device of few units, which have few subsets: of all units, a few others."""
+    over = np.bincount(device, need, len(room)) - room
+    open_to = allowed[:, [*others, a]]
+    mine = np.flatnonzero((device == a) & (open_to.sum(1) > 1))
+    target = float(need[mine].sum() - over[a])
+    pool = np.flatnonzero((np.isin(device, others) | np.isin(np.arange(len(need)), mine))
+                          & allowed[:, a] & (need > 0) & (need <= target))  # fmt: skip
+    if target < 0 or not len(pool):
+        return bool(over[a] <= 0 and -over[a] <= spare)
+    most = max(1, math.ceil(target / need[pool].mean() / 2))
+    length = max(most, len(pool) // 2)
+    while length > most and math.comb(length, most) > _SUMS:
+        length -= 1 + length // 50
+    for _ in range(_HALVES):
+        if time.perf_counter() > deadline:
+            return False
+        halves = np.split(rng.permutation(pool)[: 2 * length], [length])
+        (one, first), (two, second) = (_small_subsets(need[half], most) for half in halves)
+        order = np.argsort(two, kind="stable")
+        at = np.searchsorted(two[order], target - one, "right") - 1
+        waste = np.where(at >= 0, target - one - two[order[at]], np.inf)
+        k = int(waste.argmin())
+        if waste[k] > spare:
+            continue
+        chosen = [h[row[row >= 0]] for h, row in zip(halves, (first[k], second[order[at[k]]]),
+                                                     strict=True)]  # fmt: skip
+        stay = np.concatenate(chosen)
+        for u in np.setdiff1d(mine, stay).tolist():
+            b = int(others[np.where(allowed[u, others], over[others], np.inf).argmin()])
+            device[u] = b
+            over[b] += need[u]
+        device[stay] = a
+        return True
+    return False
+
+
+def _small_subsets(sizes: Floats, most: int) -> tuple[Floats, Ints]:
+    """Sums of all subsets of at most ``most``, and their members by row, -1 behind the last."""
+    sums, rows = [np.zeros(1)], [np.full((1, most), -1, np.int64)]
+    for k in range(most):
+        last = rows[-1][:, k - 1] if k else rows[-1][:, 0]
+        more = len(sizes) - 1 - last
+        at = np.repeat(np.arange(len(last)), more)
+        step = np.arange(len(at)) - np.repeat(np.cumsum(more) - more, more)
+        member = last[at] + 1 + step
+        row = rows[-1][at]
+        row[:, k] = member
+        sums.append(sums[-1][at] + sizes[member])
+        rows.append(row)
+    return np.concatenate(sums), np.concatenate(rows)
+
+
+def _level(
+    need: Floats, allowed: Bools, device: Ints, over: Floats, a: int, others: Ints
+) -> None:  # fmt: skip
+    """Takes units to ``a`` from devices that have too much, or away, until no unit is left that
+    brings it nearer to what it has room for.
+    """
+    for _ in range(len(need)):
+        lack = -float(over[a])
+        if lack > 0:
+            giver = int(others[over[others].argmax()])
+            units = np.flatnonzero((device == giver) & allowed[:, a] & (need > 0))
+            taker = a
+        else:
+            giver, taker = a, int(others[over[others].argmin()])
+            units = np.flatnonzero((device == a) & allowed[:, taker] & (need > 0))
+        units = units[need[units] < 2 * abs(lack)]
+        if not len(units):
+            return
+        u = units[np.abs(need[units] - abs(lack)).argmin()]
+        device[u] = taker
+        over[giver] -= need[u]
+        over[taker] += need[u]
 
 
 def _first_fit(need: Floats, room: Floats, allowed: Bools, near: Ints) -> Ints:
@@ -194,12 +308,8 @@ def _first_fit(need: Floats, room: Floats, allowed: Bools, near: Ints) -> Ints:
     return device
 
 
-def _some_units(
-    need: Floats, allowed: Bools, device: Ints, here: int, there: int, size: int,
-    rng: np.random.Generator,
-) -> Ints:  # fmt: skip
-    """At most ``size`` units of one device that may run on another, too."""
-    units = np.flatnonzero((device == here) & allowed[:, there] & (need > 0))
+def _some(units: Ints, size: int, rng: np.random.Generator) -> Ints:
+    """At most ``size`` of some units."""
     return units if len(units) <= size else rng.choice(units, size, replace=False)
 
 

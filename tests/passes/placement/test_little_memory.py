@@ -68,9 +68,13 @@ def test_sizes_that_repeat_are_packed_exactly(seed: int) -> None:
     assert (device == home).mean() > 0.4
 
 
-@pytest.mark.parametrize(("units", "devices"), [(60, 3), (400, 6), (700, 20)])
+@pytest.mark.parametrize(("units", "devices"), [(60, 3), (400, 6), (160, 8)])
 def test_sizes_that_hardly_repeat_fill_devices_exactly(units: int, devices: int) -> None:
-    """All are different, and each device has room for just what some scattered ops need."""
+    """All are different, and each device has room for just what some scattered ops need.
+
+    At the end there are few units left, and often no way to divide them: full devices are opened
+    again.
+    """
     rng = random.Random(units)
     sizes = [rng.randrange(1, 10**9) for _ in range(units)]
     home = [rng.randrange(devices) for _ in sizes]
