@@ -125,12 +125,19 @@ class _Graph:
         )
 
     def _join(self, u: int, v: int) -> list[tuple[float, int, int]]:
-        """Takes v into u; returns the edges to look at."""
+        """Takes v into u, or u into v where u has fewer neighbours; returns the edges to look at.
+
+        Those are of what had the fewer, and an only one: no other edge may be contracted that might
+        not before. All of them would be a square where one op feeds thousands.
+        """
         del self.after[u][v], self.before[v][u]
-        for w, size in self.after[v].items():
+        if len(self.after[u]) + len(self.before[u]) < len(self.after[v]) + len(self.before[v]):
+            u, v = v, u
+        gone_after, gone_before = self.after[v], self.before[v]
+        for w, size in gone_after.items():
             del self.before[w][v]
             self.after[u][w] = self.before[w][u] = self.after[u].get(w, 0.0) + size
-        for w, size in self.before[v].items():
+        for w, size in gone_before.items():
             del self.after[w][v]
             self.before[u][w] = self.after[w][u] = self.before[u].get(w, 0.0) + size
         self.after[v], self.before[v] = {}, {}
@@ -139,9 +146,9 @@ class _Graph:
         self.work[u] += self.work[v]
         self.memory[u] += self.memory[v]
         self.left -= 1
-        # Nobody else's number of neighbours changes, but for those that knew both: they know u.
-        edges = [(-size, u, w) for w, size in self.after[u].items()]
-        return edges + [(-size, w, u) for w, size in self.before[u].items()]
+        after, before = self.after[u], self.before[u]
+        edges = [(-after[w], u, w) for w in (after if len(after) == 1 else gone_after)]
+        return edges + [(-before[w], w, u) for w in (before if len(before) == 1 else gone_before)]
 
 
 def _joined(problem: Problem, member: Ints, count: int) -> Problem:

@@ -24,6 +24,7 @@ def heft(
     place[problem.arrays.topo] = np.arange(ledger.n)
     order = np.lexsort((place, -rank)).tolist()  # topological: ranks of zero-time ops may tie
     busy: list[list[tuple[float, float]]] = [[] for _ in range(ledger.m)]
+    blocks: list[list[tuple[float, float]]] = [[] for _ in range(ledger.m)]
     starts = [0.0] * ledger.n
     for op in order:
         able = ledger.devices(op)
@@ -31,12 +32,14 @@ def heft(
             raise ledger.stuck(op, "HEFT")
         best = (float("inf"), 0.0, 0)
         for d in able:
-            start = _gap(busy[d], ledger.arrival(op, d), ledger.time[op][d])
+            length = ledger.time[op][d]  # an op of no time also starts between two others
+            start = _gap((blocks if length else busy)[d], ledger.arrival(op, d), length)
             best = min(best, (start + ledger.time[op][d], start, d))
         end, start, d = best
         ledger.place(op, d, start)
         starts[op] = start
         bisect.insort(busy[d], (start, end))
+        _join(blocks[d], start, end)
     sequence = np.lexsort((place, np.array(starts)))
     return Listed(np.array(ledger.assign, np.int64), sequence.astype(np.int64))
 
@@ -50,3 +53,16 @@ def _gap(busy: list[tuple[float, float]], ready: float, length: float) -> float:
             return start
         start = max(start, end)
     return start
+
+
+def _join(blocks: list[tuple[float, float]], start: float, end: float) -> None:
+    """Adds a busy time to those of a device, in which there is no idle time to be looked for."""
+    k = bisect.bisect_left(blocks, (start, end))
+    if start == end and k and blocks[k - 1][1] >= end:
+        return
+    first, last = k, k
+    if k and blocks[k - 1][1] == start:
+        first, start = k - 1, blocks[k - 1][0]
+    if k < len(blocks) and blocks[k][0] == end:
+        last, end = k + 1, blocks[k][1]
+    blocks[first:last] = [(start, end)]

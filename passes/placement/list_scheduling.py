@@ -10,6 +10,7 @@ fails, "balanced" booking shares out all that is ever made, as if nothing were f
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -203,14 +204,18 @@ def earliest_first(
     rank: Sequence[float],
     start_of: Callable[[int, int, bool], float],
     placed: Callable[[int, int], None] = lambda op, d: None,
+    patience: float = math.inf,
 ) -> Listed:
     """Places the pair of a ready op and a device with room that can start first, again and again.
 
     ``start_of(op, device, again)`` is when a pair could start; it is asked ``again`` when the
     pair's turn has come, since the device or a link may have been taken meanwhile. Smaller
     ``rank`` decides between equals. ``placed`` is told before the ops that became ready are
-    offered. Raises InfeasibleError, of the algorithm ``name``, for an op without room anywhere.
+    offered. Raises InfeasibleError, of the algorithm ``name``, for an op without room anywhere, and
+    where more than ``patience`` pairs had to wait again: of thousands of ready ops, each does so
+    whenever a device is taken.
     """
+    waited = 0
     heap: list[tuple[float, float, int, int]] = []
     offered = [0] * ledger.n  # entries of each op in the heap
 
@@ -239,6 +244,9 @@ def earliest_first(
         if now > start:
             heapq.heappush(heap, (now, rank[op], op, d))
             offered[op] += 1
+            waited += 1
+            if waited > patience:
+                raise InfeasibleError(f"{name} was given up after {waited} waits", {}, False)
             continue
         sequence.append(op)
         ready = ledger.place(op, d, now)

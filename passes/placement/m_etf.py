@@ -7,14 +7,22 @@ communication along a path; with memory limits there is no guarantee.
 
 from __future__ import annotations
 
+import math
+
 from .list_scheduling import Ledger, Listed, earliest_first, upward_ranks
 from .problem import Problem
 
 
 def m_etf(
-    problem: Problem, contention: bool = False, limited: bool = True, balanced: bool = False
+    problem: Problem,
+    contention: bool = False,
+    limited: bool = True,
+    balanced: bool = False,
+    patience: float = math.inf,
 ) -> Listed:
-    """Places ops by m-ETF; ``contention`` sees busy links. Raises InfeasibleError if stuck."""
+    """Places ops by m-ETF; ``contention`` sees busy links. Raises InfeasibleError if stuck, or out
+    of ``patience`` (`earliest_first`).
+    """
     ledger = Ledger(problem, contention, limited, balanced)
     rank = (-upward_ranks(problem)).tolist()  # decides between pairs that could start together
     arrivals: dict[tuple[int, int], float] = {}
@@ -24,4 +32,4 @@ def m_etf(
             arrivals[op, d] = ledger.arrival(op, d)
         return max(arrivals[op, d], ledger.free[d])
 
-    return earliest_first(ledger, "m-ETF", rank, start_of)
+    return earliest_first(ledger, "m-ETF", rank, start_of, patience=patience)

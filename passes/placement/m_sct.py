@@ -9,6 +9,8 @@ optimum with unlimited devices, r the ratio of the two; no real graph seen so fa
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy import sparse
 from scipy.optimize import linprog
@@ -86,8 +88,14 @@ def favourites(problem: Problem, seconds: float | None = None) -> Ints:
     return child
 
 
-def m_sct(problem: Problem, given: Ints | None = None, balanced: bool = False) -> Listed:
-    """Places ops by m-SCT. Raises InfeasibleError where an op finds no device with room.
+def m_sct(
+    problem: Problem,
+    given: Ints | None = None,
+    balanced: bool = False,
+    patience: float = math.inf,
+) -> Listed:
+    """Places ops by m-SCT. Raises InfeasibleError where an op finds no device with room, or out of
+    ``patience`` (`earliest_first`).
 
     ``given`` are what `favourites` answered, where it has been asked before.
     """
@@ -110,4 +118,4 @@ def m_sct(problem: Problem, given: Ints | None = None, balanced: bool = False) -
     def placed(op: int, d: int) -> None:
         last[d] = op
 
-    return earliest_first(ledger, "m-SCT", rank, start_of, placed)
+    return earliest_first(ledger, "m-SCT", rank, start_of, placed, patience)

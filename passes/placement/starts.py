@@ -37,6 +37,9 @@ BALANCED: dict[str, Callable[[Problem], Listed]] = {
 _SCT_RATE = 2_500
 """Ops and edges for each second of the budget up to which the LP of m-SCT takes a part of it."""
 
+_WAITS = 80_000
+"""Waits (`earliest_first`) for each second of the budget up to which list schedulers go on."""
+
 _SCT_SHARE = 0.2  # of the budget after which the LP is given up all the same
 
 
@@ -44,19 +47,23 @@ def simple_starts(problem: Problem, orders: Ints, budget: float) -> Iterator[tup
     """What the simple algorithms answer, with and without memory limits; failures are left out.
 
     So the search, which keeps the best of what fits, is never worse than any of them; m-SCT is left
-    out where its linear program takes too much of ``budget``, seconds.
+    out where its linear program takes too much of ``budget``, seconds, and both it and m-ETF where
+    thousands of ops are ready at once.
     """
     p = problem.arrays
+    patience = _WAITS * max(budget, 1.0)
     attempts: dict[str, Callable[[Problem], Listed]] = dict(ALGORITHMS)
     if not p.static:
         attempts |= {f"{name} balanced": f for name, f in BALANCED.items()}
+        attempts["m-etf balanced"] = lambda x: m_etf(x, balanced=True, patience=patience)
+    attempts["m-etf"] = lambda x: m_etf(x, patience=patience)
     if len(p.topo) + len(p.pair_dst) > _SCT_RATE * max(budget, 1.0):
         attempts = {name: f for name, f in attempts.items() if not name.startswith("m-sct")}
     else:
         child = functools.cache(lambda: favourites(problem, _SCT_SHARE * budget))
-        attempts["m-sct"] = lambda x: m_sct(x, child())
+        attempts["m-sct"] = lambda x: m_sct(x, child(), patience=patience)
         if not p.static:
-            attempts["m-sct balanced"] = lambda x: m_sct(x, child(), balanced=True)
+            attempts["m-sct balanced"] = lambda x: m_sct(x, child(), True, patience)
     attempts["heft with queues"] = lambda x: heft(x, contention=True)
     attempts["heft without limits"] = lambda x: heft(x, contention=True, limited=False)
     attempts["min-cut"] = lambda x: min_cut(x, orders)

@@ -155,7 +155,7 @@ def test_a_search_on_the_coarser_graph_comes_first(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(best, "_MANY", range(100, 1000))
     still = SimpleNamespace(perf_counter=lambda: 0.0)  # the work is counted, not timed
     monkeypatch.setattr(best, "time", still)
-    one, two = (place(problem, budget=1.5, seed=3) for _ in range(2))
+    one, two = (place(problem, budget=1.0, seed=3) for _ in range(2))
     assert searched[0] < searched[1] == len(problem.ops) and searched[2:] == searched[:2]
     assert (one.assign, one.order) == (two.assign, two.order)
     for name in ("min-cut", "heft", "m-etf"):
@@ -173,3 +173,32 @@ def test_what_joined_ops_cannot_do_the_ops_may(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(best.Search, "run", hopeless)
     placement = place(problem, budget=1.0)
     assert not simulate(problem, placement).shortfall(problem)
+
+
+def test_an_op_that_feeds_thousands_is_coarsened_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each contraction looks at the neighbours of the smaller op, not of the one that has most."""
+    middle = [f"o{k}" for k in range(3000)]
+    ops = [{"name": name, "time_s": 1, "param_bytes": 1} for name in ("fork", *middle, "join")]
+    edges = [{"src": "fork", "dst": name, "bytes": 1} for name in middle]
+    edges += [{"src": name, "dst": "join", "bytes": 1} for name in middle]
+    looked, join = [], module._Graph._join
+
+    def spy(self: Any, u: int, v: int) -> list[tuple[float, int, int]]:
+        looked.extend(found := join(self, u, v))
+        return found
+
+    monkeypatch.setattr(module._Graph, "_join", spy)
+    coarse = coarsen(
+        problem_from_dict(
+            {
+                "format": "placement-problem v1",
+                "memory_model": "static",
+                "devices": [{"name": x, "memory_bytes": 4000} for x in "ab"],
+                "default_link": {"latency_s": 0, "bandwidth_Bps": 1},
+                "ops": ops,
+                "edges": edges,
+            }
+        )
+    )
+    assert len(coarse.problem.ops) < 2700
+    assert len(looked) < 10 * len(edges)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import random
 import time
@@ -9,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from plait.passes.placement import best, plan
+from plait.passes.placement import best, heft, plan
 from plait.passes.placement.bounds import lower_bounds
 from plait.passes.placement.errors import InfeasibleError, PlacementError
+from plait.passes.placement.m_etf import m_etf
 from plait.passes.placement.plan import NAMES, place
 from plait.passes.placement.problem_file import problem_from_dict
 from plait.passes.placement.simulator import simulate
@@ -195,6 +197,28 @@ def test_too_little_memory_in_all_says_how_much_is_missing() -> None:
 def test_options_without_meaning_are_refused(options: rules.Json, message: str) -> None:
     with pytest.raises(PlacementError, match=message):
         place(problem_from_dict(layered(1, 1, 1, 100)), **options)
+
+
+def test_list_schedulers_are_given_up_where_too_many_ops_wait() -> None:
+    problem = problem_from_dict(layered(1, 40, 2, 1000))
+    assert len(m_etf(problem, patience=10_000).sequence) == len(problem.ops)
+    with pytest.raises(InfeasibleError, match="m-ETF was given up after 11 waits") as caught:
+        m_etf(problem, patience=10)
+    assert not caught.value.proven
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_idle_time_is_found_in_blocks_of_busy_times_as_between_all(seed: int) -> None:
+    rng = random.Random(seed)
+    busy: list[tuple[float, float]] = []
+    blocks: list[tuple[float, float]] = []
+    for _ in range(60):
+        ready, length = float(rng.randrange(40)), float(rng.randrange(4))
+        start = heft._gap(busy, ready, length)
+        assert not length or heft._gap(blocks, ready, length) == start
+        bisect.insort(busy, (start, start + length))
+        heft._join(blocks, start, start + length)
+    assert len(blocks) < len(busy) / 2
 
 
 def test_no_ops_is_a_plan_of_no_time() -> None:
