@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...passes.placement.devices import KINDS, Placed, parse_devices
 from ..errors import OptionError
@@ -21,6 +23,9 @@ class Device:
     speed: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.spec, str):
+            kind = type(self.spec).__name__
+            raise OptionError("PLT-PLC-003", f"a {kind} is no device", 'name one, such as "cpu"')
         if not self.speed > 0 or (self.memory is not None and not self.memory >= 0):
             raise OptionError("PLT-PLC-003", f"{self} has no meaning", "memory >= 0, speed > 0")
         if not self.spec.startswith("cuda") and len(parse_devices(self.spec)) != 1:
@@ -39,6 +44,14 @@ class Device:
         room = found.device.memory_bytes if room is None else room
         named = replace(found.device, name=f"{kind}:{number}", memory_bytes=room, speed=self.speed)
         return Placed(named, found.kind)
+
+
+def as_devices(devices: Any) -> list[Device]:
+    """A list of devices, some of which may be text. Raises OptionError where it is none."""
+    if not isinstance(devices, Iterable):
+        kind = type(devices).__name__
+        raise OptionError("PLT-PLC-003", f"devices is a {kind}", 'give a list or "4xcpu:2GB"')
+    return [x if isinstance(x, Device) else Device(x) for x in devices]
 
 
 def _cuda(spec: str) -> tuple[str, float]:

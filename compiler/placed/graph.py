@@ -23,6 +23,7 @@ import torch
 import torch.fx as fx
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -149,6 +150,13 @@ def trace(
             f"{type(model).__name__} cannot be exported: {type(error).__name__}: {line}",
             "plait check MODEL shows more",
         ) from error
+    for node in traced.graph.nodes:
+        if any(map(has_free_unbacked_symbols, values_of(node))):
+            raise CaptureError(
+                "PLT-PLC-002",
+                f"the size of {node.name!r} in {type(model).__name__} is known only from data",
+                "put experts of one shape in place of branches, or place the branches' parts alone",
+            )
     return _Builder(traced, type(model).__name__, optimizer).graph()
 
 

@@ -15,7 +15,7 @@ from ...passes.placement.devices import Placed as Kinded
 from ...passes.placement.devices import parse_link
 from ...passes.placement.plan import NAMES, OBJECTIVES
 from ..errors import OptionError
-from .device import Device
+from .device import Device, as_devices
 
 LAUNCHES = ("inline", "processes", "torchrun")
 COSTS = ("roofline", "measured")
@@ -100,7 +100,7 @@ def devices_here(devices: str | Sequence[Device | str]) -> list[Here]:
     """
     if isinstance(devices, str):
         devices = [part for text in devices.split(",") for part in _repeated(text.strip())]
-    specs = [x if isinstance(x, Device) else Device(x) for x in devices]
+    specs = as_devices(devices)
     if not specs:
         raise OptionError("PLT-DST-001", "there are no devices", 'such as devices=["cpu", "cpu"]')
     cpus = sum(_is_cpu(x) for x in specs)

@@ -13,7 +13,7 @@ from ...passes.placement.placement import Placement
 from ...passes.placement.problem import Problem
 from ...passes.placement.problem_file import problem_from_dict, read_problem
 from ..errors import OptionError
-from .device import Device
+from .device import Device, as_devices
 
 if TYPE_CHECKING:
     from .graph import Graph
@@ -76,8 +76,7 @@ def place(
     if isinstance(devices, str):
         found = parse_devices(devices)
     else:
-        specs = [x if isinstance(x, Device) else Device(x) for x in devices]
-        found = [x.placed(k) for k, x in enumerate(specs)]
+        found = [x.placed(k) for k, x in enumerate(as_devices(devices))]
     host = None if host_link is None else parse_link(host_link)
     return plan.place(graph.problem(found, parse_link(link), host), **options)
 

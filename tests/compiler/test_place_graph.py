@@ -258,3 +258,17 @@ def test_a_training_step_fits_with_recompute() -> None:
     placement = plait.place(model, optimizer="sgd", budget=2.0, recompute=True, **options)
     assert placement.report["recomputed"]
     assert all(x.kind == "recompute" for x in placement.alternatives)
+
+
+@pytest.mark.parametrize("devices", [5, ["cpu", 5], [None]])
+def test_what_is_no_device_is_one_error(devices: Any) -> None:
+    with pytest.raises(plait.OptionError, match="PLT-PLC-003: .*(no device|devices is a int)"):
+        plait.place(nn.Linear(2, 2), example_inputs=(torch.ones(1, 2),), devices=devices)
+    with pytest.raises(plait.OptionError, match="PLT-PLC-003"):
+        plait.compile(nn.Linear(2, 2).eval(), devices=devices)
+
+
+def test_sizes_that_only_data_tells_are_one_error() -> None:
+    router = plait.Router([nn.Linear(4, 4), nn.Tanh()], nn.Linear(4, 2)).eval()
+    with pytest.raises(plait.CaptureError, match="PLT-PLC-002: .*known only from data"):
+        plait.place(router, example_inputs=(torch.ones(3, 4),), devices="2xcpu")
