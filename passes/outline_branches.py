@@ -240,6 +240,8 @@ class _Outliner:
         share = value.shape[1] if value.dim() == 2 else 1
         if not isinstance(share, int):
             raise _Refused("PLT-BRN-006", "the number of slots of a cell varies")
+        if share == 0:
+            raise _Refused("PLT-BRN-009", "a cell has no slots")
         call = self._call
         with self.graph.inserting_before(gather):
             route = call(plait.route.default, index, len(regions))

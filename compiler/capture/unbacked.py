@@ -17,7 +17,9 @@ def traceable() -> contextlib.AbstractContextManager[Any]:
     torch's batch normalization asks whether its input is empty, which then has no answer, although
     with running statistics nothing depends on it. Outside of tracing this does nothing.
     """
-    return _BatchNorm() if torch.compiler.is_exporting() else contextlib.nullcontext()
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        return _BatchNorm()
+    return contextlib.nullcontext()
 
 
 class _BatchNorm(TorchFunctionMode):

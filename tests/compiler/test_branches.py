@@ -259,3 +259,33 @@ def test_an_index_out_of_range_inside_a_branch_is_an_error() -> None:
     check(compiled, model, numbers, index)
     with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
         compiled(numbers, torch.tensor([0, 0, 0, 1]))
+
+
+class Choice(nn.Module):
+    """One side of a condition routes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = plait.Router([nn.Linear(4, 4), nn.Tanh()], nn.Linear(4, 2))
+        self.other = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda v: self.router(v), lambda v: self.other(v), (x,))
+
+
+def test_routers_on_a_side_of_a_condition() -> None:
+    torch.manual_seed(0)
+    model = Choice().eval()
+    compiled = plait.compile(model, tune="off")
+    for shift in (-1, 1):
+        check(compiled, model, torch.randn(5, 4) + shift)
+    assert len(compiled.programs) == 1
+
+
+def test_cells_without_slots() -> None:
+    model = plait.Router(
+        [nn.Linear(4, 3), nn.Linear(4, 3)], lambda x: x[:, :0].long(), combine="sum"
+    )
+    compiled = plait.compile(model.eval(), tune="off")
+    check(compiled, model, torch.randn(5, 4))
+    assert len(compiled.programs) == 1 and "PLT-BRN-009" in [r.id for r in compiled.remarks]
