@@ -67,7 +67,7 @@ class Compiled(nn.Module):
             options.profile.check(original)
         module = original if isinstance(original, nn.Module) else shell
         vars(self)["_original"] = original if original is not None else shell
-        vars(self)["_dispatcher"] = Dispatcher(original, options, dynamic_shapes, signature)
+        vars(self)["_dispatcher"] = Dispatcher(original, options, dynamic_shapes, signature, shell)
         vars(self)["_explicit"] = dynamic_shapes
         vars(self)["_twin"] = None
         if module is None:
@@ -79,7 +79,7 @@ class Compiled(nn.Module):
             vars(self)["__wrapped__"] = original
         else:
             for name in _SHARED:
-                vars(self)[name] = vars(module)[name]
+                vars(self)[name] = getattr(module, name)  # torch.jit's keep them elsewhere
             vars(self)["__doc__"] = module.__doc__
 
     # -- calling --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .capture.arguments import (
     argument_names,
     canonical,
     canonical_tree,
+    default_device,
     is_plain,
     is_wrapped,
     positional,
@@ -42,6 +43,9 @@ from .notes import Notes
 from .options import Options
 from .program import Program, Unfit
 from .specialise import Bucket, Refused, Specialiser
+
+if TYPE_CHECKING:
+    from .weights.budget import WeightStore
 
 MAX_PROGRAMS = 8
 """Programs captured for one structure of arguments before the original runs instead."""
@@ -69,10 +73,11 @@ class Dispatcher:
         options: Options,
         dynamic_shapes: Any = None,
         signature: inspect.Signature | None = None,
+        shell: nn.Module | None = None,
     ) -> None:
+        """A loaded program has no ``target``; ``shell`` holds its weights."""
         self.target, self.options, self.dynamic_shapes = target, options, dynamic_shapes
         self.notes = Notes()
-        self.store = store_for(options)
         self.modules = modules_of(target)
         self._table: dict[Any, tuple[Program, Order | None] | None] = {}
         self._buckets: dict[Any, Bucket] = {}
@@ -80,10 +85,12 @@ class Dispatcher:
         self._settled = 0  # how often the original had to run first; see MAX_SETTLED
         self._restless = False  # whether it changes itself at every call
         self._structure = Structure(self.modules)
-        self._default = torch.get_default_dtype()
+        self._default, self._device = torch.get_default_dtype(), default_device()
         self.signature = signature_of(target) if signature is None else signature
-        made = Specialiser(target, options, self.signature, self.notes, self.store, self.modules)
-        self._specialise, self._build = made.specialise, made.build
+        owners = self.modules if shell is None else [shell]
+        self._specialiser = Specialiser(
+            target, options, self.signature, self.notes, store_for(options), owners
+        )
 
     # -- the call -------------------------------------------------------------------------------
 
@@ -184,7 +191,11 @@ class Dispatcher:
             return self._original(args, kwargs)
         if watched():
             return self._original(args, kwargs)
-        if self._structure.changed() or _default_dtype() is not self._default:
+        if (
+            self._structure.changed()
+            or _default_dtype() is not self._default
+            or default_device() != self._device
+        ):
             self.forget()
         if self._structure.trains:
             self.notes.say(
@@ -366,7 +377,7 @@ class Dispatcher:
         automatic = varying(bucket.seen, declared)
         if any(t.is_cuda for t in tensors):
             automatic = [{} for _ in declared]  # kernels for GPUs are made for known sizes
-        program = self._specialise(bucket, args, kwargs, declared, automatic)
+        program = self._specialiser.specialise(bucket, args, kwargs, declared, automatic)
         if program is None:
             bucket.hopeless = True
             return None
@@ -393,7 +404,9 @@ class Dispatcher:
         opened = [Declared({**d.dims, **d.small}) for d in declared]
         args, kwargs = unflatten(tree, larger)
         try:
-            program = self._specialise(bucket, args, kwargs, opened, [{} for _ in opened])
+            program = self._specialiser.specialise(
+                bucket, args, kwargs, opened, [{} for _ in opened]
+            )
         except Refused as refused:
             error = refused.error
             self.notes.say(error.remark, f"{error.reason}; the original runs", error.hint)
@@ -405,7 +418,7 @@ class Dispatcher:
         """Prepares ``program`` again from the weights of now; False if that is no use."""
         if program.watch is None or not program.watch.changed():
             return True  # another thread did it
-        if program.restless():
+        if self.target is not None and program.restless():
             self.notes.say(
                 "PLT-CAP-017",
                 "weights change at almost every call, so the original runs",
@@ -413,9 +426,15 @@ class Dispatcher:
             )
             return False
         if not program.adopt_weights():
+            if self.target is None:
+                raise InputError(
+                    "PLT-INP-007",
+                    "a weight of a loaded program is of another shape, layout, dtype or device",
+                    "put back one like it, or load the model again",
+                )
             self.forget()
             return False
-        executable = self._build(program.captured)
+        executable = self._specialiser.build(program.captured)
         if executable is None:
             return False
         program.executable = executable
@@ -431,12 +450,28 @@ class Dispatcher:
             if self.store is not None:
                 self.store.forget()
             self._structure.snapshot()
-            self._default = torch.get_default_dtype()
+            self._default, self._device = torch.get_default_dtype(), default_device()
 
     @property
     def programs(self) -> list[Program]:
         """Every program, oldest first."""
         return [p for b in self._buckets.values() for p in b.programs]
+
+    def current(self) -> list[Program]:
+        """`programs` with the weights of now; those that the model has outgrown are dropped."""
+        with self._lock:
+            if self._structure.changed():
+                self.forget()
+            return [p for p in self.programs if self._refresh(p)]
+
+    @property
+    def store(self) -> WeightStore | None:
+        """What keeps the weights where there is a budget for them."""
+        return self._specialiser.store
+
+    def adopt_store(self, store: WeightStore | None) -> None:
+        """Takes the store that weights of a file were read into."""
+        self._specialiser.store = store
 
     def adopt(self, program: Program) -> None:
         """Adds a program made elsewhere (loaded from a file)."""

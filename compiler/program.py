@@ -17,6 +17,8 @@ from .capture.tree import unflatten
 from .guards.watch import Watch, locate
 from .options import Executable
 
+COUNTER = "num_batches_tracked"
+
 _inference = torch.is_inference_mode_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _is_neg, _is_conj = Tensor.is_neg, Tensor.is_conj
@@ -33,7 +35,7 @@ class Unfit(Exception):
 class Program:
     """`run` it on the user's tensors; it returns the user's result.
 
-    ``modules`` are where weights are watched for changes (none for a loaded program).
+    ``modules`` are where weights are watched for changes.
     """
 
     def __init__(
@@ -178,6 +180,11 @@ class Program:
                 found = by_memory.get(_memory(tensor), ({"": tensor}, ""))
             where[name] = found
             self._attribute[name] = attribute
+        # Batch normalization in training mode writes running statistics uncounted, all but this.
+        for name, (owner, key) in list(where.items()):
+            counter = owner.get(COUNTER) if key in ("running_mean", "running_var") else None
+            if isinstance(counter, Tensor):
+                where[f"{name} {COUNTER}"] = owner, COUNTER
         return where
 
     def restless(self) -> bool:
@@ -196,7 +203,9 @@ class Program:
         module = self.captured.graph_module
         adopted: dict[str, Tensor] = {}
         for name, new in self.watch.now().items():
-            attribute = self._attribute[name]
+            attribute = self._attribute.get(name)
+            if attribute is None:
+                continue
             old = getattr(module, attribute)
             if not isinstance(new, Tensor):
                 return False

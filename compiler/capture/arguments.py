@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack as _function_modes
+from torch.utils._device import DeviceContext
 
 from ..errors import InputError
 from .state import states_of
@@ -21,6 +23,7 @@ SCALARS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch
 
 _levels = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
+_functions = torch._C._len_torch_function_stack
 _tracer = torch._C._get_tracing_state
 
 
@@ -40,13 +43,24 @@ def as_call(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
 
 
 def watched() -> bool:
-    """Whether something needs to see every operator: vmap, forward-mode AD, a tracer, a mode."""
+    """Whether something needs to see every operator: vmap, forward-mode AD, a tracer, a mode
+    other than for a default device.
+    """
     return (
         forward_ad._current_level >= 0
         or _modes() > 0
         or _levels() is not None
         or _tracer() is not None
+        or (_functions() > 0 and any(type(m) is not DeviceContext for m in _function_modes()))
     )
+
+
+def default_device() -> torch.device | None:
+    """Where new tensors are made, as `torch.set_default_device` says; None where nothing does."""
+    if not _functions():
+        return None
+    found = (m.device for m in reversed(_function_modes()) if type(m) is DeviceContext)
+    return next(found, None)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -55,7 +55,7 @@ def save(dispatcher: Dispatcher, path: Path) -> None:
     Raises FileError when there is none, when a program holds what no file can, or when writing
     fails; a file that was there before is then unchanged.
     """
-    programs = dispatcher.programs
+    programs = dispatcher.current()
     if not programs:
         raise FileError(
             "PLT-SAV-001",

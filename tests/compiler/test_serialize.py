@@ -199,3 +199,64 @@ def test_a_saved_file_holds_a_readable_plan_and_loading_builds_no_kernel(tmp_pat
         loaded = plait.load(tmp_path / "model.plait")
         assert torch.equal(loaded(x), compiled(x))
     assert loaded.programs[0].executable.kernels.built == 0
+
+
+# -- weights that change ---------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """A product, whose weight is packed, and branches that are graphs of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.router = plait.Router([nn.Linear(8, 4), nn.Linear(8, 4)], _labels, combine="sum")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.router(self.first(x))
+
+
+def _labels(x: torch.Tensor) -> torch.Tensor:
+    return (x[:, 0] > 0).long()
+
+
+@pytest.mark.parametrize("budget", [None, "100%"])
+def test_a_loaded_program_takes_new_weights(tmp_path: Path, budget: str | None) -> None:
+    torch.manual_seed(0)
+    model, x = Pair().eval(), torch.randn(5, 4)
+    plait.compile(model, tune="off", example_inputs=(x,)).save(tmp_path / "m.plait")
+    loaded = plait.load(tmp_path / "m.plait", weight_budget=budget)
+    with torch.no_grad():
+        for assign in (False, True):
+            for tensor in model.state_dict().values():
+                tensor.mul_(1.5) if tensor.is_floating_point() else None
+            state = {
+                k: v.clone() for k, v in model.state_dict().items() if k in loaded.state_dict()
+            }
+            loaded.load_state_dict(state, assign=assign)
+            torch.testing.assert_close(loaded(x), model(x))
+        loaded.save(tmp_path / "again.plait")
+        torch.testing.assert_close(plait.load(tmp_path / "again.plait")(x), model(x))
+        loaded.double()
+        for _ in range(2):
+            with pytest.raises(plait.InputError, match="PLT-INP-007"):
+                loaded(x)
+        loaded.float()
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_what_is_saved_has_the_weights_of_now(tmp_path: Path) -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    model = nn.Sequential(layer, nn.ReLU()).eval()
+    compiled = plait.compile(model, tune="off", example_inputs=(x,))
+    for change in (
+        lambda: layer.weight.mul_(2),
+        lambda: setattr(layer, "weight", nn.Parameter(torch.ones(4, 4))),
+    ):
+        with torch.no_grad():
+            change()
+            compiled.save(tmp_path / "m.plait")
+            torch.testing.assert_close(plait.load(tmp_path / "m.plait")(x), model(x))
+    model[1] = nn.Tanh()
+    with pytest.raises(plait.FileError, match="PLT-SAV-001"):
+        compiled.save(tmp_path / "m.plait")

@@ -239,3 +239,15 @@ def test_hooks_that_a_trace_puts_on_are_taken_off() -> None:
         for _ in range(2):
             assert torch.equal(compiled(x), twin(x))
     assert len(model._forward_hooks) == 2 and "PLT-CAP-019" in ids(compiled)
+
+
+def test_running_statistics_that_training_mode_wrote() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval(), torch.randn(5, 4)
+    compiled = compile(model)
+    for trained in (model, model[1]):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+            trained.train()
+            model(x * 3 + 1)  # not through the compiled model, and no optimizer steps
+            trained.eval()
+            torch.testing.assert_close(compiled(x), model(x))
