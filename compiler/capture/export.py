@@ -31,6 +31,7 @@ from .as_eager import as_eager
 from .captured import Captured, InputSpec, Mutation
 from .decisions import Recording
 from .experts import routed_experts
+from .hooks import check_modules
 from .limits import CheckedSizes, Untouched
 from .quiet import quiet
 from .recorded import unhooked
@@ -70,6 +71,7 @@ def capture(
     weights = [t for m in roots for t in (*m.parameters(), *m.buffers())]
     if any(map(is_lazy, weights)):
         raise CaptureError("PLT-CAP-020", "weights get their shapes at the first call")
+    check_modules(roots)
     tensors = distinct([x for x in leaves if isinstance(x, torch.Tensor)], weights)
     shapes = None
     if dynamic:
@@ -382,6 +384,8 @@ class _Flat:
                 continue  # export's own guards, which `Captured.guards` holds as data
             elif node.target in same:
                 self.env[node] = self.env[node.args[0]]
+            elif getattr(node.meta.get("val"), "is_meta", False):
+                raise CaptureError("PLT-CAP-008", f"the result of {node.name!r} is a meta tensor")
             elif node.target not in checks and not self._proven(node):
                 new = self.graph.node_copy(node, lambda n: self.env[n])
                 new.meta = {

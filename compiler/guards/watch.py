@@ -122,9 +122,15 @@ class Structure:
         self.modules = list(dict.fromkeys(m for root in self.roots for m in root.modules()))
         places: list[tuple[dict[str, Any], str, Any]] = []
         tables: list[Mapping[Any, Any]] = list(_GLOBAL_HOOKS)
-        flags = [vars(m) for m in self.modules]
-        for module, attributes in zip(self.modules, flags, strict=True):
-            tables += [module._modules, *(getattr(module, name) for name in _HOOKS)]
+        # Those of torch.jit keep parts and flags elsewhere, and wrappers ask what they wrap.
+        flags = [vars(m) for m in self.modules if "training" in vars(m)]
+        others = [m for m in self.modules if "training" not in vars(m)]
+        for module in self.modules:
+            attributes = vars(module)
+            found = (getattr(module, name) for name in ("_modules", *_HOOKS))
+            tables += [table for table in found if isinstance(table, dict)]
+            if not isinstance(module._modules, dict):
+                continue
             places += [(attributes, t, attributes[t]) for t in _PLACES if t in attributes]
             places += [(module._modules, key, part) for key, part in module._modules.items()]
         owners, keys, parts = map(list, zip(*places, strict=True)) if places else ([], [], [])
@@ -137,10 +143,13 @@ class Structure:
         def reordered() -> bool:
             return list(map(list, ordered)) != orders
 
+        def trains() -> bool:
+            return any(map(_getitem, flags, _TRAINING)) or any(m.training for m in others)
+
         def full() -> bool:
             """Whether a submodule or a hook was added, replaced or removed since the snapshot."""
             try:
-                self.trains = any(map(_getitem, flags, _TRAINING))
+                self.trains = trains()
                 return bool(
                     any(empty)
                     or (entries and list(map(list, filled)) != entries)
@@ -149,11 +158,13 @@ class Structure:
             except KeyError:
                 return True
 
-        self.trains = any(map(_getitem, flags, _TRAINING))
+        self.trains = trains()
         """Whether any module was in training mode when `changed` was last asked."""
         self.full = full
         # Moving an entry of an ordered dictionary to its end changes nothing that the table holds.
         aside = [reordered] if ordered else []
+        if others:
+            aside.append(lambda: trains() != self.trains)
         self.changed = quick(full, lambda: table([*flags, *tables], ()), aside)
         """What `full` says, in a fraction of its time."""
 
