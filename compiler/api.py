@@ -114,6 +114,7 @@ def compile(
             tune=tune,
         )
     if isinstance(model, Compiled):
+        model.check_code("compiled")
         model = model.original
     if devices is not None or placement is not None:
         if any(x is not None for x in (profile, dynamic_shapes, weight_budget)):

@@ -115,7 +115,7 @@ class Compiled(nn.Module):
         return self
 
     def recompile(self) -> None:
-        """Forgets every compiled program; the next call captures again."""
+        """Forgets every compiled program; the next call captures again. A loaded one stays."""
         self._dispatcher.forget()
 
     # -- looking inside -------------------------------------------------------------------------
@@ -196,6 +196,15 @@ class Compiled(nn.Module):
 
         save(self._dispatcher, Path(path))
 
+    def check_code(self, done: str) -> None:
+        """Raises InputError for a loaded program, which cannot be ``done`` without the code."""
+        if self._dispatcher.target is None:
+            raise InputError(
+                "PLT-INP-003",
+                f"a loaded program has no Python code, so it cannot be {done}",
+                "load its file again, or use the model that it was made from",
+            )
+
     # -- the original's interface ---------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
@@ -233,9 +242,11 @@ class Compiled(nn.Module):
         return f"Compiled({self._original!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        self.check_code("copied")
         return Compiled(copy.deepcopy(self._original, memo), self.options, self._explicit)
 
     def __reduce__(self) -> Any:
+        self.check_code("pickled")
         return Compiled, (self._original, self.options, self._explicit)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -251,12 +262,16 @@ def _delegate(name: str) -> Callable[..., Any]:
         original = self._original
         if not isinstance(original, nn.Module):
             raise AttributeError(f"a compiled function has no {name}()")
+        if name in _HOOKED:
+            self.check_code("hooked")
         result = getattr(original, name)(*args, **kwargs)
         return self if result is original else result
 
     return method
 
 
+_HOOKED = """register_backward_hook register_forward_hook register_forward_pre_hook
+    register_full_backward_hook register_full_backward_pre_hook""".split()
 _METHODS = """add_module apply bfloat16 buffers children cpu cuda double eval extra_repr float
     get_buffer get_extra_state get_parameter get_submodule half ipu load_state_dict modules
     mtia named_buffers named_children named_modules named_parameters parameters

@@ -443,12 +443,13 @@ class Dispatcher:
         return True
 
     def forget(self) -> None:
-        """Drops every program: the next call captures again."""
+        """Drops every program that can be made anew: the next call captures again."""
         with self._lock:
             self._table.clear()
-            self._buckets.clear()
-            if self.store is not None:
-                self.store.forget()
+            if self.target is not None:
+                self._buckets.clear()
+                if self.store is not None:
+                    self.store.forget()
             self._structure.snapshot()
             self._default, self._device = torch.get_default_dtype(), default_device()
 

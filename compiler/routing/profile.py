@@ -117,6 +117,8 @@ def profile(model: Any, batches: Iterable[Any], *, holdout: float = 0.25) -> Pro
     Raises InputError where there is no batch or the model fails on one, OptionError for a
     ``holdout`` outside [0, 1) or a model that cannot be called.
     """
+    if hasattr(type(model), "check_code"):
+        model.check_code("profiled")
     model = original(model)
     if not callable(model):
         reason = f"a {type(model).__name__} cannot be profiled"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -260,3 +262,27 @@ def test_what_is_saved_has_the_weights_of_now(tmp_path: Path) -> None:
     model[1] = nn.Tanh()
     with pytest.raises(plait.FileError, match="PLT-SAV-001"):
         compiled.save(tmp_path / "m.plait")
+
+
+def test_loaded_programs_stay_and_are_not_made_into_others(tmp_path: Path) -> None:
+    model, x = nn.Linear(4, 4).eval(), torch.randn(3, 4)
+    plait.compile(model, tune="off", example_inputs=(x,)).save(tmp_path / "m.plait")
+    loaded = plait.load(tmp_path / "m.plait")
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.testing.assert_close(loaded(x), model(x).detach())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("cpu"):
+        torch.testing.assert_close(loaded(x), model(x).detach())
+    loaded.recompile()
+    torch.testing.assert_close(loaded(x), model(x).detach())
+    for use in (
+        copy.deepcopy,
+        pickle.dumps,
+        plait.compile,
+        lambda m: plait.profile(m, [(x,)]),
+        lambda m: m.register_forward_hook(print),
+    ):
+        with pytest.raises(plait.InputError, match="PLT-INP-003: .*cannot be"):
+            use(loaded)
