@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from plait.compiler import backend
+from plait.compiler.specialise import Specialiser
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +35,13 @@ def net() -> nn.Sequential:
 
 def test_model_without_gradients_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    original = backend.Dispatcher._compile
+    original = Specialiser._compile
 
     def counted(self: Any, captured: Any) -> Any:
         calls.append(len(captured.constants()))
         return original(self, captured)
 
-    monkeypatch.setattr(backend.Dispatcher, "_compile", counted)
+    monkeypatch.setattr(Specialiser, "_compile", counted)
     model = net()
     compiled = compile(model)
     with torch.no_grad():
