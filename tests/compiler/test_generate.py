@@ -39,9 +39,13 @@ def mixtral() -> Made:
     model, inputs = hf_models.MODELS["mixtral"]()
     model.generation_config.eos_token_id = None
     traced: list[bool] = []
-    model.model.embed_tokens.register_forward_hook(
-        lambda *_: traced.append(torch.compiler.is_exporting())
-    )
+    embedding, forward = model.model.embed_tokens, model.model.embed_tokens.forward
+
+    def counted(*args: Any) -> Any:
+        traced.append(torch.compiler.is_exporting())
+        return forward(*args)
+
+    embedding.forward = counted
     given = {**inputs, "max_new_tokens": NEW, "do_sample": False}
     return Made(model, plait.compile(model, tune="off"), given, traced)
 
