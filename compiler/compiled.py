@@ -46,9 +46,11 @@ class Compiled(nn.Module):
     (`generate` of a language model) run its compiled program.
 
     A call's Python numbers and texts, and attributes the forward reads, are constants of the
-    compiled program. Different arguments compile again by themselves; an attribute changed after
-    the first call needs `recompile`, and so do weights changed in place through ``.data``, which
-    torch does not count. While a call captures, no other thread may run the original itself.
+    compiled program. Different arguments compile again by themselves, and so do other numbers,
+    texts and tuples of such as attributes of a module or of its configuration. What else the
+    forward reads (an item of a list, a global) needs `recompile` when it is changed, and so do
+    weights changed in place through ``.data``, which torch does not count. While a call captures,
+    no other thread may run the original itself.
     """
 
     def __init__(

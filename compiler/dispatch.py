@@ -51,6 +51,8 @@ MAX_PROGRAMS = 8
 """Programs captured for one structure of arguments before the original runs instead."""
 MAX_SETTLED = 4
 """How often a model may change its attributes, each time a reason to capture it anew."""
+MAX_FLEETING = 8
+"""How often a model may change before any program served twice; then the original runs."""
 MAX_KEYS = 4096
 """Remembered keys; the table is emptied when full."""
 
@@ -84,6 +86,7 @@ class Dispatcher:
         self._lock = threading.RLock()
         self._settled = 0  # how often the original had to run first; see MAX_SETTLED
         self._restless = False  # whether it changes itself at every call
+        self._fleeting = 0  # how often in a row no program served two calls; see MAX_FLEETING
         self._structure = Structure(self.modules)
         self._default, self._device = torch.get_default_dtype(), default_device()
         self.signature = signature_of(target) if signature is None else signature
@@ -196,7 +199,7 @@ class Dispatcher:
             or _default_dtype() is not self._default
             or default_device() != self._device
         ):
-            self.forget()
+            self._outgrow()
         if self._structure.trains:
             self.notes.say(
                 "PLT-CAP-016",
@@ -381,10 +384,14 @@ class Dispatcher:
         if program is None:
             bucket.hopeless = True
             return None
-        bucket.programs.append(program)
+        self._keep(program, bucket)
         if any(d.small for d in declared):
             self._add_open(bucket, tree, args, kwargs, declared)
         return program
+
+    def _keep(self, program: Program, bucket: Bucket) -> None:
+        self._structure.settings.read(program.captured.reads)
+        bucket.programs.append(program)
 
     def _add_open(
         self,
@@ -412,7 +419,7 @@ class Dispatcher:
             self.notes.say(error.remark, f"{error.reason}; the original runs", error.hint)
             return
         if program is not None:
-            bucket.programs.append(program)
+            self._keep(program, bucket)
 
     def _refresh(self, program: Program) -> bool:
         """Prepares ``program`` again from the weights of now; False if that is no use."""
@@ -441,6 +448,21 @@ class Dispatcher:
         program.ready()
         self.notes.add("PLT-CAP-014", "weights changed; they were prepared again", kind="note")
         return True
+
+    def _outgrow(self) -> None:
+        """Drops the programs of a model that is another now; all, where it always is."""
+        with self._lock:
+            programs = self.programs
+            served = any(p.calls > 1 for p in programs)
+            self._fleeting = 0 if served else self._fleeting + bool(programs)
+            if self._fleeting == MAX_FLEETING:
+                self._restless = True
+                self.notes.say(
+                    "PLT-CAP-026",
+                    "parts or attributes change at almost every call, so the original runs",
+                    "make what changes an argument or a tensor",
+                )
+            self.forget()
 
     def forget(self) -> None:
         """Drops every program that can be made anew: the next call captures again."""

@@ -14,6 +14,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from ...kernels.abi import Dim
 from ...passes.remarks import Remark
 from ..errors import InputError
+from ..guards.settings import Read
 from ..weights.absent import Source
 from .decisions import Decisions
 from .state import Update
@@ -68,6 +69,7 @@ class Captured:
         names: for every ``get_attr`` target of the graph the model's own name of the tensor.
         aliases: further names of tied tensors, with the attribute that holds them.
         remarks: what happened during capture.
+        reads: attributes that were read of modules and of objects in them.
         decisions: what the graph was made for besides sizes: answers to questions about values.
         weights: where the weights come from that are on the meta device, by ``get_attr`` target.
     """
@@ -89,6 +91,7 @@ class Captured:
     updates: list[Update] = field(default_factory=list)
     assigned: list[tuple[int, str, Any]] = field(default_factory=list)
     routes: Any = None
+    reads: set[Read] = field(default_factory=set)
     decisions: Decisions | None = None
     weights: Source | None = None
 

@@ -83,6 +83,7 @@ def capture(
         raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
     captured = Flat(program, traced, tree, leaves).captured()
     captured.remarks += remarks
+    captured.reads = traced.result.reads
     if traced.recording is not None:
         captured.decisions = traced.recording.decisions()
     return captured

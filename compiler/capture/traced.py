@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError, ChangeError
+from ..guards.settings import Read, reads_of
 from ..guards.watch import Attributes, modules_of
 from .as_eager import as_eager
 from .decisions import Recording
@@ -45,8 +46,11 @@ class Traced(nn.Module):
         if self.recording is not None:
             self.recording.begin(tensors)
         untouched = Untouched(self.attributes.held() if self.attributes else ())
+        below = dict.fromkeys(m for root in self.roots for m in root.modules())
         with CheckedSizes(), unhooked(self.roots), as_eager(), recording, untouched:
-            out = self.target(*args, **kwargs)
+            with reads_of(below) as reads:
+                out = self.target(*args, **kwargs)
+        self.result.reads |= reads
         after, tree_after = flatten((args, kwargs), marks=tracked.given)
         same = len(after) == len(before) and all(
             a is b or (not isinstance(a, torch.Tensor) and a == b)
@@ -96,6 +100,9 @@ class _Holder:
     """Keeps a value set while tracing: export puts plain attributes of a module back."""
 
     value: tuple[Tree, list[Any], list[Update], list[tuple[int, str, Any]]]
+
+    def __init__(self) -> None:
+        self.reads: set[Read] = set()
 
 
 def _slot(leaf: Any, found: list[torch.Tensor], given: Mapping[int, Given]) -> Any:

@@ -22,6 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .layout import dict_tag
 from .quick import quick, readable, table
+from .settings import Settings
 
 _version = operator.attrgetter("_version")
 _is, _getitem = operator.is_, operator.getitem
@@ -109,8 +110,8 @@ _PLACES = ("_parameters", "_buffers", "_modules", *_HOOKS)
 
 
 class Structure:
-    """The submodules below some modules and their hooks: whether they are the same, and whether any
-    module trains.
+    """The submodules below some modules, their hooks and settings: whether they are the same, and
+    whether any module trains.
     """
 
     def __init__(self, roots: Sequence[nn.Module]) -> None:
@@ -118,7 +119,7 @@ class Structure:
         self.snapshot()
 
     def snapshot(self) -> None:
-        """Take the present submodules as unchanged."""
+        """Take the present submodules and settings as unchanged."""
         self.modules = list(dict.fromkeys(m for root in self.roots for m in root.modules()))
         places: list[tuple[dict[str, Any], str, Any]] = []
         tables: list[Mapping[Any, Any]] = list(_GLOBAL_HOOKS)
@@ -146,14 +147,19 @@ class Structure:
         def trains() -> bool:
             return any(map(_getitem, flags, _TRAINING)) or any(m.training for m in others)
 
+        self.settings = settings = Settings(self.modules)
+
         def full() -> bool:
-            """Whether a submodule or a hook was added, replaced or removed since the snapshot."""
+            """Whether a submodule, a hook or a setting was added, replaced or removed since the
+            snapshot.
+            """
             try:
                 self.trains = trains()
                 return bool(
                     any(empty)
                     or (entries and list(map(list, filled)) != entries)
                     or not all(map(_is, map(_getitem, owners, keys), parts))
+                    or settings.changed()
                 )
             except KeyError:
                 return True
@@ -165,7 +171,7 @@ class Structure:
         aside = [reordered] if ordered else []
         if others:
             aside.append(lambda: trains() != self.trains)
-        self.changed = quick(full, lambda: table([*flags, *tables], ()), aside)
+        self.changed = quick(full, lambda: table([*settings.tables, *tables], ()), aside)
         """What `full` says, in a fraction of its time."""
 
 

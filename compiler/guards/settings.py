@@ -1,0 +1,140 @@
+"""Plain attributes that a program has read: numbers, texts, tuples of such.
+
+A program is made for what they were. `Reads` notes during a trace which ones those are, in modules
+and in objects that hold settings for them, such as a configuration; `Settings` tells whether one
+was changed. That is asked only when something was stored in one of them (`quick` tells), or at
+every call where that cannot be read.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Read = tuple[int, str]
+"""Where a setting is, as the ``id`` of the dictionary, and its name."""
+
+_PLAIN = (int, float, complex, bool, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
+_GONE = object()
+_HEAP = 1 << 9  # of a type's flags: its attributes can be set
+_LIBRARIES = ("torch", "logging", "threading", "weakref")
+_DEPTH = 2
+"""How deep objects of settings lie in others: parts of a model's configuration have their own."""
+
+
+class Settings:
+    """A snapshot of the plain attributes of ``modules`` and of the objects in them.
+
+    ``tables`` are the dictionaries that they are in.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._objects = _objects_of(modules)
+        self.tables = [vars(x) for x in self._objects]
+        self._before = {id(table): (table, dict(table)) for table in self.tables}
+        self._read: dict[int, list[str]] = {}
+
+    def read(self, reads: Iterable[Read]) -> None:
+        """A program has read these; from now on they count, as they are now."""
+        for place, name in reads:
+            if place not in self._before or name == "training":
+                continue
+            names = self._read.setdefault(place, [])
+            if name not in names:
+                names.append(name)
+                now, before = self._before[place]
+                before[name] = now.get(name, _GONE)
+
+    def changed(self) -> bool:
+        """Whether a setting that was read is another one."""
+        for place, names in self._read.items():
+            now, before = self._before[place]
+            for name in names:
+                old, new = before.get(name, _GONE), now.get(name, _GONE)
+                try:
+                    if old is not new and _differs(old, new):
+                        return True
+                except (RuntimeError, ValueError):  # arrays among what is compared
+                    return True
+        return False
+
+
+@contextmanager
+def reads_of(modules: Iterable[nn.Module]) -> Iterator[set[Read]]:
+    """What is read of the attributes of ``modules``, and of objects in them, within it."""
+    objects = _objects_of(modules)
+    tables = {id(x): id(vars(x)) for x in objects}
+    kinds = {nn.Module, *(type(x) for x in objects if not isinstance(x, nn.Module))}
+    kinds.discard(SimpleNamespace)  # does not tell, so all of it counts
+    plain = [vars(x) for x in objects if type(x) is SimpleNamespace]
+    found: set[Read] = {(id(table), name) for table in plain for name in table}
+    own = {kind: kind.__dict__.get("__getattribute__") for kind in kinds}
+
+    def noting(get: Any) -> Any:
+        def noted(self: Any, name: str) -> Any:
+            place = tables.get(id(self))
+            if place is not None:
+                found.add((place, name))
+            return get(self, name)
+
+        return noted
+
+    for kind in kinds:
+        kind.__getattribute__ = noting(kind.__getattribute__)
+    try:
+        yield found
+    finally:
+        for kind, was in own.items():
+            if was is None:
+                del kind.__getattribute__
+            else:
+                kind.__getattribute__ = was
+
+
+def _objects_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """The modules, and the objects of the user's or a library's classes among their attributes."""
+    found: dict[int, Any] = {}
+
+    def visit(value: Any, depth: int) -> None:
+        if id(value) in found:
+            return
+        found[id(value)] = value
+        for inner in list(vars(value).values()) if depth else ():
+            if _holds_settings(inner):
+                visit(inner, depth - 1)
+
+    for module in modules:
+        visit(module, _DEPTH)
+    return list(found.values())
+
+
+def _holds_settings(value: Any) -> bool:
+    kind = type(value)
+    if kind is SimpleNamespace:
+        return True
+    if not kind.__flags__ & _HEAP or not kind.__dictoffset__:
+        return False
+    if isinstance(value, nn.Module | Tensor | type | enum.Enum) or callable(value):
+        return False
+    return kind.__module__.partition(".")[0] not in _LIBRARIES
+
+
+def _differs(before: Any, now: Any) -> bool:
+    """Whether a setting is another one. Tensors are none, nor is what comes where there was nothing
+    but is no number, text or list of such.
+    """
+    if _is_plain(before) and _is_plain(now):
+        return type(before) is not type(now) or before != now
+    return _is_plain(before) or _is_plain(now) or _holds_settings(before)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
