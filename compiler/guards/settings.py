@@ -67,34 +67,54 @@ class Settings:
 
 @contextmanager
 def reads_of(modules: Iterable[nn.Module]) -> Iterator[set[Read]]:
-    """What is read of the attributes of ``modules``, and of objects in them, within it."""
+    """What is read of the attributes of ``modules``, and of objects in them, within it.
+
+    Dynamo, which traces the sides of a `torch.cond`, does not look through attributes that are
+    asked for in another way: while it works all of them count as read.
+    """
+    from torch._dynamo.callback import callback_handler
+
     objects = _objects_of(modules)
-    tables = {id(x): id(vars(x)) for x in objects}
+    tables = {id(x): vars(x) for x in objects}
     kinds = {nn.Module, *(type(x) for x in objects if not isinstance(x, nn.Module))}
     kinds.discard(SimpleNamespace)  # does not tell, so all of it counts
     plain = [vars(x) for x in objects if type(x) is SimpleNamespace]
-    found: set[Read] = {(id(table), name) for table in plain for name in table}
-    own = {kind: kind.__dict__.get("__getattribute__") for kind in kinds}
+    found = {(id(table), name) for table in plain for name in table}
+    own = {kind: (kind.__getattribute__, "__getattribute__" in vars(kind)) for kind in kinds}
 
     def noting(get: Any) -> Any:
         def noted(self: Any, name: str) -> Any:
-            place = tables.get(id(self))
-            if place is not None:
-                found.add((place, name))
+            table = tables.get(id(self))
+            if table is not None:
+                found.add((id(table), name))
             return get(self, name)
 
         return noted
 
-    for kind in kinds:
-        kind.__getattribute__ = noting(kind.__getattribute__)
+    def begin(*given: Any) -> None:
+        for kind, (get, _) in own.items():
+            kind.__getattribute__ = noting(get)
+
+    def end(*given: Any) -> None:
+        for kind, (get, is_own) in own.items():
+            if is_own:
+                kind.__getattribute__ = get
+            elif "__getattribute__" in vars(kind):
+                del kind.__getattribute__
+
+    def compiling(*given: Any) -> None:
+        end()
+        found.update((id(table), name) for table in tables.values() for name in table)
+
+    callback_handler.register_start_callback(compiling)
+    callback_handler.register_end_callback(begin)
+    begin()
     try:
         yield found
     finally:
-        for kind, was in own.items():
-            if was is None:
-                del kind.__getattribute__
-            else:
-                kind.__getattribute__ = was
+        end()
+        callback_handler.remove_start_callback(compiling)
+        callback_handler.remove_end_callback(begin)
 
 
 def _objects_of(modules: Iterable[nn.Module]) -> list[Any]:

@@ -118,6 +118,22 @@ def test_the_router_of_a_compiled_model_may_change() -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_attributes_that_a_side_of_a_cond_reads() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.LeakyReLU(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() < 0, self.act, lambda x: x * 2, (x,))
+
+    model, x = Chosen().eval(), torch.tensor([-3.0, 1.0])
+    compiled = plait.compile(model, tune="off")
+    assert compiled(x).tolist() == [-1.5, 1.0] and len(compiled.programs) == 1
+    model.act.negative_slope = 0.25
+    assert compiled(x).tolist() == [-0.75, 1.0] and len(compiled.programs) == 1
+
+
 def test_what_changes_at_every_call_ends_with_the_original() -> None:
     model, x = Net().eval(), torch.randn(4)
     compiled = plait.compile(model, tune="off")
