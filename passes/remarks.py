@@ -265,6 +265,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-INP-004": "dynamic_shapes does not fit the model's arguments.",
     "PLT-INP-005": "The model itself fails on example_inputs.",
     "PLT-INP-006": "An index among the arguments is out of range.",
+    "PLT-INP-007": "A weight that a loaded program was given is unlike the one it had.",
     "PLT-KER-001": "There is no kernel template for this kind of group.",
     "PLT-KER-002": "The kernel template has no candidate for this group.",
     "PLT-KER-003": "The code generator rejected a kernel; the group runs as library operators.",

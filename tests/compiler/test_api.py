@@ -346,8 +346,11 @@ def test_training_mode_runs_the_original() -> None:
 
 
 def test_what_cannot_be_captured_runs_with_one_remark() -> None:
+    weight = nn.Parameter(torch.ones(2), requires_grad=False)  # no argument decides alone
+
     def function(x: torch.Tensor) -> torch.Tensor:
-        return x if x.sum() > 0 else -x
+        y = x * weight
+        return y if y.sum() > 0 else -y
 
     compiled = compile(function)
     with pytest.warns(UserWarning, match="PLT-CAP-001"):
