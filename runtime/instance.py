@@ -99,9 +99,10 @@ class Instance(Hosted):
         fetching = self.executor.fetching
         with nullcontext() if fetching is None else fetching.tier.using():
             if self._inside and self._run_inside(workspace):
-                outputs = fresh if self.direct else self._outputs(workspace, held, fresh)
+                if not self.direct:
+                    fresh = self._outputs(workspace, self._live(held, fresh))
                 self._free.append(workspace)
-                return outputs
+                return fresh
             return self._run_mixed(workspace, held, fresh)
 
     def _run_inside(self, workspace: Workspace) -> bool:
@@ -164,7 +165,7 @@ class Instance(Hosted):
                 self._call_library(workspace, segment, number, live)
             if self.on_step is not None:
                 self.on_step()
-        outputs = [self._view(workspace, ref, live) for ref in self.plan.outputs]
+        outputs = self._outputs(workspace, live)
         self._free.append(workspace)
         return outputs
 
@@ -177,13 +178,9 @@ class Instance(Hosted):
         return live
 
     def _outputs(
-        self,
-        workspace: Workspace,
-        inputs: Sequence[torch.Tensor],
-        fresh: Sequence[torch.Tensor],
+        self, workspace: Workspace, live: Mapping[str, torch.Tensor]
     ) -> list[torch.Tensor]:
         """The results, which may be parts of each other, of inputs or of constants."""
-        live = self._live(inputs, fresh)
         return [self._view(workspace, ref, live) for ref in self.plan.outputs]
 
     def _run_branches(

@@ -21,7 +21,7 @@ Read = tuple[int, str]
 """Where a setting is, as the ``id`` of the dictionary, and its name."""
 
 _PLAIN = (int, float, complex, bool, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
-_GONE = object()
+_GONE, _OTHER = object(), object()  # nothing is there; what is no setting, and not kept alive
 _HEAP = 1 << 9  # of a type's flags: its attributes can be set
 _LIBRARIES = ("torch", "logging", "threading", "weakref")
 _DEPTH = 2
@@ -29,34 +29,34 @@ _DEPTH = 2
 
 
 class Settings:
-    """A snapshot of the plain attributes of ``modules`` and of the objects in them.
+    """The plain attributes of ``modules``, and of the objects in them, that programs have read.
 
     ``tables`` are the dictionaries that they are in.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._objects = _objects_of(modules)
-        self.tables = [vars(x) for x in self._objects]
-        self._before = {id(table): (table, dict(table)) for table in self.tables}
-        self._read: dict[int, list[str]] = {}
+        self.tables = [vars(x) for x in _objects_of(modules)]
+        self._at = {id(table): table for table in self.tables}
+        self._read: dict[int, dict[str, Any]] = {}
 
     def read(self, reads: Iterable[Read]) -> None:
         """A program has read these; from now on they count, as they are now."""
         for place, name in reads:
-            if place not in self._before or name == "training":
+            table = self._at.get(place)
+            if table is None or name == "training":
                 continue
-            names = self._read.setdefault(place, [])
-            if name not in names:
-                names.append(name)
-                now, before = self._before[place]
-                before[name] = now.get(name, _GONE)
+            known = self._read.setdefault(place, {})
+            if name not in known:
+                value = table.get(name, _GONE)
+                keep = value is None or _is_plain(value) or _holds_settings(value)
+                known[name] = value if keep or value is _GONE else _OTHER
 
     def changed(self) -> bool:
         """Whether a setting that was read is another one."""
-        for place, names in self._read.items():
-            now, before = self._before[place]
-            for name in names:
-                old, new = before.get(name, _GONE), now.get(name, _GONE)
+        for place, known in list(self._read.items()):  # another thread may add some
+            table = self._at[place]
+            for name, old in list(known.items()):
+                new = table.get(name, _GONE)
                 try:
                     if old is not new and _differs(old, new):
                         return True
