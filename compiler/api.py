@@ -222,7 +222,7 @@ def load(path: str | Path, *, weight_budget: int | str | None = None) -> Compile
         compiled = Compiled(None, saved.options, shell=saved.shell, signature=saved.signature)
         dispatcher = compiled._dispatcher
         dispatcher.notes.remarks += saved.remarks
-        dispatcher.adopt_store(saved.store)
+        dispatcher.specialiser.store = saved.store
         for captured in saved.programs:
             executable = build(captured, saved.options, saved.store)
             dispatcher.adopt(Program(captured, executable, [saved.shell]))

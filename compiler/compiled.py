@@ -163,7 +163,7 @@ class Compiled(nn.Module):
         """What keeps a ``weight_budget``, with its counters; None without one, and before the first
         call.
         """
-        store = self._dispatcher.store
+        store = self._dispatcher.specialiser.store
         return None if store is None else store.tier
 
     def explain(self) -> str:

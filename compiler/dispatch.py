@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,6 @@ from .options import Options
 from .program import Program, Unfit
 from .specialise import Bucket, Refused, Specialiser
 
-if TYPE_CHECKING:
-    from .weights.budget import WeightStore
-
 MAX_PROGRAMS = 8
 """Programs captured for one structure of arguments before the original runs instead."""
 MAX_SETTLED = 4
@@ -59,11 +56,6 @@ MAX_KEYS = 4096
 _VALUES = frozenset(SCALARS)
 _autocast = torch._C._is_any_autocast_enabled
 _default_dtype = torch.get_default_dtype
-
-
-def _settles(error: CaptureError) -> bool:
-    """Whether there may be nothing wrong any more once the original ran."""
-    return isinstance(error, ChangeError) or error.remark == "PLT-CAP-020"
 
 
 class Dispatcher:
@@ -91,7 +83,7 @@ class Dispatcher:
         self._default, self._device = torch.get_default_dtype(), default_device()
         self.signature = signature_of(target) if signature is None else signature
         owners = self.modules if shell is None else [shell]
-        self._specialiser = Specialiser(
+        self.specialiser = Specialiser(
             target, options, self.signature, self.notes, store_for(options), owners
         )
 
@@ -267,7 +259,7 @@ class Dispatcher:
         """
         result = self._original(args, kwargs)
         noticed = isinstance(refused.error, ChangeError) and refused.error.noticed
-        if _settles(refused.error) and self._settled < MAX_SETTLED:
+        if refused.settles and self._settled < MAX_SETTLED:
             # The original has now made what it keeps: tables for a length, shapes of weights.
             self._settled += 1
             if not noticed:
@@ -380,7 +372,7 @@ class Dispatcher:
         automatic = varying(bucket.seen, declared)
         if any(t.is_cuda for t in tensors):
             automatic = [{} for _ in declared]  # kernels for GPUs are made for known sizes
-        program = self._specialiser.specialise(bucket, args, kwargs, declared, automatic)
+        program = self.specialiser.specialise(bucket, args, kwargs, declared, automatic)
         if program is None:
             bucket.hopeless = True
             return None
@@ -411,7 +403,7 @@ class Dispatcher:
         opened = [Declared({**d.dims, **d.small}) for d in declared]
         args, kwargs = unflatten(tree, larger)
         try:
-            program = self._specialiser.specialise(
+            program = self.specialiser.specialise(
                 bucket, args, kwargs, opened, [{} for _ in opened]
             )
         except Refused as refused:
@@ -441,7 +433,7 @@ class Dispatcher:
                 )
             self.forget()
             return False
-        executable = self._specialiser.build(program.captured)
+        executable = self.specialiser.build(program.captured)
         if executable is None:
             return False
         program.executable = executable
@@ -450,7 +442,9 @@ class Dispatcher:
         return True
 
     def _outgrow(self) -> None:
-        """Drops the programs of a model that is another now; all, where it always is."""
+        """Drops the programs of a model that is another now. Where it is at nearly every call, the
+        original runs from now on.
+        """
         with self._lock:
             programs = self.programs
             served = any(p.calls > 1 for p in programs)
@@ -470,8 +464,8 @@ class Dispatcher:
             self._table.clear()
             if self.target is not None:
                 self._buckets.clear()
-                if self.store is not None:
-                    self.store.forget()
+                if self.specialiser.store is not None:
+                    self.specialiser.store.forget()
             self._structure.snapshot()
             self._default, self._device = torch.get_default_dtype(), default_device()
 
@@ -486,15 +480,6 @@ class Dispatcher:
             if self._structure.changed():
                 self.forget()
             return [p for p in self.programs if self._refresh(p)]
-
-    @property
-    def store(self) -> WeightStore | None:
-        """What keeps the weights where there is a budget for them."""
-        return self._specialiser.store
-
-    def adopt_store(self, store: WeightStore | None) -> None:
-        """Takes the store that weights of a file were read into."""
-        self._specialiser.store = store
 
     def adopt(self, program: Program) -> None:
         """Adds a program made elsewhere (loaded from a file)."""

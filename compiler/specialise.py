@@ -56,10 +56,14 @@ class Refused(Exception):
     def __init__(self, error: CaptureError, bucket: Bucket | None = None) -> None:
         super().__init__(str(error))
         self.error, self.bucket = error, bucket
+        self.settles = isinstance(error, ChangeError) or error.remark == "PLT-CAP-020"
+        """Whether there may be nothing wrong any more once the original ran."""
 
 
 class Specialiser:
-    """Makes programs of ``target``. What it says goes to ``notes``."""
+    """Makes programs of ``target``. What it says goes to ``notes``; ``store`` keeps the weights
+    where there is a budget for them, of a loaded program that which they were read into.
+    """
 
     def __init__(
         self,

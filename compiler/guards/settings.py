@@ -1,9 +1,9 @@
 """Plain attributes that a program has read: numbers, texts, tuples of such.
 
-A program is made for what they were. `Reads` notes during a trace which ones those are, in modules
-and in objects that hold settings for them, such as a configuration; `Settings` tells whether one
-was changed. That is asked only when something was stored in one of them (`quick` tells), or at
-every call where that cannot be read.
+A program is made for what they were. `reads_of` notes during a trace which ones those are, in
+modules and in objects that hold settings for them, such as a configuration; `Settings` tells
+whether one was changed. That is asked only when something was stored in one of them (`quick`
+tells), or at every call where that cannot be read.
 """
 
 from __future__ import annotations
