@@ -106,6 +106,27 @@ def test_branches_experts_and_sides_are_fetched_within_the_launch(both) -> None:
     assert tier.counters.bytes_moved > before.bytes_moved
 
 
+def test_the_side_of_a_cond_that_ran_is_resident(both) -> None:
+    compiled, _, _ = both
+    executor, tier = compiled.programs[0].executable.executor, compiled.weight_tier
+    [cond] = [s.name for s in executor.plan.steps if getattr(s, "kind", "") == "cond"]
+    lacked = 0
+
+    def resident() -> int:
+        """A bit for each side."""
+        with tier._state:
+            tier._take_back()
+        return tier._resident[executor.fetching.sites[cond].number]
+
+    for first, last in [(3, 0), (0, 3), (3, 1), (1, 3), (2, 2)] * 8:
+        inside, before = executor.inside, resident()
+        compiled(rows([first] * 4, [last] * 4))
+        side = 0 if first > last else 1
+        assert resident() >> side & 1
+        lacked += executor.inside > inside and not before >> side & 1
+    assert lacked  # sides that the launch itself had to fetch
+
+
 class Inner(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
