@@ -1,7 +1,7 @@
 """What the machine can do at best, measured: the yardstick for a kernel's time.
 
 A kernel that does F FLOPs on B bytes cannot take less than max(F / peak, B / bandwidth) (the
-roofline of Williams et al., 2009). The peak is that of a float32 matrix product in torch, the
+roofline of Williams et al., 2009). The peak is that of a matrix product in torch, the
 bandwidth that of copying more than the caches hold; a kernel whose data lies in a cache may beat
 it.
 """
@@ -34,23 +34,29 @@ class Machine:
         return f"{self.flops / 1e9:.0f} GFLOP/s, {self.bandwidth / 1e9:.0f} GB/s"
 
 
-def measure_machine() -> Machine:
+def measure_machine(dtype: torch.dtype = torch.float32) -> Machine:
     """Measures for about a second.
 
     The rate of one thread, on a product short enough to run undisturbed now and then even on a busy
-    machine, times the number of threads.
+    machine, times the number of threads. For ``dtype`` or float32, whichever is faster: the library
+    has no good product in float16 on most CPUs.
     """
     threads, n = torch.get_num_threads(), 384
-    a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
     torch.set_num_threads(1)
     try:
-        product = _best(lambda: torch.mm(a, b, out=out))
+        product = min(_product(n, t) for t in {torch.float32, dtype})
     finally:
         torch.set_num_threads(threads)
     source = torch.zeros(64 << 20, dtype=torch.uint8)
     copy = torch.empty_like(source)
     moved = _best(lambda: copy.copy_(source))
     return Machine(threads * 2 * n**3 / product, 2 * source.numel() / moved)
+
+
+def _product(n: int, dtype: torch.dtype) -> float:
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    out = torch.empty_like(a)
+    return _best(lambda: torch.mm(a, b, out=out))
 
 
 def _best(call: Callable[[], object], seconds: float = 0.4) -> float:

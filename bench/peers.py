@@ -114,11 +114,13 @@ def _openvino(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
     _need("openvino")
     import openvino  # pyright: ignore[reportMissingImports]
 
+    dtypes = {p.dtype for p in model.parameters()}
+    precision = {torch.bfloat16: "bf16", torch.float16: "f16"}
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": next((h for d, h in precision.items() if d in dtypes), "f32"),
     }
     _exportable(model)
     with _quiet():

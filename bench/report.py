@@ -40,11 +40,11 @@ def workload_table(results: Sequence[Result]) -> Group:
     """The engines on one workload, the fastest in bold; below, what went wrong with whom.
 
     "plait" is how many times faster plait is, "compile" seconds including the first call, "MiB"
-    the growth of the resident set meanwhile, "eager" the error over that of float32 eager.
+    the growth of the resident set meanwhile, "eager" the error over that of PyTorch's eager mode.
     """
     first = results[0]
     table = Table(
-        title=f"{first.workload} ({first.size})",
+        title=f"{first.workload} ({first.size}, {first.dtype})",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -430,6 +430,9 @@ def bench(
     threads: Threads = None,
     json: Json = None,
     warm: Annotated[bool, typer.Option("--warm", help="Use and fill the real cache.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and inputs: float32, bfloat16 or float16.")
+    ] = "float32",
     list_: Annotated[bool, typer.Option("--list", help="List workloads and engines.")] = False,
 ) -> None:
     """Measure registered workloads on plait and other engines, interleaved."""
@@ -439,7 +442,7 @@ def bench(
         if list_:
             cli_bench.show_registry()
         else:
-            cli_bench.bench(names or [], size, peers, rounds, seconds, threads, json, warm)
+            cli_bench.bench(names or [], size, peers, rounds, seconds, threads, json, warm, dtype)
 
 
 def main() -> None:

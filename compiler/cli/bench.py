@@ -17,6 +17,8 @@ from ...bench import harness, peers, report, weight_budget, workloads
 from ...bench.environment import environment
 from .error import CliError, check_output, write_text
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def show_registry() -> None:
     """Prints what can be measured and by which engines."""
@@ -41,6 +43,7 @@ def bench(
     threads: int | None,
     output: Path | None,
     warm: bool,
+    dtype: str,
 ) -> None:
     """Measures and prints; a workload's table appears as soon as it is done.
 
@@ -49,8 +52,12 @@ def bench(
     if weight_budget.NAME in names:
         if len(names) > 1:
             raise CliError("'weights' is measured alone", "plait bench weights")
+        if dtype != "float32":
+            raise CliError("'weights' is measured in float32", "leave --dtype out")
         _bench_weights(rounds, seconds, threads, output)
         return
+    if dtype not in DTYPES:
+        raise CliError(f"unknown dtype {dtype!r}", f"use {', '.join(DTYPES)}")
     if size not in workloads.SIZES:
         raise CliError(f"unknown size {size!r}", f"use {' or '.join(workloads.SIZES)}")
     check_output(output)
@@ -80,6 +87,7 @@ def bench(
                 rounds,
                 seconds,
                 lambda text, name=workload.name: status.update(f"{name}: {text}"),
+                getattr(torch, dtype),
             )
             results += rows
             console.print(report.workload_table(rows))

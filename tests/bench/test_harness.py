@@ -28,6 +28,22 @@ def test_a_right_engine_is_timed_and_compared_with_float64() -> None:
     assert len(result.rounds) == 2
 
 
+def test_sixteen_bits_are_judged_by_eagers_own_error() -> None:
+    def off(factor: float) -> Peer:
+        def prepare(model: nn.Module, inputs: tuple):
+            assert {x.dtype for x in inputs} == {torch.bfloat16}
+            return lambda: model(*inputs) * factor
+
+        return Peer(str(factor), "", prepare)
+
+    engines = [peers.PEERS["eager"], off(1.0), off(1.5)]
+    dtype = torch.bfloat16
+    results = run_workload(CHAIN, engines, rounds=1, seconds=0.01, dtype=dtype)
+    assert [r.status for r in results] == ["OK", "OK", "WRONG"]
+    assert {r.dtype for r in results} == {"bfloat16"}
+    assert results[0].error > 1e-3  # type: ignore[operator]
+
+
 def test_failures_are_recorded_and_stop_nobody() -> None:
     def fails(model: nn.Module, inputs: tuple):
         raise RuntimeError("\x1b[31mno such\nluck")
