@@ -18,6 +18,7 @@ from typing import Any
 
 import sympy
 import torch
+import tvm.ir as ir
 import tvm.tirx as tir
 from torch.utils._sympy import functions as sympy_functions
 from tvm.script.ir_builder import IRBuilder
@@ -90,6 +91,7 @@ class Emitter:
         self._builder = IRBuilder()
         self._vars: dict[str, Expr] = {}
         self._scratch: list[Expr] = []
+        self._imports: list[str] = []
         self.inputs: list[Ref] = []
         self.outputs: list[Ref] = []
 
@@ -122,11 +124,14 @@ class Emitter:
     def finish(self) -> Any:
         """The PrimFunc; call it once, after the ``function`` context has ended."""
         func = self._builder.get()
-        if not self._scratch:
-            return func
-        marks = {name: tir.IntImm("int32", value) for name, value in ON_STACK.items()}
-        allocations = [tir.AllocBuffer(b, annotations=marks) for b in self._scratch]
-        return func.with_body(tir.SeqStmt([*allocations, func.body]))
+        if self._scratch:
+            marks = {name: tir.IntImm("int32", value) for name, value in ON_STACK.items()}
+            allocations = [tir.AllocBuffer(b, annotations=marks) for b in self._scratch]
+            func = func.with_body(tir.SeqStmt([*allocations, func.body]))
+        for text in self._imports:
+            zero, code = tir.IntImm("int32", 0), ir.StringImm(text)
+            func = func.with_body(tir.AttrStmt(zero, "pragma_import_llvm", code, func.body))
+        return func
 
     def kernel(
         self,
@@ -177,6 +182,14 @@ class Emitter:
         buffer = tir.decl_buffer((size,), dtype, name="scratch")
         self._scratch.append(buffer)
         return buffer
+
+    def import_llvm(self, text: str) -> None:
+        """Makes functions in LLVM's language known to the kernel; once for each text.
+
+        Several kernels of a module may import a text: its functions must be ``linkonce_odr``.
+        """
+        if text not in self._imports:
+            self._imports.append(text)
 
     @staticmethod
     def f32(value: float) -> Expr:

@@ -11,6 +11,8 @@ import torch.fx as fx
 
 from .abi import TensorArg, names_in
 
+HALF = (torch.bfloat16, torch.float16)
+"""Types of 16 bits; kernels compute with them in float32."""
 IO = Mapping[fx.Node, TensorArg]
 """How every input and output node of a group lies in memory."""
 

@@ -15,25 +15,31 @@ from . import packing_conv
 from .abi import Pack
 
 
-def gemm_panels(weight: torch.Tensor, *, width: int, transposed: bool) -> torch.Tensor:
+def gemm_panels(
+    weight: torch.Tensor, *, width: int, transposed: bool, pairs: bool = False
+) -> torch.Tensor:
     """Cuts the right factor of a matrix product into panels of ``width`` columns.
 
     ``weight`` is ``[*batch, N, K]`` if ``transposed`` (as `torch.nn.Linear` keeps it), else
     ``[*batch, K, N]``; any dtype, any strides. The result is ``[*batch, P, K, width]`` with
     ``P = ceil(N / width)``; columns past ``N`` are zero. A kernel that holds ``width`` columns of
     the result in registers reads one panel from front to back (Goto and van de Geijn, "Anatomy of
-    High-Performance Matrix Multiplication", TOMS 2008).
+    High-Performance Matrix Multiplication", TOMS 2008). With ``pairs``, two steps of a column are
+    neighbours: ``[*batch, P, ceil(K / 2), width, 2]``, a step past the last being zero.
     """
     rows = weight if transposed else weight.transpose(-1, -2)
     *batch, n, k = rows.shape
-    panels = -(-n // width)
-    padded = weight.new_zeros(*batch, panels * width, k)
-    padded[..., :n, :] = rows
-    return padded.view(*batch, panels, width, k).transpose(-1, -2).contiguous()
+    panels, together = -(-n // width), 2 if pairs else 1
+    steps = -(-k // together)
+    padded = weight.new_zeros(*batch, panels * width, steps * together)
+    padded[..., :n, :k] = rows
+    cut = padded.view(*batch, panels, width, steps, together)
+    panel = cut.transpose(-2, -3).contiguous()
+    return panel if pairs else panel.squeeze(-1)
 
 
 def paired_panels(
-    weight: torch.Tensor, *, width: int, transposed: bool, alternate: bool
+    weight: torch.Tensor, *, width: int, transposed: bool, alternate: bool, pairs: bool = False
 ) -> torch.Tensor:
     """`gemm_panels` of which each holds ``width / 2`` columns of both halves of the matrix.
 
@@ -43,8 +49,8 @@ def paired_panels(
     rows = weight if transposed else weight.transpose(-1, -2)
     n = rows.shape[-2]
     halves = (rows[..., 0::2, :], rows[..., 1::2, :]) if alternate else rows.split(n // 2, -2)
-    parts = [gemm_panels(h, width=width // 2, transposed=True) for h in halves]
-    return torch.cat(parts, -1)
+    parts = [gemm_panels(h, width=width // 2, transposed=True, pairs=pairs) for h in halves]
+    return torch.cat(parts, -2 if pairs else -1)
 
 
 PACKERS: dict[str, Callable[..., torch.Tensor]] = {

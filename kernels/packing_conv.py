@@ -18,8 +18,15 @@ def vector_starts(channels: int, lanes: int, vectors: int) -> list[int]:
     return [min(v * lanes, channels - lanes) for v in range(count)]
 
 
-def conv_direct(weight: torch.Tensor, *, groups: int, lanes: int, vectors: int) -> torch.Tensor:
-    """[OC, C/groups, KH, KW] -> [groups * blocks, KH, KW, C/groups, vectors * lanes]."""
+def conv_direct(
+    weight: torch.Tensor, *, groups: int, lanes: int, vectors: int, pairs: bool = False,
+    widened: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """[OC, C/groups, KH, KW] -> [groups * blocks, KH, KW, C/groups, vectors * lanes].
+
+    With ``pairs``, two input channels (their number is even) of an output channel are neighbours:
+    [groups * blocks, KH, KW, C/groups/2, vectors * lanes, 2]. ``widened`` makes it float32.
+    """
     weight = weight if weight.dim() == 4 else weight.unsqueeze(2)
     oc, c, kh, kw = weight.shape
     og = oc // groups
@@ -27,7 +34,12 @@ def conv_direct(weight: torch.Tensor, *, groups: int, lanes: int, vectors: int) 
     rows = (starts[:, None] + torch.arange(lanes)).flatten()
     index = (torch.arange(groups)[:, None] * og + rows).flatten()
     packed = weight.index_select(0, index).view(-1, vectors * lanes, c, kh, kw)
-    return packed.permute(0, 3, 4, 2, 1).contiguous()
+    packed = packed.permute(0, 3, 4, 2, 1)
+    if pairs:
+        packed = packed.unflatten(3, (c // 2, 2)).transpose(-1, -2)
+    if widened:
+        packed = packed.float()
+    return packed.contiguous()
 
 
 def conv_winograd(weight: torch.Tensor, *, lanes: int, vectors: int) -> torch.Tensor:

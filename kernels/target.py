@@ -22,27 +22,35 @@ class Target:
     """A machine to generate code for.
 
     ``kind`` is "cpu" or "cuda"; ``arch`` is LLVM's CPU name or "sm_90"; ``vector_bytes`` the
-    width of a vector register and ``vector_registers`` how many there are.
+    width of a vector register and ``vector_registers`` how many there are; ``bf16_pairs`` whether
+    it multiplies vectors of pairs of bfloat16 (AVX512-BF16), ``tiles`` whether it has a unit for
+    products of small 16-bit matrices (AMX), which only the library uses.
     """
 
     kind: str
     arch: str
     vector_bytes: int
     vector_registers: int
+    bf16_pairs: bool = False
+    tiles: bool = False
 
     def lanes(self, dtype: torch.dtype) -> int:
         """Elements of ``dtype`` in one vector register."""
         return max(1, self.vector_bytes // dtype.itemsize)
 
     def key(self) -> str:
-        return f"{self.kind}:{self.arch}:{self.vector_bytes}"
+        pairs = ":bf16" if self.bf16_pairs else ""
+        return f"{self.kind}:{self.arch}:{self.vector_bytes}{pairs}"
 
     def tvm(self):
         """The TVM target. Imports TVM."""
         import tvm
 
         if self.kind == "cpu":
-            return tvm.target.Target({"kind": "llvm", "mcpu": self.arch, "num-cores": 1})
+            features = {"mattr": ["+avx512bf16"]} if self.bf16_pairs else {}
+            return tvm.target.Target(
+                {"kind": "llvm", "mcpu": self.arch, "num-cores": 1, **features}
+            )
         return tvm.target.Target(
             {
                 "kind": "cuda",
@@ -61,7 +69,8 @@ def host() -> Target:
     arch = _cpu_name()
     capability = torch.backends.cpu.get_cpu_capability()
     if "AVX512" in capability:
-        return Target("cpu", arch, 64, 32)
+        pairs = torch.cpu._is_avx512_bf16_supported()
+        return Target("cpu", arch, 64, 32, pairs, torch.cpu._is_amx_tile_supported())
     if "AVX2" in capability:
         return Target("cpu", arch, 32, 16)
     arm = platform.machine() in ("aarch64", "arm64")

@@ -259,6 +259,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-HFU-006": "A fused launch would have more blocks or tensors than a launch can have.",
     "PLT-HFU-007": "Independent kernels share one launch.",
     "PLT-HFU-008": "One launch for independent kernels would not end sooner.",
+    "PLT-HLF-001": "A product in bfloat16 of unknown size is left to the library's tiles (AMX).",
     "PLT-INP-001": "The arguments of a call do not match the compiled program.",
     "PLT-INP-002": "A size of an argument is outside what the compiled program takes.",
     "PLT-INP-003": "A loaded program met arguments that it was not saved for.",

@@ -12,10 +12,10 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dty
 
 from ..abi import Dim
 from ..emit import Expr, compute_dtype, plain
+from ..group import HALF
 from ..value import Context, Value
 from .scope import bind, opaque
 
-HALF = (torch.bfloat16, torch.float16)
 Promotion = ELEMENTWISE_TYPE_PROMOTION_KIND
 
 

@@ -142,9 +142,6 @@ CATEGORY: dict[str, str] = {
 
 MOST_WRITES = 16
 """Entries of a scattering index along its dimension: each element compares with all of them."""
-PRODUCTS = ("gemm", "conv", "experts")
-"""Categories whose kernels compute in float32 and float64 only."""
-HALF = (torch.bfloat16, torch.float16)
 DTYPES = frozenset(
     {
         torch.float32,
@@ -207,8 +204,6 @@ def library_reason(node: fx.Node) -> str | None:
             return f"{name} has no lowering for {tensor.dtype}"
         if tensor.layout != torch.strided or tensor.is_quantized:
             return f"{name} has no lowering for {tensor.layout} tensors"
-        if CATEGORY[name] in PRODUCTS and tensor.dtype in HALF:
-            return f"{name} in {tensor.dtype} is faster in the library"
     if "val" not in node.meta:
         return f"{name} has no shape information"
     if _depends_on_data(node):  # first, for checks compare sizes

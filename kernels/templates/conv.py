@@ -15,6 +15,7 @@ from ..target import Target
 from . import conv_direct, conv_lanes, conv_tiling, conv_winograd
 from .conv_common import lane_count
 from .conv_spec import CONVOLUTIONS, parse, required_halo
+from .half_factors import leave_to_tiles
 
 __all__ = ["CONVOLUTIONS", "candidates", "lower", "required_halo"]
 
@@ -27,6 +28,7 @@ def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
     Raises `Unsupported` for groups that no convolution template covers.
     """
     spec = parse(group, io)
+    leave_to_tiles(target, io[spec.x].dtype, spec.flops)
     if conv_lanes.covers(spec, io, target):
         found = conv_lanes.configs(spec, io, target)
         if spec.og * 2 >= lane_count(spec.oc, target):  # half-empty vectors may still win,
@@ -34,7 +36,7 @@ def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
             # and do where a stride leaves few taps to share a permuted input.
             found = direct + found if spec.sw > 1 else found + direct
         return found[:MOST]
-    direct = conv_tiling.configs(spec, io, target)
+    direct = conv_tiling.configs(spec, io, target, conv_direct.in_pairs(spec, io, target))
     if not conv_winograd.covers(spec, io, target):
         return direct[:MOST]
     estimates = conv_winograd.estimates(spec, target)

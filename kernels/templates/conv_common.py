@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.fx as fx
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
 from ..abi import Dim
-from ..emit import Emitter, Expr
+from ..emit import Emitter, Expr, expr_dtype
 from ..group import Group, Unsupported
 from ..ops import category, evaluate
+from ..ops.common import convert_expr
 from ..ops.scope import define_operator, sharing
 from ..target import Target
 from ..value import Context, Value
@@ -37,11 +39,12 @@ class Epilogue:
     """The nodes after the anchor, evaluated elementwise at the anchor's own index.
 
     ``store(index, value)`` writes every output of the group at a logical ``index`` for which the
-    anchor's result is the scalar expression ``value``.
+    anchor's result is the scalar expression ``value``, of its ``dtype`` or float32.
     """
 
     emitter: Emitter
     outputs: list[Value]
+    dtype: torch.dtype
     _current: list[Expr]
 
     @staticmethod
@@ -58,10 +61,12 @@ class Epilogue:
         result = Value(tuple(emitter.outputs[0].shape), first.dtype, lambda _: current[0])
         env[anchor] = result if first is meta else (result,)
         evaluate([n for n in group.nodes if n is not anchor], Context(emitter, env))
-        return Epilogue(emitter, [env[n] for n in group.outputs], current)
+        return Epilogue(emitter, [env[n] for n in group.outputs], first.dtype, current)
 
     def store(self, index: Sequence[Expr], value: Expr) -> None:
         with sharing():
+            if expr_dtype(value) == "float32":
+                value = convert_expr(value, torch.float32, self.dtype)
             self._current[:] = [value]
             results = [out.load(index) for out in self.outputs]
             for ref, result in zip(self.emitter.outputs, results, strict=True):

@@ -19,6 +19,8 @@ Three ways to cut the output into tiles:
 The last tile of a line is moved back to overlap its neighbour, or (``split``) gets a narrower body
 of its own. Where the input's halo is too narrow, only tiles at a line's ends check bounds; ``flat``
 tiles check every element.
+
+In bfloat16 a step may be a pair of input channels (`half_factors`).
 """
 
 from __future__ import annotations
@@ -28,17 +30,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
 from ..abi import Kernel, Pack, ceil_div, symbol_names
 from ..emit import Emitter, Expr
 from ..group import IO, Group
+from ..ops.common import convert_expr
 from ..packing_conv import vector_starts
 from ..target import Target
-from .conv_common import Epilogue, clip, inside, loop, name_index, vector, within
+from .conv_common import Epilogue, clip, inside, lane_count, loop, name_index, vector, within
 from .conv_spec import ConvSpec, halo_of
 from .conv_tiling import inner_unroll, tile_count
+from .half_factors import LANES, dot, ramp, words, words_at_even
 
 CUT_SUM = 300  # longer sums are cut into shorter ones ...
 LONG_SUM = 128  # ... of about so many terms
@@ -58,6 +63,19 @@ class _Tile:
     left: list[Expr]
 
 
+def in_pairs(spec: ConvSpec, io: IO, target: Target) -> bool:
+    """Whether steps are pairs of input channels: these are neighbours, and pixels even distances
+    apart.
+    """
+    n, c, h, w = spec.strides(io[spec.x])
+    return (
+        target.bf16_pairs
+        and io[spec.x].dtype == torch.bfloat16
+        and lane_count(spec.og, target) == LANES
+        and words_at_even((n, h, w, c), spec.cg)
+    )
+
+
 def lower(
     spec: ConvSpec, group: Group, io: IO, target: Target, config: dict[str, Any], name: str
 ) -> Kernel:
@@ -72,9 +90,10 @@ def lower(
     inputs = tuple(io[n] for n in group.inputs)
     outputs = tuple(io[n] for n in group.outputs)
     symbols = symbol_names(inputs + outputs)
+    pairs = in_pairs(spec, io, target)
     em = Emitter(name, inputs, outputs, symbols)
     with em.function() as task:
-        body = _Body(em, spec, group, io, config, blocks)
+        body = _Body(em, spec, group, io, config, blocks, pairs)
         if config["order"] == "panel":  # consecutive tasks share a weight panel
             count = em.dim(chunks)
             panel, first = tir.truncdiv(task, count), tir.truncmod(task, count)
@@ -86,11 +105,10 @@ def lower(
         extent = em.i64(chunk) if exact else tir.min(em.i64(chunk), limit - first)
         with T.serial(em.i64(0), extent) as t:
             body.tile(panel, first + t)
-    packs = {
-        spec.weight: Pack(
-            "conv_direct", (("groups", spec.groups), ("lanes", lanes), ("vectors", nv))
-        )
-    }
+    layout: list[tuple[str, int]] = [("groups", spec.groups), ("lanes", lanes), ("vectors", nv)]
+    if pairs:
+        layout.append(("pairs", True))
+    packs = {spec.weight: Pack("conv_direct", tuple(layout))}
     return em.kernel(
         chunks * panels, config, flops=spec.flops, packs=tuple(packs.get(n) for n in group.inputs)
     )
@@ -101,13 +119,16 @@ class _Body:
 
     def __init__(
         self, em: Emitter, spec: ConvSpec, group: Group, io: IO,
-        config: dict[str, Any], blocks: int,
+        config: dict[str, Any], blocks: int, pairs: bool,
     ) -> None:  # fmt: skip
         self.em, self.spec, self.blocks = em, spec, blocks
         self.lanes, self.ri, self.nv = config["lanes"], config["ri"], config["nv"]
         self.kind, self.split = config["tile"], config["split"]
         refs = dict(zip(group.inputs, em.inputs, strict=True))
         self.x, self.w = refs[spec.x], refs[spec.weight]
+        self.x_words, self.w_words = (words(self.x), words(self.w)) if pairs else (None, None)
+        self.together = 2 if pairs else 1  # input channels in a step
+        self.steps = spec.cg // self.together
         self.bias = refs[spec.bias] if spec.bias is not None else None
         self.static_xs = spec.strides(io[spec.x])
         self.xs = [em.dim(s) for s in self.static_xs]
@@ -124,7 +145,7 @@ class _Body:
         grp = tir.truncdiv(panel, self.blocks) if spec.groups > 1 else em.i64(0)
         block = tir.truncmod(panel, self.blocks) if spec.groups > 1 else panel
         first = [name_index(self._channel(grp, block, v)) for v in range(self.nv)]
-        weights = panel * (spec.kh * spec.kw * spec.cg * self.nv * self.lanes)
+        weights = panel * (spec.kh * spec.kw * self.steps * self.nv * self.lanes)
         if self.kind == "flat":
             self._compute(self._flat(number, grp), first, weights, self.guard[0] or self.guard[1])
             return
@@ -226,7 +247,7 @@ class _Body:
         """
         em, lanes = self.em, self.lanes
         acc = _Sums(
-            em, len(tile.base), self.nv, lanes, self.spec.kh * self.spec.kw * self.spec.cg > CUT_SUM
+            em, len(tile.base), self.nv, lanes, self.spec.kh * self.spec.kw * self.steps > CUT_SUM
         )
         self._taps(acc, tile, weights, check)
         for i, (n, row, col) in enumerate(tile.pixel):
@@ -235,7 +256,8 @@ class _Body:
                     index = self.spec.out_index(n, first[v] + j, row, col)
                     total = acc.result(i, v * lanes + j)
                     if self.bias:
-                        total = total + self.bias.load([first[v] + j])
+                        bias = self.bias.load([first[v] + j])
+                        total = total + convert_expr(bias, self.bias.arg.dtype, torch.float32)
                     self.epilogue.store(index, total)
 
     def _whole(self, count: int) -> bool:
@@ -261,13 +283,13 @@ class _Body:
                     for kx in range(spec.kw):
                         some = inside(count, kx, spec.sw, spec.pw, spec.dw, spec.w)
                         self._run(acc, tile, some, weights, ky, em.i64(kx), False)
-                    acc.flush(spec.kw * spec.cg)
+                    acc.flush(spec.kw * self.steps)
             else:
                 with T.serial(*xs) as kx:
                     for ky in range(spec.kh):
                         some = inside(count, ky, spec.sh, spec.ph, spec.dh, spec.h)
                         self._run(acc, tile, some, weights, em.i64(ky), kx, False)
-                    acc.flush(spec.kh * spec.cg)
+                    acc.flush(spec.kh * self.steps)
         elif self._merges() and not check and self.kind != "cols":
             with T.serial(*ys) as ky:  # columns of taps and channels form one run in memory
                 self._run(acc, tile, range(count), weights, ky, em.i64(0), False, spec.kw)
@@ -275,7 +297,7 @@ class _Body:
             with T.serial(*ys) as ky:
                 with T.serial(*xs) as kx:
                     self._run(acc, tile, range(count), weights, ky, kx, check)
-                acc.flush(spec.kw * spec.cg)
+                acc.flush(spec.kw * self.steps)
         acc.flush(0)
 
     def _merges(self) -> bool:
@@ -289,9 +311,9 @@ class _Body:
         """Adds all channels of one tap (or of ``columns`` adjacent ones) to some of the pixels."""
         em, spec, rj = self.em, self.spec, self.nv * self.lanes
         _, sc, sh, sw = self.xs
-        depth = columns * spec.cg
+        depth = columns * self.steps
         shift = ky * (spec.dh * sh) + kx * (spec.dw * sw)
-        row = weights + (ky * spec.kw + kx) * (spec.cg * rj)
+        row = weights + (ky * spec.kw + kx) * (self.steps * rj)
         pixels = list(pixels)
         at = {i: tile.base[i] + shift for i in pixels}
         valid: dict[int, Expr] = {}
@@ -301,19 +323,37 @@ class _Body:
                 flag = name_index(within(y, self.h) * within(x, self.wd))
                 valid[i] = flag != tir.IntImm("int32", 0)
                 at[i] = name_index(tir.Select(valid[i], at[i], em.i64(0)))
+        if self.together == 2:
+            at = {i: name_index(tir.truncdiv(offset, 2)) for i, offset in at.items()}
         # Where a run is itself long, it is cut into sums of some hundred terms.
         unroll, parts = inner_unroll(depth), acc.parts(depth)
         with loop(em, parts) as part:
             with loop(em, depth // parts // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
                 k = part * (depth // parts) + k0 * unroll + k1
                 for i in pixels:
-                    value = self.x.load_flat(at[i] + k * sc)
-                    if check:
-                        value = tir.Select(valid[i], T.bind(value), em.f32(0.0))
+                    value = self._left(at[i], k, sc, valid.get(i))
+                    if self.w_words is not None:
+                        with T.unroll(em.i64(self.nv)) as v:
+                            lane = v * self.lanes
+                            weight = self.w_words[ramp(row + k * rj + lane, LANES)]
+                            acc.add_pairs(i, lane, value, weight)
+                        continue
                     with T.unroll(em.i64(self.nv)) as v, vector(em, self.lanes) as j:
                         lane = v * self.lanes + j
-                        acc.add(i, lane, value * self.w.load_flat(row + k * rj + lane))
+                        weight = self.w.load_flat(row + k * rj + lane)
+                        weight = convert_expr(weight, self.w.arg.dtype, torch.float32)
+                        acc.add(i, lane, value * weight)
             acc.flush(depth // parts, pixels)
+
+    def _left(self, at: Expr, step: Expr, stride: Expr, valid: Expr | None) -> Expr:
+        """What a weight vector meets: a float32 or a pair; zero where not ``valid``."""
+        zero: Expr = self.em.f32(0.0)
+        if self.x_words is not None:
+            value, zero = self.x_words[at + step], tir.IntImm("int32", 0)
+        else:
+            value = self.x.load_flat(at + step * stride)
+            value = convert_expr(value, self.x.arg.dtype, torch.float32)
+        return value if valid is None else tir.Select(valid, T.bind(value), zero)
 
 
 class _Sums:
@@ -335,6 +375,11 @@ class _Sums:
 
     def add(self, pixel: int, at: Expr, term: Expr) -> None:
         T.buffer_store(self.sums[pixel], self.sums[pixel][at] + term, [at])
+        self.pending = True
+
+    def add_pairs(self, pixel: int, at: Expr, pair: Expr, weights: Expr) -> None:
+        lanes, sums = ramp(at, LANES), self.sums[pixel]
+        T.buffer_store(sums, dot(self.em, sums[lanes], pair, weights), [lanes])
         self.pending = True
 
     def parts(self, depth: int) -> int:

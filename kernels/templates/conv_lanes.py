@@ -5,7 +5,8 @@ load at the matching input channels brings all of them; for every channel ``c`` 
 in-register permutation gives each lane its group's channel ``c`` (for depthwise there is nothing
 to permute). A tile is ``ri`` output pixels of one row by ``nv`` vectors; each loaded and permuted
 input is used for every tap of the row of taps that it feeds, so that permutations and loads are
-``KW`` times fewer than multiply-adds. Weights are packed ``[block, KH, KW, C/groups, nv * lanes]``.
+``KW`` times fewer than multiply-adds. Weights are packed ``[block, KH, KW, C/groups, nv * lanes]``,
+those of 16 bits, of which there are few, as float32.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
 from ..abi import Kernel, Pack, ceil_div, symbol_names
 from ..emit import Emitter, Expr
-from ..group import IO, Group
+from ..group import HALF, IO, Group
+from ..ops.common import convert_expr
 from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import Epilogue, clip, inside, lane_count, name_index, vector
 from .conv_spec import ConvSpec, halo_of
+from .half_factors import Wide, ramp
 
 TASK_STEPS = 1 << 15  # vector multiply-adds of one task: some ten microseconds of one core
 MIN_TASKS = 16
@@ -123,7 +127,10 @@ def lower(
             line = name_index(first + r)
             with T.serial(em.i64(0), em.dim(ceil_div(spec.ow, config["ri"]))) as wt:
                 body.tile(block, line, wt)
-    pack = Pack("conv_direct", (("groups", 1), ("lanes", lanes), ("vectors", nv)))
+    layout: list[tuple[str, int]] = [("groups", 1), ("lanes", lanes), ("vectors", nv)]
+    if io[spec.x].dtype in HALF:
+        layout.append(("widened", True))
+    pack = Pack("conv_direct", tuple(layout))
     return em.kernel(
         ceil_div(rows, chunk) * blocks,
         config,
@@ -141,7 +148,8 @@ class _Body:
         self.em, self.spec, self.lanes = em, spec, lanes
         self.ri, self.nv = config["ri"], config["nv"]
         refs = dict(zip(group.inputs, em.inputs, strict=True))
-        self.x, self.w = refs[spec.x], refs[spec.weight]
+        self.x, weight = Wide(refs[spec.x]), refs[spec.weight].buffer
+        self.w = T.decl_buffer(weight.shape, "float32", data=weight.data)
         self.bias = refs[spec.bias] if spec.bias is not None else None
         self.xs = [em.dim(s) for s in spec.strides(io[spec.x])]
         self.h, self.wd, self.oh, self.ow = (em.dim(d) for d in (spec.h, spec.w, spec.oh, spec.ow))
@@ -201,7 +209,8 @@ class _Body:
                 with vector(em, self.lanes) as j:
                     total = acc[i][v][j]
                     if self.bias:
-                        total = total + self.bias.load([first[v] + j])
+                        bias = self.bias.load([first[v] + j])
+                        total = total + convert_expr(bias, self.bias.arg.dtype, torch.float32)
                     self.epilogue.store(spec.out_index(n, first[v] + j, row, col + i), total)
 
     def _channel(self, block: Expr, v: int) -> Expr:
@@ -235,25 +244,20 @@ class _Body:
                             value = T.bind(tir.Shuffle(enough, self.takes[c]))
                         for i, kx in feeds[column]:
                             at = weights + ((kx * spec.cg + c) * rj + v * self.lanes)
-                            weight = self.w.load_flat(_run(at, self.lanes))
-                            whole = [_run(em.i64(0), self.lanes)]
+                            weight = self.w[ramp(at, self.lanes)]
+                            whole = [ramp(em.i64(0), self.lanes)]
                             T.buffer_store(acc[i][v], acc[i][v][whole[0]] + value * weight, whole)
 
     def _source(self, base: Expr, left: Expr, column: int, check: bool) -> Expr:
         """The input channels of one vector at one column, zero outside the input."""
         em = self.em
         at = base + column * self.xs[3]
-        value = self.x.load_flat(_run(at, self.span))
+        value = self.x.vector(at, self.span)
         if check:
             x = left + column
             inside = tir.all(x >= 0, x < self.wd)
             value = T.if_then_else(inside, value, _broadcast(em.f32(0.0), self.span))
         return T.bind(value)
-
-
-def _run(first: Expr, lanes: Any) -> Expr:
-    """The index vector ``first, first + 1, ...``."""
-    return tir.Ramp(first, tir.IntImm("int64", 1), lanes)
 
 
 def _broadcast(value: Expr, lanes: Any) -> Expr:

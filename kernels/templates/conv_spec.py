@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 
 from ..abi import Dim, TensorArg
-from ..group import IO, Group, Unsupported
+from ..group import HALF, IO, Group, Unsupported
 
 Expr = Any  # tvm.tirx.Expr
 _COMMON = ("input", "weight", "bias", "stride", "padding", "dilation")
@@ -111,10 +111,11 @@ def parse(group: Group, io: IO) -> ConvSpec:
     args = _arguments(node)
     check_epilogue(group)
     operands = [args["input"], args["weight"], *filter(None, [args.get("bias")])]
+    dtype = node.meta["val"].dtype
     for operand in operands:
         if operand not in io:
             raise Unsupported("PLT-CNV-006", f"{operand} is computed inside the group")
-        if io[operand].dtype != torch.float32:
+        if io[operand].dtype not in (torch.float32, *HALF) or io[operand].dtype != dtype:
             raise Unsupported("PLT-CNV-008", f"{io[operand].dtype} is left to the library")
     if not io[args["weight"]].const:
         raise Unsupported("PLT-CNV-003", "weights computed at run time are not packed")

@@ -8,6 +8,7 @@ per task, and ``order``: consecutive tasks share a weight "panel", or input "pix
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from ..abi import Dim, ceil_div
@@ -25,8 +26,13 @@ SHAPES = (("rows", False), ("cols", False), ("rows", True), ("cols", True), ("fl
 """Kinds of tiles, each with its ``split``; simpler code first."""
 
 
-def configs(spec: ConvSpec, io: IO, target: Target) -> list[dict[str, Any]]:
-    """Configurations in the order of a cost model: cycles of all tiles, tails included."""
+def configs(spec: ConvSpec, io: IO, target: Target, pairs: bool = False) -> list[dict[str, Any]]:
+    """Configurations in the order of a cost model: cycles of all tiles, tails included.
+
+    With ``pairs``, two input channels are one step that costs what one channel of float32 does.
+    """
+    if pairs:
+        spec = replace(spec, c=spec.c // 2)
     found = _estimates(spec, io, target)
     result: list[dict[str, Any]] = []
     for cost, config in found[:4]:

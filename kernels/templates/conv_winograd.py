@@ -23,7 +23,7 @@ from tvm.script.ir_builder import tirx as T
 
 from ..abi import Kernel, Pack
 from ..emit import Emitter, Expr
-from ..group import IO, Group
+from ..group import HALF, IO, Group
 from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import Epilogue, lane_count, loop, name_index, vector
@@ -47,6 +47,8 @@ def covers(spec: ConvSpec, io: IO, target: Target) -> bool:
     if min(spec.c, spec.oc) < max(LEAST_CHANNELS, target.vector_bytes // 4):
         return False
     if min(spec.n, spec.oh - 1, spec.ow - 1) < 1 or spec.strides(io[spec.x])[1] != 1:
+        return False
+    if io[spec.x].dtype in HALF:  # transformed inputs need more digits
         return False
     have = halo_of(io[spec.x], spec.rank)
     return all(h[s] >= n[s] for h, n in zip(have, spec.needed(), strict=True) for s in (0, 1))

@@ -12,6 +12,7 @@ one product, are computed in one panel that holds some columns of each.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +22,17 @@ from tvm.script.ir_builder import tirx as T
 
 from ..abi import Kernel, Pack, product
 from ..emit import Emitter, Expr
-from ..group import IO, Group, Unsupported, symbols_of
+from ..group import HALF, IO, Group, Unsupported, symbols_of
 from ..ops import argument, category, column_halves, evaluate
+from ..ops.common import convert_expr
 from ..ops.scope import sharing
 from ..target import Target
 from ..value import Context, Value
 from .conv_common import loop, name_index, vector
 from .conv_tiling import inner_unroll
+from .half_factors import LANES, Left, dot, ramp, words, words_at_even
 
+BLOCK = 256  # steps of rows that are copied at a time
 STRANDS = 4
 """Partial sums of a single row: each addition waits for the one before it, and loses digits. Wider
 tiles have enough sums in flight without.
@@ -68,6 +72,8 @@ def lower(
     layout: list[tuple[str, int | bool]] = [("width", width), ("transposed", not spec.transposed)]
     if spec.halves:
         layout.append(("alternate", spec.alternate))
+    if spec.pairs:
+        layout.append(("pairs", True))
     pack = Pack("paired_panels" if spec.halves else "gemm_panels", tuple(layout))
     return em.kernel(
         panels * spec.branches,
@@ -87,8 +93,12 @@ class _Spec:
         self.node = node = next(n for n in group.nodes if category(n) == "experts")
         self.weight, self.bias = argument(node, "weight"), argument(node, "bias")
         operands = [argument(node, "x"), self.weight, *([] if self.bias is None else [self.bias])]
-        if any(io[n].dtype != torch.float32 for n in operands):
-            raise Unsupported("PLT-EXP-002", "only float32 has a kernel for routed products")
+        self.dtype = io[self.weight].dtype
+        if self.dtype not in (torch.float32, *HALF) or any(
+            io[n].dtype != self.dtype for n in operands
+        ):
+            reason = "routed products have kernels in float32, bfloat16 and float16 only"
+            raise Unsupported("PLT-EXP-002", reason)
         weight = io[self.weight]
         if not weight.const or not all(isinstance(d, int) for d in weight.shape):
             raise Unsupported("PLT-EXP-003", "weights computed at run time are not packed")
@@ -101,6 +111,11 @@ class _Spec:
             for k in ((1, 2) if self.transposed else (2, 1))
         )
         self.lanes = max(1, target.vector_bytes // 4)
+        self.pairs = target.bf16_pairs and self.dtype == torch.bfloat16
+        self.steps = -(-self.depth // 2) if self.pairs else self.depth
+        self.copied = self.dtype in HALF and not (
+            self.pairs and words_at_even(io[operands[0]].strides, self.depth)
+        )
         slices = [n for n in group.nodes if category(n) == "view" and n.args[0] is node]
         found = column_halves(node, slices) if slices else None
         self.halves: tuple[fx.Node, ...] = found[0] if found else ()
@@ -131,6 +146,12 @@ class _Body:
         refs = dict(zip(group.inputs, em.inputs, strict=True))
         node = spec.node
         self.x, self.weight = refs[argument(node, "x")], refs[spec.weight]
+        self.x_words, self.weight_words = (
+            (words(self.x), words(self.weight)) if spec.pairs else (None, None)
+        )
+        self.left = None
+        if spec.copied:
+            self.left = Left(em, self.x, self.ri, min(spec.steps, BLOCK), spec.pairs)
         self.offsets, self.order = refs[argument(node, "offsets")], refs[argument(node, "order")]
         self.bias = None if spec.bias is None else refs[spec.bias]
         self.share, self.scatter = int(argument(node, "share")), bool(argument(node, "scatter"))
@@ -139,7 +160,7 @@ class _Body:
         self._sums: list[Expr] = [em.f32(0.0)] * self.parts
         env: dict[fx.Node, Any] = {n: Value.of(ref) for n, ref in refs.items()}
         for k, part in enumerate(spec.halves or (node,)):
-            env[part] = Value(tuple(self.out.shape), torch.float32, lambda _, k=k: self._sums[k])
+            env[part] = Value(tuple(self.out.shape), spec.dtype, lambda _, k=k: self._sums[k])
         env.setdefault(node, None)
         evaluate(group.nodes, Context(em, env))
         self._result: Value = env[group.outputs[0]]
@@ -150,7 +171,7 @@ class _Body:
         begin = name_index(self.offsets.load([branch]))
         end = name_index(self.offsets.load([branch + 1]))
         count = name_index(end - begin)
-        weights = name_index((branch * self.panels + panel) * (self.spec.depth * self.width))
+        weights = name_index((branch * self.panels + panel) * (self.spec.steps * self.width))
         tiles = name_index(tir.truncdiv(count + (ri - 1), em.i64(ri)))
         with T.serial(em.i64(0), tiles) as t:
             first = name_index(tir.truncdiv(count * t, tiles))
@@ -183,22 +204,12 @@ class _Body:
         else:
             rows = place
         bases = [name_index(self.x.offset([r, em.i64(0)])) for r in rows]
-        step = self.x.strides[1]
-        strands = math.gcd(self.spec.depth, max(1, STRANDS // size))
-        unroll = max(strands, inner_unroll(self.spec.depth))
+        strands = math.gcd(self.spec.steps, max(1, STRANDS // size))
         sums = [em.local(width * strands) for _ in range(size)]
         for buffer in sums:
             with T.unroll(em.i64(self.nv * strands)) as v, vector(em, lanes) as j:
                 T.buffer_store(buffer, em.f32(0.0), [v * lanes + j])
-        with loop(em, self.spec.depth // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
-            k = k0 * unroll + k1
-            strand = tir.truncmod(k1, em.i64(strands)) * width
-            for i in range(size):
-                value = self.x.load_flat(bases[i] + k * step)
-                with T.unroll(em.i64(self.nv)) as v, vector(em, lanes) as j:
-                    lane = v * lanes + j
-                    term = value * self.weight.load_flat(weights + k * width + lane)
-                    T.buffer_store(sums[i], sums[i][strand + lane] + term, [strand + lane])
+        self._product(bases, weights, sums, strands)
         for i in range(size):
             half = strands
             while half > 1:
@@ -209,6 +220,62 @@ class _Body:
         for i in range(size):
             row = slots[i] if self.scatter else place[i]
             self._store(row, panel, branch, sums[i])
+
+    def _product(self, bases: list[Expr], weights: Expr, sums: list[Any], strands: int) -> None:
+        """Adds the product of some rows with the panel's weights to ``sums``."""
+        em, spec = self.em, self.spec
+        stride = self.x.strides[1]
+        if self.left is None:
+            source = self.x_words
+            starts = bases if source is None else [name_index(tir.truncdiv(b, 2)) for b in bases]
+
+            def direct(row: int, k: Expr) -> Expr:
+                if source is None:
+                    return self.x.load_flat(starts[row] + k * stride)
+                return source[starts[row] + k]
+
+            self._steps(direct, weights, spec.steps, sums, strands)
+            return
+        together = 2 if spec.pairs else 1
+        whole = spec.depth // (BLOCK * together)
+
+        def block(first: Expr, steps: int, elements: int) -> None:
+            assert self.left is not None
+            starts = [name_index(b + first * together * stride) for b in bases]
+            self.left.fill(starts, stride, em.i64(elements))
+            self._steps(self.left.load, weights + first * self.width, steps, sums, strands)
+
+        if whole:
+            with loop(em, whole) as number:
+                block(number * BLOCK, BLOCK, BLOCK * together)
+        rest = spec.steps - whole * BLOCK
+        if rest:
+            block(em.i64(whole * BLOCK), rest, spec.depth - whole * BLOCK * together)
+
+    def _steps(
+        self, left: Callable[[int, Expr], Expr], weights: Expr, steps: int, sums: list[Any],
+        strands: int,
+    ) -> None:  # fmt: skip
+        em, lanes, width = self.em, self.lanes, self.width
+        strands = math.gcd(steps, strands)
+        unroll = max(strands, inner_unroll(steps))
+        with loop(em, steps // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
+            k = k0 * unroll + k1
+            strand = tir.truncmod(k1, em.i64(strands)) * width
+            for i, buffer in enumerate(sums):
+                value = left(i, k)
+                if self.weight_words is not None:
+                    with T.unroll(em.i64(self.nv)) as v:
+                        at = ramp(strand + v * lanes, LANES)
+                        column = ramp(weights + k * width + v * lanes, LANES)
+                        total = dot(em, buffer[at], value, self.weight_words[column])
+                        T.buffer_store(buffer, total, [at])
+                    continue
+                with T.unroll(em.i64(self.nv)) as v, vector(em, lanes) as j:
+                    lane = v * lanes + j
+                    weight = self.weight.load_flat(weights + k * width + lane)
+                    term = value * convert_expr(weight, self.spec.dtype, torch.float32)
+                    T.buffer_store(buffer, buffer[strand + lane] + term, [strand + lane])
 
     def _zeros(self, end: Expr, panel: Expr) -> None:
         """Rows of no branch."""
@@ -246,15 +313,16 @@ class _Body:
         self, column: Expr, lane: Expr, part: int, branch: Expr | None, sums: Expr | None
     ) -> Expr:
         """The product at a column of one operand, with its bias."""
+        dtype = self.spec.dtype
         if sums is None or branch is None:
-            return self.em.f32(0.0)
+            return convert_expr(self.em.f32(0.0), torch.float32, dtype)
         total = sums[lane + part * (self.width // 2)]
-        if self.bias is None:
-            return total
-        if self.parts == 2:
-            alternate = self.spec.alternate
-            column = column * 2 + part if alternate else column + part * self.stored
-        return total + self.bias.load([branch, column])
+        if self.bias is not None:
+            if self.parts == 2:
+                alternate = self.spec.alternate
+                column = column * 2 + part if alternate else column + part * self.stored
+            total = total + convert_expr(self.bias.load([branch, column]), dtype, torch.float32)
+        return convert_expr(total, torch.float32, dtype)
 
 
 def _sizes(most: int) -> list[int]:

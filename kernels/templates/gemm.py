@@ -1,7 +1,7 @@
 """Matrix products on CPUs: linear, mm, addmm, bmm, baddbmm and matmul with a fused epilogue.
 
 See `gemm_body` for the loops, `gemm_epilogue` for what is fused, `gemm_model` for the tile sizes.
-fp32 and bf16 (which accumulates in fp32); rows and batches, inner and outer sizes may be symbols.
+fp32, bf16 and fp16 (both sum in fp32); rows and batches, inner and outer sizes may be symbols.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from ..group import IO, Group, Unsupported
 from ..target import Target
 from .gemm_body import Body, Tiling
 from .gemm_epilogue import Epilogue
-from .gemm_model import tilings
+from .gemm_model import in_pairs, tilings
 from .gemm_spec import ANCHORS, GemmSpec, parse
+from .half_factors import leave_to_tiles
 
 __all__ = ["ANCHORS", "candidates", "lower"]
 
@@ -46,6 +47,7 @@ def lower(
     inputs = tuple(io[n] for n in group.inputs)
     outputs = tuple(io[n] for n in group.outputs)
     symbols = symbol_names((*inputs, *outputs))
+    pairs = in_pairs(spec, target)
     em = Emitter(name, inputs, outputs, symbols)
     tasks = spec.batches * ceil_div(spec.m, tiling.mc) * ceil_div(spec.n, tiling.width)
     with em.function() as task:
@@ -54,8 +56,11 @@ def lower(
         if tasks == 0:
             T.evaluate(0)
         else:
-            Body(em, spec, tiling, epilogue, refs[spec.a], refs[spec.b]).task(task)
-    pack = Pack("gemm_panels", (("width", tiling.width), ("transposed", spec.b_transposed)))
+            Body(em, spec, tiling, epilogue, refs[spec.a], refs[spec.b], pairs).task(task)
+    layout: list[tuple[str, Any]] = [("width", tiling.width), ("transposed", spec.b_transposed)]
+    if pairs:
+        layout.append(("pairs", True))
+    pack = Pack("gemm_panels", tuple(layout))
     return em.kernel(
         tasks,
         config,
@@ -67,4 +72,6 @@ def lower(
 def _checked(group: Group, io: IO, target: Target) -> GemmSpec:
     if target.kind != "cpu":
         raise Unsupported("PLT-GEM-002", f"this template does not generate code for {target.kind}")
-    return parse(group, io)
+    spec = parse(group, io)
+    leave_to_tiles(target, spec.dtype, spec.flops)
+    return spec

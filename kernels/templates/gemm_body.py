@@ -8,7 +8,7 @@ only). Sums between blocks, and on their way to the epilogue, lie in a small scr
 
 The right factor's panel is either packed ahead (a weight), or copied into scratch block by block:
 rows of vectors where columns are neighbours in memory, transposed squares of vectors where the
-inner dimension is.
+inner dimension is. `half_factors` tells how factors of 16 bits are read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from tvm.script.ir_builder import tirx as T
 
 from ..abi import ceil_div
 from ..emit import Emitter, Expr, Ref
+from ..group import HALF
 from .gemm_epilogue import Epilogue
 from .gemm_spec import GemmSpec, unravel
+from .half_factors import LANES, Left, dot, ramp, words, words_at_even
 
 LoadPanel = Callable[[Expr, Expr], Expr]
 """(step along the block, column within the panel) -> element."""
@@ -33,7 +35,8 @@ LoadPanel = Callable[[Expr, Expr], Expr]
 @dataclass(frozen=True)
 class Tiling:
     """Sizes of the loops: ``ri`` rows by ``nv`` vectors of ``lanes`` columns in registers,
-    ``mc`` rows (a multiple of ``ri``) in a task, ``kc`` steps in a block."""
+    ``mc`` rows (a multiple of ``ri``) in a task, ``kc`` steps in a block. A step is an element of
+    the inner dimension, or a pair of them."""
 
     ri: int
     nv: int
@@ -51,11 +54,14 @@ class Body:
     """Emits the work of one task."""
 
     def __init__(
-        self, em: Emitter, spec: GemmSpec, tiling: Tiling, epilogue: Epilogue, a: Ref, b: Ref
-    ) -> None:
+        self, em: Emitter, spec: GemmSpec, tiling: Tiling, epilogue: Epilogue, a: Ref, b: Ref,
+        pairs: bool,
+    ) -> None:  # fmt: skip
         self.em, self.spec, self.t, self.epilogue, self.a, self.b = em, spec, tiling, epilogue, a, b
-        self.m, self.n, self.k = em.dim(spec.m), em.dim(spec.n), em.dim(spec.k)
-        self.blocked = not isinstance(spec.k, int) or spec.k > tiling.kc
+        self.pairs, self.together = pairs, 2 if pairs else 1  # elements in a step
+        steps = ceil_div(spec.k, self.together)
+        self.m, self.n, self.k = em.dim(spec.m), em.dim(spec.n), em.dim(steps)
+        self.blocked = not isinstance(steps, int) or steps > tiling.kc
         # Finish tile by tile while sums are in the first-level cache, unless tiles of many heights
         # would each bring their copy of the epilogue.
         self.at_once = not self.blocked and isinstance(spec.m, int)
@@ -71,6 +77,11 @@ class Body:
         self.panel = None if self.direct else em.local(tiling.kc * tiling.width)
         converts = self.turns and spec.dtype != torch.float32
         self.square = em.local(tiling.lanes * tiling.lanes) if converts else None
+        self.a_words, self.b_words = (words(a), words(b)) if pairs else (None, None)
+        self.left = None
+        if spec.dtype in HALF and not (pairs and words_at_even(spec.a_strides, spec.k)):
+            depth = tiling.kc if self.blocked else max(1, int(steps))
+            self.left = Left(em, a, tiling.ri, depth, pairs)
 
     def task(self, number: Expr) -> None:
         """All rows of a block; row blocks of one panel are neighbouring tasks."""
@@ -90,7 +101,8 @@ class Body:
 
             def tile(first: Expr, count: int) -> None:
                 at = em.i64(0) if self.at_once else first * t.width
-                self._multiply(count, a0 + first * strides[-2], at, self.k, load, first=True)
+                start = a0 + first * strides[-2]
+                self._multiply(count, start, at, self.k, em.dim(spec.k), load, first=True)
                 if self.at_once:
                     self._finish(batch, row0 + first, at, column0, em.i64(count))
 
@@ -104,10 +116,12 @@ class Body:
             k0 = T.bind(block * t.kc)
             depth = T.bind(tir.min(em.i64(t.kc), self.k - k0))
             load = self._block(batch, panel, column0, k0, depth)
+            skipped = k0 * self.together
+            elements = T.bind(tir.min(depth * self.together, em.dim(spec.k) - skipped))
 
             def partial(first: Expr, count: int) -> None:
-                start = a0 + first * strides[-2] + k0 * strides[-1]
-                self._multiply(count, start, first * t.width, depth, load, first=False)
+                start = a0 + first * strides[-2] + skipped * strides[-1]
+                self._multiply(count, start, first * t.width, depth, elements, load, first=False)
 
             self._tiles(rows, tails, partial)
         self._finish(batch, row0, em.i64(0), column0, rows)
@@ -135,15 +149,17 @@ class Body:
     # -- the register tile --------------------------------------------------------------------
 
     def _multiply(
-        self, rows: int, a0: Expr, sums0: Expr, depth: Expr, load: LoadPanel, first: bool
-    ) -> None:
+        self, rows: int, a0: Expr, sums0: Expr, depth: Expr, elements: Expr, load: LoadPanel,
+        first: bool,
+    ) -> None:  # fmt: skip
         """``sums += a @ panel`` for one tile, or ``sums =`` it if ``first``.
 
-        Every block is summed from zero, so rounding errors grow with the block, not with ``k``.
+        ``depth`` steps are ``elements`` of the inner dimension. Every block is summed from zero, so
+        rounding errors grow with the block, not with ``k``.
         """
         em, t = self.em, self.t
-        stride_m, stride_k = (em.dim(s) for s in self.spec.a_strides[-2:])
-        start = [T.bind(a0 + i * stride_m) for i in range(rows)]
+        stride_m = em.dim(self.spec.a_strides[-2])
+        left = self._left([T.bind(a0 + i * stride_m) for i in range(rows)], elements)
         acc = self.acc
         for i in range(rows):
             with T.unroll(em.i64(t.nv)) as v, T.vectorized(em.i64(t.lanes)) as j:
@@ -152,7 +168,13 @@ class Body:
 
         def step(k: Expr) -> None:
             for i in range(rows):
-                value = _f32(self.a.load_flat(start[i] + k * stride_k))
+                value = left(i, k)
+                if self.pairs:
+                    with T.unroll(em.i64(t.nv)) as v:
+                        at = ramp(v * t.lanes, LANES)
+                        total = dot(em, acc[i][at], value, load(k, at))
+                        T.buffer_store(acc[i], total, [at])
+                    continue
                 with T.unroll(em.i64(t.nv)) as v, T.vectorized(em.i64(t.lanes)) as j:
                     at = v * t.lanes + j
                     T.buffer_store(acc[i], acc[i][at] + value * _f32(load(k, at)), [at])
@@ -171,6 +193,18 @@ class Body:
                 total = acc[i][at] if first else self.sums[where] + acc[i][at]
                 T.buffer_store(self.sums, total, [where])
 
+    def _left(self, starts: list[Expr], elements: Expr) -> Callable[[int, Expr], Expr]:
+        """(row of a tile, step) -> what the panel's vector is multiplied with."""
+        stride = self.em.dim(self.spec.a_strides[-1])
+        if self.left is not None:
+            self.left.fill(starts, stride, elements)
+            return self.left.load
+        if self.a_words is not None:
+            source: Any = self.a_words
+            halves = [T.bind(tir.truncdiv(start, 2)) for start in starts]
+            return lambda i, k: source[halves[i] + k]
+        return lambda i, k: self.a.load_flat(starts[i] + k * stride)
+
     # -- the right factor ---------------------------------------------------------------------
 
     def _block(
@@ -182,6 +216,9 @@ class Body:
             panels = -(-spec.n // t.width)  # type: ignore[operator]
             matrix = _dot(batch, [em.dim(s) for s in spec.b_matrix_strides])
             start = T.bind(((matrix * panels + panel) * self.k + k0) * t.width)
+            if self.b_words is not None:
+                source: Any = self.b_words
+                return lambda k, j: source[_shifted(j, start + k * t.width)]
             return lambda k, j: self.b.load_flat(start + k * t.width + j)
         strides = [em.dim(s) for s in spec.b_strides]
         origin = T.bind(_dot(batch, strides) + k0 * strides[-2] + column0 * strides[-1])
@@ -215,7 +252,7 @@ class Body:
                 rows = [self._vector(corner + i * stride_n, i) for i in range(t.lanes)]
                 for i, row in enumerate(_transposed(rows)):
                     at = (s * t.lanes + i) * t.width + v * t.lanes
-                    T.buffer_store(self.panel, row, [_ramp(at, t.lanes)])
+                    T.buffer_store(self.panel, row, [ramp(at, t.lanes)])
             with T.serial(squares * t.lanes, depth) as k, T.serial(em.i64(t.lanes)) as j:
                 self._put(origin, k, v * t.lanes + j)
         with T.serial(depth) as k:
@@ -225,10 +262,10 @@ class Body:
         """A vector of the right factor as a named fp32 value."""
         em, lanes = self.em, self.t.lanes
         if self.square is None:
-            return T.bind(self.b.buffer[_ramp(offset, lanes)])
+            return T.bind(self.b.buffer[ramp(offset, lanes)])
         with T.vectorized(em.i64(lanes)) as j:  # TVM converts bf16 only in such loops
             T.buffer_store(self.square, _f32(self.b.load_flat(offset + j)), [row * lanes + j])
-        return T.bind(self.square[_ramp(em.i64(row * lanes), lanes)])
+        return T.bind(self.square[ramp(em.i64(row * lanes), lanes)])
 
     def _edge(self, origin: Expr, k: Expr, whole: Expr, limit: Expr) -> None:
         """Columns past the last whole vector, and zeros up to the panel's width."""
@@ -277,9 +314,8 @@ class Body:
                     vector(j, 1)
 
 
-def _ramp(start: Expr, lanes: int) -> Expr:
-    """The indices of a vector of neighbours."""
-    return tir.Ramp(start, tir.IntImm("int64", 1), tir.IntImm("int32", lanes))
+def _shifted(ramp: Expr, by: Expr) -> Expr:
+    return tir.Ramp(ramp.base + by, ramp.stride, ramp.lanes)
 
 
 def _f32(value: Expr) -> Expr:

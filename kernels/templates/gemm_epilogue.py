@@ -23,8 +23,9 @@ from ..abi import Dim
 from ..emit import Emitter, Expr, Ref
 from ..group import Group, Unsupported
 from ..ops import evaluate
+from ..ops.common import convert_expr
 from ..ops.scope import sharing
-from ..value import Context, Value, cast_expr
+from ..value import Context, Value
 from .gemm_spec import GemmSpec, aten, dim_of, match_dims, same
 
 
@@ -117,9 +118,9 @@ class Epilogue:
             value = value * self.em.f32(spec.alpha)
         if spec.fused_bias is not None and spec.beta != 0:
             bias = env[spec.fused_bias].broadcast(self._shape)
-            term = cast_expr(bias.load([c.expr for c in index]), bias.dtype, torch.float32)
+            term = convert_expr(bias.load([c.expr for c in index]), bias.dtype, torch.float32)
             value = value + (term if spec.beta == 1 else term * self.em.f32(spec.beta))
-        value = cast_expr(value, torch.float32, spec.dtype)
+        value = convert_expr(value, torch.float32, spec.dtype)
         return Value(self._shape, spec.dtype, _only_at(index, spec.shape, lambda: value))
 
     def _view(

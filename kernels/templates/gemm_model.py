@@ -7,7 +7,9 @@ panel's loads, the cost of entering a tile, and rows that fall into the same cac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from ..abi import Dim, ceil_div
 from ..target import Target
@@ -30,9 +32,18 @@ class _Tile:
     nv: int
 
 
+def in_pairs(spec: GemmSpec, target: Target) -> bool:
+    """Whether a product's steps are pairs of elements."""
+    return target.bf16_pairs and spec.dtype == torch.bfloat16 and spec.b_const
+
+
 def tilings(spec: GemmSpec, target: Target, limit: int = 6) -> list[Tiling]:
     """Tile sizes for a product, best first."""
     lanes = target.vector_bytes // 4
+    if in_pairs(spec, target):  # a pair costs what an element of float32 does
+        strides = (*(ceil_div(s, 2) for s in spec.a_strides[:-1]), spec.a_strides[-1])
+        k = ceil_div(spec.k, 2)
+        spec = replace(spec, k=k, a_strides=strides, dtype=torch.float32)
     tiles = {_best_rows(spec, target, lanes, nv) for nv in (1, 2, 3, 4, 6)}
     ranked = sorted(tiles, key=lambda t: (_cost(spec, lanes, t), t.nv, t.ri))
     return [_blocks(spec, lanes, t) for t in ranked[:limit]]

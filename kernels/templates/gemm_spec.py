@@ -13,7 +13,7 @@ import tvm.tirx as tir
 
 from ..abi import Dim, contiguous_strides, product
 from ..emit import Expr
-from ..group import IO, Group, Unsupported
+from ..group import HALF, IO, Group, Unsupported
 
 aten = torch.ops.aten
 ANCHORS = frozenset(
@@ -105,7 +105,7 @@ def parse(group: Group, io: IO) -> GemmSpec:
     left, right, fused_bias, transposed = _operands(anchor)
     a, b = _strided(left, group, io), _strided(right, group, io)
     dtype = io[a.node].dtype
-    if dtype not in (torch.float32, torch.bfloat16) or io[b.node].dtype != dtype:
+    if dtype not in (torch.float32, *HALF) or io[b.node].dtype != dtype:
         raise Unsupported("PLT-GEM-004", f"{dtype} times {io[b.node].dtype} is left to the library")
     has_row, has_column = len(a.shape) > 1, len(b.shape) > 1
     lead = a.shape[:-1]  # everything of ``a`` but k

@@ -16,11 +16,10 @@ from tvm.script.ir_builder import tirx as T
 
 from ..abi import Kernel, ceil_div, product
 from ..emit import Emitter, Expr, Ref, compute_dtype
-from ..group import IO, Group, Unsupported, symbols_of
+from ..group import HALF, IO, Group, Unsupported, symbols_of
 from ..math import is_nan
 from ..ops import argument
 from ..ops.common import convert_expr, unravel
-from ..ops.table import HALF
 from ..target import Target
 from .conv_common import name_index
 

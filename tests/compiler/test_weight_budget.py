@@ -345,10 +345,24 @@ def test_a_model_without_routed_weights_cannot_keep_a_budget() -> None:
 
 
 def test_weights_whose_product_has_no_kernel_stay(net: Net) -> None:
-    half = copy.deepcopy(net).bfloat16()
+    wide = copy.deepcopy(net).double()
     x, index = example(9)
     with pytest.raises(plait.OptionError, match="no routed products with kernels"):
-        plait.compile(half, example_inputs=(x.bfloat16(), index), weight_budget="60%")
+        plait.compile(wide, example_inputs=(x.double(), index), weight_budget="60%")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_sixteen_bits(net: Net, dtype: torch.dtype) -> None:
+    half = copy.deepcopy(net).to(dtype)
+    x, index = example(9)
+    with torch.no_grad():
+        whole = plait.compile(half, example_inputs=(x.to(dtype), index), tune="off")
+        some = plait.compile(
+            half, example_inputs=(x.to(dtype), index), weight_budget="60%", tune="off"
+        )
+        for seed in range(4):
+            x, index = example(9, seed)
+            assert torch.equal(whole(x.to(dtype), index), some(x.to(dtype), index))
 
 
 def test_a_full_disk_is_one_error(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from plait.kernels.abi import TensorArg, contiguous_strides
 from plait.kernels.group import Group
 from plait.kernels.target import host
 from plait.kernels.templates import gemm
+from plait.kernels.templates.gemm_spec import HALF
 
 from .harness import Batch
 
@@ -128,7 +129,7 @@ def check(cases: Sequence[Case]) -> None:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    kinds = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+    kinds = {torch.float32: torch.int32, **dict.fromkeys(HALF, torch.int16)}
     tensor = tensor.contiguous()
     return tensor.view(kinds[tensor.dtype]) if tensor.dtype in kinds else tensor
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +13,7 @@ from torch import nn
 
 import plait
 from plait.kernels import packing, routing
+from plait.kernels import target as targets
 from plait.runtime.plan import KernelStep
 
 
@@ -129,13 +133,31 @@ def test_all_of_it_is_kernels() -> None:
     assert all(isinstance(s, KernelStep) for s in compiled.plan.steps)
 
 
-def test_sixteen_bits_run_in_the_library() -> None:
-    model = Experts(4, 32, 16, False, False).eval().bfloat16()
-    arguments = torch.randn(6, 32).bfloat16(), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
-    with torch.no_grad():
-        compiled = plait.compile(model, example_inputs=arguments)
-        torch.testing.assert_close(compiled(*arguments), model(*arguments), rtol=0.05, atol=0.05)
-    assert any("routed_linear" in r.reason for r in compiled.remarks if r.id == "PLT-FUS-002")
+@pytest.mark.parametrize("kind", ["pairs", "bfloat16", "float16"])
+def test_sixteen_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With multiplications of pairs and without; odd depths, too."""
+    pairs = kind == "pairs"
+    if pairs and not targets.host().bf16_pairs:
+        pytest.skip("this CPU has no AVX512-BF16")
+    machine = dataclasses.replace(targets.host(), bf16_pairs=pairs)
+    monkeypatch.setattr(targets, "host", lambda: machine)
+    dtype = torch.float16 if kind == "float16" else torch.bfloat16
+    deep = Experts(3, 515, 600, False, True).eval()  # more steps than are copied at a time
+    for number, wide in enumerate((MODELS[0], MODELS[4], deep)):
+        model = copy.deepcopy(wide).to(dtype)
+        hidden = model.up.shape[1 if model.transposed else 2]
+        index = torch.randint(-1, model.experts + 1, (9, 2))
+        x, scale = torch.randn(9, hidden).to(dtype), torch.rand(9, 2).to(dtype)
+        with torch.no_grad():
+            exact = model.double()(x.double(), index, scale.double())
+            eager = model.to(dtype)(x, index, scale)
+            compiled = plait.compile(model, example_inputs=(x, index, scale), tune="off")
+            have = compiled(x, index, scale)
+        assert all(isinstance(s, KernelStep) for s in compiled.plan.steps)
+        assert have.dtype == dtype
+        floor = torch.finfo(dtype).eps * exact.abs().max()
+        allowed = 2 * max((eager - exact).abs().max(), floor)
+        assert (have - exact).abs().max() <= allowed, number
 
 
 @pytest.mark.parametrize("alternate", [False, True])
