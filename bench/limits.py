@@ -20,7 +20,7 @@ from ..runtime.plan import KernelStep, Plan, touched
 from ..runtime.sizes import evaluate
 from ..runtime.table import share
 from ..runtime.trace import Event, typical
-from .bounds import Machine
+from .bounds import Machine, measure_machine
 
 Planned = tuple[list[int], list[Task], Schedule]
 """Of one launch: its step numbers, their tasks with measured times, and when each should run."""
@@ -66,6 +66,13 @@ def limits(
         compute=sum(evaluate(s.flops, {}) for s in steps) / machine.flops,
         memory=_compulsory(plan) / machine.bandwidth,
     )
+
+
+def machine_for(plan: Plan) -> Machine:
+    """This machine's limits for the narrowest floating-point type of a plan's tensors."""
+    used = {ref.dtype for step in plan.steps for ref in touched(step) if ref is not None}
+    narrow = (torch.bfloat16, torch.float16)
+    return measure_machine(next((t for t in narrow if str(t)[6:] in used), torch.float32))
 
 
 def _compulsory(plan: Plan) -> int:

@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ...bench.bounds import Machine, measure_machine
+from ...bench.bounds import Machine
+from ...bench.limits import machine_for
 from ...passes.remarks import render
 from ...runtime.profile import StepTime, profile_steps
 from .error import check_output, write_text
@@ -29,10 +30,10 @@ def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: P
     executor, tensors = on_cpu(loaded, compiled)
     with torch.no_grad():
         times = profile_steps(executor, tensors)
-    machine = measure_machine()
     lowered = getattr(program.executable, "lowered", None)  # a loaded program has none
     configs = {s.hash: s.config for s in lowered.selected.values()} if lowered else {}
     steps = program.executable.plan.steps
+    machine = machine_for(program.executable.plan)
     rows = [_row(steps[t.number], t, machine, configs) for t in times]
     total = sum(t.seconds for t in times)
     console.print(_table(rows, total))

@@ -12,8 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ...bench.bounds import Machine, measure_machine
-from ...bench.limits import Planned, planned_schedules
+from ...bench.bounds import Machine
+from ...bench.limits import Planned, machine_for, planned_schedules
 from ...bench.pictures import kind_of, memory, picture
 from ...passes.tasks import bounds
 from ...runtime.plan import KernelStep, Plan
@@ -48,7 +48,7 @@ def trace(
         ],
     }
     write_text(output, json.dumps(document))
-    console.print(_figures(plan, values, events, planned, measure_machine()))
+    console.print(_figures(plan, values, events, planned, machine_for(plan)))
     console.print(f"wrote {output}: open it at https://ui.perfetto.dev", highlight=False)
 
 

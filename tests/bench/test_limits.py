@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 import plait
+from plait.bench import limits as limits_module
 from plait.bench.bounds import Machine
 from plait.bench.harness import Result
-from plait.bench.limits import limits
+from plait.bench.limits import limits, machine_for
 from plait.bench.peers import limits_of
 from plait.bench.report import _limits
 
@@ -41,6 +43,18 @@ def test_nothing_is_told_of_free_sizes_nor_of_other_engines() -> None:
         compiled = plait.compile(model, example_inputs=(x,), dynamic_shapes=shapes)
         assert limits(compiled.programs[-1].executable.executor, [x], MACHINE) is None  # type: ignore[attr-defined]
     assert limits_of(lambda: model(x), MACHINE) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_machine_is_measured_in_the_plans_type(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = _model()
+    with torch.no_grad():
+        compiled = plait.compile(model.to(dtype), example_inputs=(x.to(dtype),), tune="off")
+    monkeypatch.setattr(limits_module, "measure_machine", lambda asked: asked)
+    assert compiled.plan is not None
+    assert machine_for(compiled.plan) == dtype
 
 
 def test_the_line_names_what_binds() -> None:
