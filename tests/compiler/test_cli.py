@@ -327,7 +327,7 @@ def test_bench_prints_a_table_and_writes_json(tmp_path: Path) -> None:
         "bench", "chain30", "--peers", "eager", "-n", "1", "--seconds", "0.01", "--json", path
     )
     assert result.exit_code == 0, result.output
-    assert "chain30 (cpu)" in result.output
+    assert "chain30 (cpu, float32)" in result.output
     document = json.loads(path.read_text(encoding="utf-8"))
     assert document["results"][0]["status"] == "OK"
     assert document["environment"]["cores"]
