@@ -90,10 +90,11 @@ def topological_groups(
 
 
 def groups_of(graph_module: fx.GraphModule) -> list[Group]:
-    """The groups of a graph that `fuse-vertical` annotated, in an order they can run in.
+    """The groups that `fuse-vertical` made, in an order they can run in.
 
-    Nodes without a group (placeholders, constants, symbols) are in none. Raises ValueError for
-    groups that need each other or whose nodes disagree about their kind.
+    Where it did not run, every operator is the library's. Placeholders, constants and symbols are
+    in no group. Raises ValueError for groups that need each other or whose nodes disagree about
+    their kind.
     """
     nodes = [n for n in graph_module.graph.nodes if n.op == "call_function"]
     numbers: dict[fx.Node, Hashable] = {}
@@ -103,14 +104,16 @@ def groups_of(graph_module: fx.GraphModule) -> list[Group]:
     ordered = topological_groups(nodes, numbers.__getitem__, orderings(graph_module.graph))
     groups = []
     for members in ordered:
-        if annotation(members[0]).group is not None:
-            groups.append(_group(members))
+        first = members[0]
+        if annotation(first).group is not None:
+            groups.append(_group(members, {annotation(node).kind for node in members}))
+        elif first.meta.get("val") is not None and not is_symbol(first):
+            groups.append(_group(members, {"library"}))
     return groups
 
 
-def _group(members: list[fx.Node]) -> Group:
+def _group(members: list[fx.Node], kinds: set[str | None]) -> Group:
     inside = set(members)
-    kinds = {annotation(node).kind for node in members}
     if len(kinds) != 1 or None in kinds:
         raise ValueError(f"nodes of one group differ in kind: {', '.join(n.name for n in members)}")
     inputs: dict[fx.Node, None] = {}

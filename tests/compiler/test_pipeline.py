@@ -247,3 +247,23 @@ def test_any_and_all_of_nan() -> None:
     for mine, theirs in zip(compiled(x), (x.any(1), x.all(1), x.any(), x.all()), strict=True):
         assert torch.equal(mine, theirs)
     assert all(isinstance(s, KernelStep) for s in compiled.plan.steps)
+
+
+@pytest.mark.parametrize("passes", ["normalize", "normalize,outline-branches"])
+def test_without_fusion_every_operator_is_the_library_s(passes) -> None:
+    """Several results, lists of them, and branches, none of which a pass has put in a group."""
+
+    class Sorts(nn.Module):
+        def forward(self, x):
+            values, order = x.sort(-1)
+            first, second = values.split([3, 5], -1)
+            return torch.cat([second, first], -1) + order
+
+    model = plait.Router([Sorts(), nn.Linear(8, 8)], lambda x: (x[:, 0] > 0).long(), combine="sum")
+    sizes = ({0: torch.export.Dim("n", min=0)},)
+    compiled = plait.compile(model.eval(), pipeline=passes, tune="off", dynamic_shapes=sizes)
+    with torch.no_grad():
+        for cells in (9, 5):
+            x = torch.randn(cells, 8)
+            torch.testing.assert_close(compiled(x), model(x))
+    assert not any(isinstance(s, KernelStep) for s in compiled.plan.every_step())
