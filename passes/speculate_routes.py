@@ -36,6 +36,7 @@ import torch.fx as fx
 from ..kernels.ops.bounds import index_checks
 from . import route_odds
 from .base import Pass, PassResult, allow, copy_graph
+from .cellwise import mixing
 from .cse import drop_dead
 from .ir import COND, Rewriter, attribute, branches_of
 from .outline_branches import is_bookkeeping
@@ -240,6 +241,9 @@ class SpeculateRoutes(Pass):
             self._say(state, "PLT-SPC-007", node, reason)
         elif grouping is not None:
             state.grouped[key] = grouping
+        elif dense and (mixed := mixing(attribute(module, str(graphs[0].target)))) is not None:
+            reason = f"{mixed} in the branch of {key[0]!r} may look at more than one cell"
+            self._say(state, "PLT-SPC-015", node, f"{reason}, so it runs on no others")
         elif dense:
             state.dense.append(key)
         else:
@@ -291,6 +295,10 @@ class SpeculateRoutes(Pass):
                 continue
             first = source.graph.find_nodes(op="placeholder")[0]
             if not isinstance(first.meta["val"].shape[0], torch.SymInt):
+                continue
+            if (mixed := mixing(source)) is not None:
+                reason = f"{mixed} in branch {b} of {key[0]!r} may look at more than one cell"
+                self._say(state, "PLT-SPC-015", node, f"{reason}, so rows are not divided")
                 continue
             if allow("tailor capacity", [node]):
                 sized[b] = rows, at_rows(source, rows, is_bookkeeping)

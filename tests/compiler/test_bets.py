@@ -288,6 +288,30 @@ def test_only_a_choice_after_the_fact_needs_no_guard(wins: None) -> None:
             torch.testing.assert_close(compiled(x), plain(x))
 
 
+class Mixes(nn.Module):
+    """What comes of a cell depends on the others that take this branch, and on their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).cumsum(0) / x.shape[0]
+
+
+def test_branches_that_mix_cells_get_exactly_their_own(wins: None) -> None:
+    gate = plait.Router([Mixes()], lambda x: x[:, 2:3], threshold=0.0)
+    pair = plait.Router([*mlp(8), Mixes()], lambda x: x[:, 0].long(), combine="sum")
+    batches = [(cells([0] * k + [1] * (N - k), 0, 6),) for k in COUNTS * 2]
+    for model, bets_on_others in ((gate.eval(), 0), (pair.eval(), 1)):
+        compiled, _ = both(model, batches)
+        assert ids(compiled).count("PLT-SPC-008") == bets_on_others
+        assert "PLT-SPC-015" in ids(compiled) and "PLT-SPC-005" not in ids(compiled)
+        with torch.no_grad():
+            for x in (cells([0] * 4 + [1] * 20), cells([1] * N, 0, 9), cells([0] * N), *batches[0]):
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_any_batch_size(model: Routed, wins: None) -> None:
     profile = plait.profile(model, USUAL)
     shapes = ({0: torch.export.Dim("n", min=1, max=99)},)
