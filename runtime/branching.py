@@ -29,7 +29,7 @@ from .fork import (
     offsets_function,
 )
 from .host import Host, Hosted, Recorder
-from .plan import BranchStep, FetchStep, KernelStep, TensorRef
+from .plan import BranchStep, FetchStep, KernelStep, LibraryStep, TensorRef
 from .sizes import evaluate
 from .spans import ITEMSIZE, Span, span_of
 from .table import Address, Table, build_table, micros, share
@@ -277,6 +277,9 @@ class Branches:
             part = self.instance.executor.parts[name].made()
             if part is None:
                 return NOT_YET
+            reason = _unfit(name, part)  # of what was compiled meanwhile nobody has asked
+            if reason:
+                return reason
             shapes = self._shapes
             if self._rows:
                 shapes = [(rows, *shapes[0][1:]), *shapes[1:]]
@@ -345,6 +348,35 @@ class Branches:
         words[Variant.FORKS], words[Variant.N_FORKS] = forks.ctypes.data, len(forks)
         keep += [table, memory, ext, fills, times, ends, forks]
         return _Made(words, layout.branches, tuple(keep))
+
+
+def refusal_of(host: Host, step: BranchStep) -> str:
+    """Why the branches of a step cannot be part of a launch, as far as plans tell; "" if they can.
+
+    Those that are compiled later are asked then.
+    """
+    operands = len(step.refs) + len(step.results)
+    if operands + 2 > driver.ARG_CLASSES[-1]:
+        return f"{step.name} has {operands} operands"
+    for name in step.every_plan:
+        part = host.parts[name].made()
+        reason = "" if part is None else _unfit(name, part)
+        if reason:
+            return reason
+    return ""
+
+
+def _unfit(name: str, part: Host) -> str:
+    """Why the plan of a branch cannot be part of a launch; "" if it can."""
+    if part.fetching is not None:
+        return f"{name} fetches weights of its own"
+    for inner in part.plan.steps:
+        if isinstance(inner, LibraryStep | FetchStep):
+            what = inner.target if isinstance(inner, LibraryStep) else inner.name
+            return f"{name} is not kernels alone, but has {what}"
+        if isinstance(inner, BranchStep) and (reason := refusal_of(part, inner)):
+            return reason
+    return ""
 
 
 def has_gaps(instance: Hosted, step: BranchStep) -> bool:

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import driver
-from .branching import FIRST, NOT_YET, Forks, Layout, has_gaps
+from .branching import FIRST, NOT_YET, Forks, Layout, has_gaps, refusal_of
 from .fork import tally_function
-from .host import Host, Hosted
+from .host import Hosted
 from .plan import BranchStep, FetchStep, KernelStep, LibraryStep, TensorRef
 from .residency import Residency, Root, fetch_function
 from .site import Site
@@ -134,29 +133,7 @@ def refusal(instance: Hosted) -> str:
         if isinstance(step, BranchStep):
             if has_gaps(instance, step):
                 return f"{step.name} has operands with gaps"
-            reason = _refusal(instance.executor, step)
+            reason = refusal_of(instance.executor, step)
             if reason:
                 return reason
-    return ""
-
-
-def _refusal(host: Host, step: BranchStep) -> str:
-    """Why the branches of a step cannot be part of a launch, as far as plans tell."""
-    operands = len(step.refs) + len(step.results)
-    if operands + 2 > driver.ARG_CLASSES[-1]:
-        return f"{step.name} has {operands} operands"
-    for name in step.every_plan:
-        part = host.parts[name].made()
-        if part is None:
-            continue
-        if part.fetching is not None:
-            return f"{name} fetches weights of its own"
-        for inner in part.plan.steps:
-            if isinstance(inner, LibraryStep | FetchStep):
-                what = inner.target if isinstance(inner, LibraryStep) else inner.name
-                return f"{name} is not kernels alone, but has {what}"
-            if isinstance(inner, BranchStep):
-                reason = _refusal(part, inner)
-                if reason:
-                    return reason
     return ""

@@ -68,6 +68,24 @@ def test_dead_branches_are_compiled_when_they_are_needed(model: Model) -> None:
     assert ids(plain) == []
 
 
+def test_a_dead_branch_that_needs_the_library_is_no_part_of_a_launch() -> None:
+    class Library(nn.Module):
+        def forward(self, x):
+            return x.logcumsumexp(1)
+
+    torch.manual_seed(0)
+    inner = plait.Router([Library(), nn.ReLU()], lambda x: x[:, 1].long(), combine="sum")
+    for dead in (Library(), inner):
+        branches = [*_branches(2, 3), dead]
+        model = plait.Router(branches, lambda x: x[:, 0].long(), combine="sum").eval()
+        profile = plait.profile(model, [(batch(k % 2),) for k in range(4)])
+        with torch.no_grad():
+            bets = plait.compile(model, profile=profile, tune="off", pipeline=DEAD)
+            for x in (batch(0), batch(2), torch.cat([batch(1), batch(2)]), batch(2), batch(0)):
+                torch.testing.assert_close(bets(x), model(x))
+        assert "but has aten.logcumsumexp" in bets.explain()
+
+
 def test_held_out_batches_decide(model: Model) -> None:
     batches = [(batch(0),), (batch(1),), (batch(1),), (batch(2),)]
     profile = plait.profile(model, batches, holdout=0.25)
