@@ -35,6 +35,8 @@ TIMES = 2
 ROUNDS, SECONDS = 15, 0.3
 """Most rounds, and seconds after which no further round begins."""
 PASS = "speculate-routes"
+_FAILS = (RuntimeError, ValueError, IndexError)
+"""What operators of the library raise where values are errors to them."""
 
 Build = Callable[[Lowered], Executor]
 
@@ -80,7 +82,7 @@ class Speculation:
         try:
             *results, won = self.likely.run(tensors)
             hit = bool(won)
-        except (RuntimeError, IndexError):
+        except _FAILS:
             # A library operator met values that only the likely routes exclude; where it is the
             # caller's error, the general plan raises it again.
             hit, results = False, []
@@ -169,6 +171,7 @@ def judge_likely(
         return None
     slow, fast = Rehearsal(general, {}), Rehearsal(likely, {})
     odds, expected = bet.odds, math.inf
+    trial = [lambda: slow.run(sample.tensors), lambda: fast.run(sample.tensors)]
     gain = loss = time_general = time_likely = 0.0
     for _ in range(TIMES):
         usual, quick = [], []
@@ -176,7 +179,12 @@ def judge_likely(
             script = sample.script(batch, bet)
             slow.play(script)
             fast.play(script)
-            a, b = timed([lambda: slow.run(sample.tensors), lambda: fast.run(sample.tensors)])
+            try:
+                a, b = timed(trial)
+            except _FAILS as error:
+                text = str(error).strip().splitlines() or [""]
+                remarks.append(refused(bet, f"made-up inputs do not run: {text[0][:200]}"))
+                return None
             usual.append(a)
             quick.append(b)
         found = odds * (_mean(usual) - _mean(quick)) - (1 - odds) * _mean(quick)

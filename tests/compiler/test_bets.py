@@ -312,6 +312,24 @@ def test_branches_that_mix_cells_get_exactly_their_own(wins: None) -> None:
                 torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+class Factors(nn.Module):
+    """Made-up inputs have no Cholesky decomposition."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.cholesky(x.unsqueeze(2) * torch.eye(8)).sum(1)
+
+
+def test_a_bet_that_cannot_be_timed_is_refused() -> None:
+    branches = [Factors(), *mlp(8)]
+    model = plait.Router(branches, lambda x: x[:, 0].long() % 2, combine="sum").eval()
+    batches = [(cells([2] * N) + 0.1,) for _ in range(16)]
+    compiled, _ = both(model, batches)
+    (remark,) = [r for r in compiled.remarks if r.id == "PLT-SPC-009" and "made-up" in r.reason]
+    assert "cholesky" in remark.reason and speculation(compiled) is None
+    for (x,) in batches[:2]:
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_any_batch_size(model: Routed, wins: None) -> None:
     profile = plait.profile(model, USUAL)
     shapes = ({0: torch.export.Dim("n", min=1, max=99)},)
