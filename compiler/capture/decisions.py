@@ -31,6 +31,8 @@ OPEN = frozenset(
     " tensor_split".split()
 )
 """Functions whose results have sizes that depend on values."""
+SIZED = frozenset("expand narrow pad repeat reshape split tile unflatten view".split())
+"""Functions whose further arguments are numbers, which tensors without dimensions may stand for."""
 MAKERS = frozenset("arange zeros ones full tensor linspace eye".split())
 """Functions that make tensors of numbers."""
 LIKES = {"zeros": 0, "ones": 1, "full": None}
@@ -143,8 +145,13 @@ class Recording(TorchFunctionMode):
         inputs = [x for x in _walk((args, kwargs)) if isinstance(x, Tensor)]
         writes = _written(func, name, inputs, kwargs)
         known = all(id(x) in self._refs for x in inputs) and bool(inputs or name in MAKERS)
-        if not known or any(_unknown(x) for x in _walk((args, kwargs))):
+        known = known and not any(_unknown(x) for x in _walk((args, kwargs)))
+        asks = name in READS or name in OPEN or (name == "where" and len(inputs) == 1)
+        asks = asks or (name in MAKERS and bool(inputs))
+        asks = asks or (name == "__getitem__" and any(map(_is_mask, inputs[1:])))
+        if not (known and asks):
             args, kwargs = self._settled(name, args, kwargs)
+        if not known:
             self._forget(writes)
             result = func(*args, **kwargs)
             self._fill(name, args, kwargs, result)
@@ -152,9 +159,6 @@ class Recording(TorchFunctionMode):
         if any(_storage(x) in self._given for x in writes):
             self._forget(writes)
             return func(*args, **kwargs)
-        asks = name in READS or name in OPEN or (name == "where" and len(inputs) == 1)
-        asks = asks or (name in MAKERS and bool(inputs))
-        asks = asks or (name == "__getitem__" and any(map(_is_mask, inputs[1:])))
         if asks:
             try:
                 real = self._compute(func, args, kwargs)
@@ -237,6 +241,8 @@ class Recording(TorchFunctionMode):
             count = args[0].numel() if dim is None else args[0].shape[dim]
             total = times[0] * count if len(times) == 1 else sum(times)
             kwargs = {**kwargs, "output_size": total}
+        if name in SIZED and args:
+            args, kwargs = (args[0], *_map(self._number, args[1:])), _map(self._number, kwargs)
         return args, kwargs
 
     def _index(self, tensor: Tensor, index: Sequence[Any]) -> Iterator[Any]:
@@ -251,10 +257,17 @@ class Recording(TorchFunctionMode):
             elif isinstance(part, slice):
                 ends = (part.start, part.stop, part.step)
                 yield slice(*(self._ask(Tensor.item, x) if self._knows(x) else x for x in ends))
+            elif isinstance(part, list | tuple) and any(isinstance(x, Tensor) for x in part):
+                # torch would read the numbers
+                yield self.__torch_function__(torch.stack, (), (list(map(torch.as_tensor, part)),))
             else:
                 yield part
             if place is not None and part is not None:
                 place += wide
+
+    def _number(self, x: Any) -> Any:
+        whole = self._knows(x) and x.dim() == 0 and not x.is_floating_point()
+        return self._ask(Tensor.item, x) if whole else x
 
     def _ask(self, func: Any, tensor: Tensor) -> Any:
         real = self._compute(func, (tensor,), {})

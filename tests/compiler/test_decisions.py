@@ -251,3 +251,24 @@ def test_an_attribute_may_be_what_was_given() -> None:
         x = torch.randn(rows, 4)
         torch.testing.assert_close(compiled(x), x * 2)
         assert model.kept is x
+
+
+def test_sizes_may_be_given_as_tensors() -> None:
+    """What is added to a size that only a number tells would be asked for later on."""
+
+    def function(x: Tensor, values: Tensor) -> Tensor:
+        padded = nn.functional.pad(x, (0, 0, 0, values[0]))
+        parts = padded.view(values[1], -1, 2)
+        return parts if parts.shape[0] > 3 else parts.repeat(values[1], 1, 1)
+
+    check(function, *map(torch.tensor, ([2, 2], [2, 4], [2, 2])), programs=2)
+
+
+def test_indices_may_be_sequences_of_tensors() -> None:
+    def function(x: Tensor, values: Tensor) -> Tensor:
+        rows, columns = zip(*values, strict=True)
+        free = torch.full_like(x, 1).bool()
+        free[rows, columns] = False
+        return x[free].view(2, -1).sum(1)
+
+    check(function, torch.tensor([[0, 1], [5, 2]]), torch.tensor([[1, 1], [3, 3]]), programs=2)
