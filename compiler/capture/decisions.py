@@ -33,6 +33,13 @@ OPEN = frozenset(
 """Functions whose results have sizes that depend on values."""
 SIZED = frozenset("expand narrow pad repeat reshape split tile unflatten view".split())
 """Functions whose further arguments are numbers, which tensors without dimensions may stand for."""
+LIKENESSES = {
+    "expand_as": lambda x, other: (Tensor.expand, (x, other.shape)),
+    "reshape_as": lambda x, other: (Tensor.reshape, (x, other.shape)),
+    "view_as": lambda x, other: (Tensor.view, (x, other.shape)),
+    "type_as": lambda x, other: (Tensor.to, (x, other.dtype)),
+}
+"""Functions of a tensor and another one's size or type: the call that does not take the other."""
 MAKERS = frozenset("arange zeros ones full tensor linspace eye".split())
 """Functions that make tensors of numbers."""
 LIKES = {"zeros": 0, "ones": 1, "full": None}
@@ -140,6 +147,9 @@ class Recording(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if isinstance(func, torch._ops.OpOverload):
             name = func._schema.name.split("::")[-1]
+        if name in LIKENESSES and len(args) == 2 and args[0].device == args[1].device:
+            func, args = LIKENESSES[name](*args)
+            name = func.__name__
         if name == "__iter__":
             return iter(args[0].unbind(0)) if self._knows(args[0]) else func(*args, **kwargs)
         inputs = [x for x in _walk((args, kwargs)) if isinstance(x, Tensor)]

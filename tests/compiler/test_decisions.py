@@ -272,3 +272,12 @@ def test_indices_may_be_sequences_of_tensors() -> None:
         return x[free].view(2, -1).sum(1)
 
     check(function, torch.tensor([[0, 1], [5, 2]]), torch.tensor([[1, 1], [3, 3]]), programs=2)
+
+
+def test_masks_may_have_the_size_of_what_they_mask() -> None:
+    def function(x: Tensor, values: Tensor) -> Tensor:
+        mask = (values == 1).unsqueeze(-1).expand_as(x)
+        return x[mask] * 2 if x[mask].numel() > 4 else x.tanh()
+
+    values = [[0, 1, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0]]
+    check(function, *map(torch.tensor, values), programs=3)
