@@ -31,7 +31,10 @@ OPEN = frozenset(
     " tensor_split".split()
 )
 """Functions whose results have sizes that depend on values."""
-SIZED = frozenset("expand narrow pad repeat reshape split tile unflatten view".split())
+SIZED = frozenset(
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d expand"
+    " interpolate narrow pad repeat reshape roll split tile topk unflatten view".split()
+)
 """Functions whose further arguments are numbers, which tensors without dimensions may stand for."""
 LIKENESSES = {
     "expand_as": lambda x, other: (Tensor.expand, (x, other.shape)),

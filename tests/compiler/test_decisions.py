@@ -258,6 +258,7 @@ def test_sizes_may_be_given_as_tensors() -> None:
 
     def function(x: Tensor, values: Tensor) -> Tensor:
         padded = nn.functional.pad(x, (0, 0, 0, values[0]))
+        padded = nn.functional.interpolate(padded[None], size=values[1] * 2)[0]
         parts = padded.view(values[1], -1, 2)
         return parts if parts.shape[0] > 3 else parts.repeat(values[1], 1, 1)
 
