@@ -1,7 +1,6 @@
 """Methods of transformers' modules that cannot be captured, or not well, and what stands for them.
 
-Sparse modules outside the experts interface, sizes computed by tensors, and models that do not
-compute the same when they are traced.
+Sparse modules outside the experts interface, sizes computed by tensors, and notes of modules.
 
 Some architectures compute their experts in code of their own: a loop over the experts that were
 hit, sizes read from tensors, or all experts for all tokens. `ADAPTERS` names, for each of their
@@ -15,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +24,6 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from ...kernels import routing
-from ..errors import CaptureError
 
 Method = Callable[..., Any]
 Parts = Callable[[Any], Iterable[tuple[nn.Module, str]]]
@@ -281,27 +278,6 @@ def _longcat_experts(
     return weighted_sum(out, top_k_weights).to(hidden_states.dtype)
 
 
-# -- PaliGemma -------------------------------------------------------------------------------------
-
-
-def _paligemma(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The original, where it computes what a trace of it does.
-
-    It leaves out its causal mask where the values of ``attention_mask`` allow; its attention is not
-    causal, so all tokens then see all others, and a graph cannot depend on values.
-    """
-    forward = type(self).forward
-    given = inspect.signature(forward).bind(self, *args, **kwargs).arguments
-    past = given.get("past_key_values")
-    if given.get("token_type_ids") is None and (past is None or not past.is_initialized):
-        raise CaptureError(
-            "PLT-CAP-001",
-            "without token_type_ids, what PaliGemma attends to depends on the mask's values",
-            "pass token_type_ids, as its processor does",
-        )
-    return forward(self, *args, **kwargs)
-
-
 # -- codecs of sound, whose sizes are computed by tensors ------------------------------------------
 
 
@@ -369,7 +345,6 @@ ADAPTERS = {
         {"forward": _switch_experts},
         _numbered_parts("SwitchTransformersDenseActDense", "wi", "wo"),
     ),
-    "PaliGemmaModel": Adapter({"forward": _paligemma}, lambda m: ()),
     "LongcatFlashExperts": Adapter(
         {"forward": _longcat_experts}, lambda m: [(m.identity_expert, "Identity")]
     ),

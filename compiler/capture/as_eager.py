@@ -5,7 +5,7 @@ made even where nothing is hidden, or where the sizes tell that a causal attenti
 models make them for other sizes than their attention's and work only because eager mode does not.
 Triangular systems of linear attention become a program for each row of a chunk. Here sizes are
 guarded and every operator runs: what eager mode chooses is right, shorter, and what results are
-compared with. What depends on a mask's values stays as the library has it.
+compared with. Of what depends on a mask's values, see `masks`.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from .decisions import Recording
 from .experts import routed_experts
 from .flat import Flat
 from .hooks import check_modules
+from .masks import MaskError
 from .quiet import quiet
 from .traced import Traced
 from .tree import Tree, flatten
@@ -73,7 +74,13 @@ def capture(
         traced.recording = Recording(tensors, roots)
     try:
         with EXCLUSIVE, quiet():
-            program, remarks = _export(target, traced, tuple(tensors), shapes, roots)
+            try:
+                program, remarks = _export(target, traced, tuple(tensors), shapes, roots)
+            except MaskError:
+                if not decide:
+                    raise
+                traced.reads_masks = True
+                program, remarks = _export(target, traced, tuple(tensors), shapes, roots)
             # Autocast's conversions appear only when the program is traced through again.
             if torch._C._is_any_autocast_enabled() or ops.needs_decomposition(program):
                 program = program.run_decompositions(ops.decompositions())

@@ -15,6 +15,7 @@ from ..guards.watch import Attributes, modules_of
 from .as_eager import as_eager
 from .decisions import Recording
 from .limits import CheckedSizes, Untouched
+from .masks import masks
 from .recorded import unhooked
 from .state import Given, Tracked, Update
 from .tree import Tree, flatten, unflatten
@@ -30,6 +31,7 @@ class Traced(nn.Module):
         self.result = _Holder()
         self.attributes: Attributes | None = None
         self.recording: Recording | None = None
+        self.reads_masks = False  # whether values decide which masks are left out
         self.roots = modules_of(target)
         self.training = getattr(target, "training", False)
 
@@ -48,7 +50,7 @@ class Traced(nn.Module):
         untouched = Untouched(self.attributes.held() if self.attributes else ())
         below = dict.fromkeys(m for root in self.roots for m in root.modules())
         with CheckedSizes(), unhooked(self.roots), as_eager(), recording, untouched:
-            with reads_of(below) as reads:
+            with reads_of(below) as reads, masks(self.reads_masks):
                 out = self.target(*args, **kwargs)
         self.result.reads |= reads
         after, tree_after = flatten((args, kwargs), marks=tracked.given)

@@ -242,6 +242,7 @@ PALIGEMMA = {"text_config": {**TEXT, **KV, **HEAD, "model_type": "gemma"},
 model("paligemma", "PaliGemmaForConditionalGeneration", "PaliGemmaConfig",
       lambda: {**illustrated(95, 16), "token_type_ids": torch.eye(20, dtype=torch.int64)[18:]},
       **PALIGEMMA)
+model("aimv2", "Aimv2TextModel", "Aimv2TextConfig", masked, **TEXT)
 model("paligemma-untyped", "PaliGemmaForConditionalGeneration", "PaliGemmaConfig",
       lambda: illustrated(95, 16), **PALIGEMMA)
 model("git", "GitForCausalLM", "GitConfig", lambda: {**pixels(), **masked()}, **TEXT,
@@ -277,6 +278,10 @@ model("univnet", "UnivNetModel", "UnivNetConfig",
       model_in_channels=8, model_hidden_channels=8, num_mel_bins=16, resblock_kernel_sizes=[3, 3],
       resblock_stride_sizes=[4, 4], resblock_dilation_sizes=[[1, 3], [1, 3]],
       kernel_predictor_hidden_channels=8)
+model("fastspeech2-conformer", "FastSpeech2ConformerModel", "FastSpeech2ConformerConfig", tokens,
+      vocab_size=99, hidden_size=32, num_mel_bins=8, encoder_layers=1, decoder_layers=1,
+      encoder_num_attention_heads=2, decoder_num_attention_heads=2, encoder_linear_units=37,
+      decoder_linear_units=37, speech_decoder_postnet_layers=2, speech_decoder_postnet_units=16)
 model("mimi", "MimiModel", "MimiConfig", lambda: noise("input_values", 2, 1, 643), num_filters=4,
       hidden_size=16, upsampling_ratios=[4, 2], codebook_size=16, codebook_dim=8,
       vector_quantization_hidden_dimension=8, num_quantizers=4, num_semantic_quantizers=1,

@@ -76,6 +76,18 @@ def test_linear_attention_solves_its_systems_by_one_operator() -> None:
     assert len(targets) < 1000, "no rows of a chunk one by one"
 
 
+def test_attention_that_is_causal_by_its_mask_alone_depends_on_the_values() -> None:
+    """Eager mode leaves the mask out where nothing is padded, and then nothing is causal."""
+    model, inputs = hf_models.MODELS["aimv2"]()
+    compiled = plait.compile(model, tune="off")
+    padded, ones = inputs["attention_mask"], torch.ones_like(inputs["attention_mask"])
+    for mask in (ones, padded, ones, padded.flip(0)):
+        agree(compiled, model, {**inputs, "attention_mask": mask})
+    assert len(compiled.programs) == 2
+    assert [len(n.args) > 3 for n in attentions(compiled)] == [True, True]
+    assert "PLT-CAP-001" not in {r.id for r in compiled.remarks}
+
+
 def test_the_library_is_left_as_it_was() -> None:
     hf_models.MODELS["bert"]()
     question = sys.modules["transformers.masking_utils"].is_torchdynamo_exporting

@@ -1,0 +1,108 @@
+"""Masks that transformers leaves out in eager mode, where their values allow it.
+
+An attention that is given no mask is causal or not as its module says. A causal mask that hides no
+padding is left out for it, and so is one that would hide nothing at all. While a model is traced
+the mask stays, for a graph cannot depend on values. That is the same for causal masks of causal
+attention. Where the module says otherwise, what it attends to depends on the values: then
+`MaskError` is raised, and the next trace reads them, for the library to choose as in eager mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..errors import CaptureError
+
+QUESTIONS = {"_ignore_causal_mask_sdpa": True, "_ignore_bidirectional_mask_sdpa": False}
+"""The library's functions that tell whether a mask can be left out, and whether it is causal."""
+INTERFACES = (
+    ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
+    ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
+)
+"""Where the library keeps what makes masks, and what takes them."""
+
+
+class MaskError(CaptureError):
+    """What is attended to depends on a mask's values."""
+
+    def __init__(self, module: Any) -> None:
+        reason = f"what {type(module).__name__} attends to depends on the mask's values"
+        super().__init__("PLT-CAP-001", reason)
+
+
+@contextlib.contextmanager
+def masks(read: bool) -> Iterator[None]:
+    """Within it, attention for which it matters whether a mask was left out raises MaskError; with
+    ``read``, values decide on that instead.
+    """
+    names = vars(sys.modules.get("transformers.masking_utils", object))
+    found = [getattr(sys.modules.get(module), name, None) for module, name in INTERFACES]
+    tables: list[Any] = [table for table in found if table is not None]
+    if not all(q in names for q in (*QUESTIONS, "is_tracing")) or len(tables) < len(INTERFACES):
+        yield
+        return
+    placed = {q: names[q] for q in (*QUESTIONS, "is_tracing")}
+    local = [table._local_mapping for table in tables]
+    before = [dict(mapping) for mapping in local]
+    notes = _Notes()
+    try:
+        if read:
+            names["is_tracing"] = lambda tensor=None: False
+        else:
+            for question, causal in QUESTIONS.items():
+                names[question] = functools.partial(notes.question, names[question], causal)
+            for table, wrapper in zip(tables, (notes.mask, notes.attention), strict=True):
+                table["sdpa"] = functools.partial(wrapper, table["sdpa"])
+        yield
+    finally:
+        names.update(placed)
+        for mapping, old in zip(local, before, strict=True):
+            mapping.clear()
+            mapping.update(old)
+
+
+class _Notes:
+    """Which masks values would have left out."""
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[bool, Callable[[], bool]]] = []
+        self._kept: dict[int, tuple[bool, Callable[[], bool], torch.Tensor]] = {}
+
+    def question(self, original: Any, causal: bool, padding: Any, *args: Any, **kwargs: Any) -> Any:
+        """Whether to leave a mask out; notes how to ask the same for a padding of nothing."""
+        found = original(padding, *args, **kwargs)
+        if padding is not None and not found:
+            self._asked.append((causal, functools.partial(original, None, *args, **kwargs)))
+        return found
+
+    def mask(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Makes a mask."""
+        self._asked.clear()
+        made = original(*args, **kwargs)
+        if self._asked and isinstance(made, torch.Tensor):
+            self._kept[_storage(made)] = (*self._asked[-1], made)
+        return made
+
+    def attention(
+        self, original: Any, module: Any, query: Any, key: Any, value: Any, attention_mask: Any,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Attends, where that is the same with and without the mask."""
+        mask = attention_mask
+        known = self._kept.get(_storage(mask)) if isinstance(mask, torch.Tensor) else None
+        if known is not None:
+            causal = kwargs.get("is_causal", args[2] if len(args) > 2 else None)
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            if bool(causal) != known[0] and query.shape[2] != 1 and known[1]():
+                raise MaskError(module)
+        return original(module, query, key, value, mask, *args, **kwargs)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
