@@ -54,6 +54,8 @@ def masks(read: bool) -> Iterator[None]:
     try:
         if read:
             names["is_tracing"] = lambda tensor=None: False
+            causal = "_ignore_causal_mask_sdpa"
+            names[causal] = functools.partial(_unpadded, names[causal])
         else:
             for question, causal in QUESTIONS.items():
                 names[question] = functools.partial(notes.question, names[question], causal)
@@ -65,6 +67,15 @@ def masks(read: bool) -> Iterator[None]:
         for mapping, old in zip(local, before, strict=True):
             mapping.clear()
             mapping.update(old)
+
+
+def _unpadded(
+    original: Any, padding: Any, q_length: int, kv_length: int, *args: Any, **kwargs: Any
+) -> Any:
+    """What the original gives, by a question to the values that is the same for every length."""
+    if padding is not None and q_length == kv_length and padding.shape[-1] == kv_length:
+        return original(None, q_length, kv_length, *args, **kwargs) and bool(padding.all())
+    return original(padding, q_length, kv_length, *args, **kwargs)
 
 
 class _Notes:
