@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,21 +80,24 @@ def _unpadded(
 
 
 class _Notes:
-    """Which masks values would have left out."""
+    """Which masks values would have left out. Other threads may run models meanwhile."""
 
     def __init__(self) -> None:
+        self._thread = threading.get_ident()
         self._asked: list[tuple[bool, Callable[[], bool]]] = []
         self._kept: dict[int, tuple[bool, Callable[[], bool], torch.Tensor]] = {}
 
     def question(self, original: Any, causal: bool, padding: Any, *args: Any, **kwargs: Any) -> Any:
         """Whether to leave a mask out; notes how to ask the same for a padding of nothing."""
         found = original(padding, *args, **kwargs)
-        if padding is not None and not found:
+        if padding is not None and not found and threading.get_ident() == self._thread:
             self._asked.append((causal, functools.partial(original, None, *args, **kwargs)))
         return found
 
     def mask(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Makes a mask."""
+        if threading.get_ident() != self._thread:
+            return original(*args, **kwargs)
         self._asked.clear()
         made = original(*args, **kwargs)
         if self._asked and isinstance(made, torch.Tensor):
@@ -107,7 +111,7 @@ class _Notes:
         """Attends, where that is the same with and without the mask."""
         mask = attention_mask
         known = self._kept.get(_storage(mask)) if isinstance(mask, torch.Tensor) else None
-        if known is not None:
+        if known is not None and threading.get_ident() == self._thread:
             causal = kwargs.get("is_causal", args[2] if len(args) > 2 else None)
             causal = getattr(module, "is_causal", True) if causal is None else causal
             if bool(causal) != known[0] and query.shape[2] != 1 and known[1]():
