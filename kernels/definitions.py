@@ -20,7 +20,7 @@ from tvm.script.ir_builder import tirx as T
 from .abi import Pack, TensorArg, contiguous_strides
 from .definition import Definition, Writer, exprs, known, value_of, zero
 from .emit import Expr, compute_dtype
-from .group import IO, Group, Unsupported
+from .group import HALF, IO, Group, Unsupported
 from .ops import evaluate
 from .ops.rows import Monoid, RowContext
 from .target import Target
@@ -38,6 +38,13 @@ def _float(value: Expr, dtype: torch.dtype) -> Expr:
     return cast_expr(value, dtype, torch.float32)
 
 
+def _has_schedules(dtype: torch.dtype, target: Target) -> None:
+    if dtype in HALF and target.kind == "cuda":
+        raise Unsupported("PLT-DEF-010", f"the library has tensor cores for products of {dtype}")
+    if dtype == torch.bfloat16:  # TVM's lowering of such schedules ends the process
+        raise Unsupported("PLT-DEF-010", "schedules of bfloat16 products cannot be lowered")
+
+
 # -- matrix products --------------------------------------------------------------------------
 
 
@@ -48,6 +55,7 @@ def gemm(group: Group, io: IO, target: Target, *, width: int | None = None) -> D
     Operands may not be read through views.
     """
     spec = gemm_spec.parse(group, io)
+    _has_schedules(spec.dtype, target)
     lead = known((*spec.batch, *spec.rows))  # the sizes of all loops but those over n and k
     n, k = known((spec.n, spec.k))
     b_batch = known(io[spec.b].shape[:-2])
@@ -126,6 +134,8 @@ def conv(group: Group, io: IO, target: Target, *, width: int | None = None) -> D
     channels of a group.
     """
     spec = conv_spec.parse(group, io)
+    dtype = io[spec.x].dtype
+    _has_schedules(dtype, target)
     n, h, w_, oh, ow = known((spec.n, spec.h, spec.w, spec.oh, spec.ow))
     del h, w_
     lanes = min(target.vector_bytes // 4, width or 1)
@@ -139,7 +149,7 @@ def conv(group: Group, io: IO, target: Target, *, width: int | None = None) -> D
         params = (("groups", spec.groups), ("lanes", lanes), ("vectors", width // lanes))
         packed[spec.weight] = (
             Pack("conv_direct", params),
-            TensorArg(torch.float32, shape, contiguous_strides(shape), const=True),
+            TensorArg(dtype, shape, contiguous_strides(shape), const=True),
         )
     have, need = conv_spec.halo_of(io[spec.x], spec.rank), spec.needed()
     if any(x < y for a, b in zip(have, need, strict=True) for x, y in zip(a, b, strict=True)):
@@ -162,7 +172,7 @@ def conv(group: Group, io: IO, target: Target, *, width: int | None = None) -> D
                 where = [g * blocks + block, ky, kx, c, lane[0]]
             else:
                 where = [g * spec.og + block, c, *((ky, kx) if spec.rank == 2 else (kx,))]
-            return x.load(at) * weight[tuple(physical.index(where))]
+            return _float(x.load(at), dtype) * _float(weight[tuple(physical.index(where))], dtype)
 
         spatial = (n, oh, ow, spec.groups, blocks, *((width,) if width is not None else ()))
         acc = w.reduce("conv", spatial, (spec.kh, spec.kw, spec.cg), term)
@@ -173,8 +183,8 @@ def conv(group: Group, io: IO, target: Target, *, width: int | None = None) -> D
             g, c = _divide(w, channel, spec.og)
             value = acc[(image, row, col, g, *([c] if width is None else _divide(w, c, width)))]
             if spec.bias is not None:
-                value = value + w.ctx.env[spec.bias].load([channel])
-            return value
+                value = value + _float(w.ctx.env[spec.bias].load([channel]), dtype)
+            return cast_expr(value, torch.float32, dtype)
 
         def index(s: list[Expr]) -> list[Expr]:
             image, row, col, g, block, *lane = s
@@ -185,7 +195,7 @@ def conv(group: Group, io: IO, target: Target, *, width: int | None = None) -> D
 
         shape = known(io[group.outputs[0]].shape)
         assert group.anchor is not None
-        w.ctx.env[group.anchor] = Value(exprs(shape), torch.float32, load)
+        w.ctx.env[group.anchor] = Value(exprs(shape), dtype, load)
         w.store_outputs(shape, spatial, index)
 
     return Writer(group, io, packed, target).write(body, cast(int, spec.flops))

@@ -244,11 +244,10 @@ class Kernels:
             )
             for k, _ in usable
         ]
-        half = any(t.dtype != torch.float32 for t in trial.outputs)
         results = race.race(
             candidates,
             check=trial.error,
-            tolerance=4e-2 if half else 1e-4,
+            tolerance=trial.tolerance,
             reset=trial.spoil,
             rounds=5,
             margin=1.1,

@@ -21,8 +21,6 @@ from ..lowering import select
 from ..lowering.trial import Trial
 from ..pipeline import CompiledGraph
 
-TOLERANCE = 1e-4
-
 
 def tune_graph(
     graph: CompiledGraph,
@@ -94,7 +92,7 @@ def _task(key: str, name: str, weight: float, request: select.Request) -> Task:
                 kernel.name, address, kernel.tasks, list(words), kernel.config, touched, trial
             )
 
-        return Bench(candidate, trial.error, trial.spoil, TOLERANCE)
+        return Bench(candidate, trial.error, trial.spoil, trial.tolerance)
 
     def record(kernel: Kernel) -> dict[str, Any]:
         return select.record(group, kernel, request.rename)

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
@@ -26,7 +25,7 @@ from ..emit import Emitter, Expr, Ref
 from ..group import HALF
 from .gemm_epilogue import Epilogue
 from .gemm_spec import GemmSpec, unravel
-from .half_factors import LANES, Left, dot, ramp, words, words_at_even
+from .half_factors import LANES, Left, Wide, dot, ramp, words, words_at_even
 
 LoadPanel = Callable[[Expr, Expr], Expr]
 """(step along the block, column within the panel) -> element."""
@@ -75,8 +74,7 @@ class Body:
         self.direct = spec.b_const or (few and whole and spec.b_strides[-1] == 1)
         self.turns = not self.direct and spec.b_strides[-2] == 1 and spec.b_strides[-1] != 1
         self.panel = None if self.direct else em.local(tiling.kc * tiling.width)
-        converts = self.turns and spec.dtype != torch.float32
-        self.square = em.local(tiling.lanes * tiling.lanes) if converts else None
+        self.wide = Wide(b)
         self.a_words, self.b_words = (words(a), words(b)) if pairs else (None, None)
         self.left = None
         if spec.dtype in HALF and not (pairs and words_at_even(spec.a_strides, spec.k)):
@@ -249,7 +247,8 @@ class Body:
         with T.serial(whole) as v:
             with T.serial(squares) as s:
                 corner = T.bind(origin + v * t.lanes * stride_n + s * t.lanes)
-                rows = [self._vector(corner + i * stride_n, i) for i in range(t.lanes)]
+                starts = [corner + i * stride_n for i in range(t.lanes)]
+                rows = [T.bind(self.wide.vector(start, t.lanes)) for start in starts]
                 for i, row in enumerate(_transposed(rows)):
                     at = (s * t.lanes + i) * t.width + v * t.lanes
                     T.buffer_store(self.panel, row, [ramp(at, t.lanes)])
@@ -257,15 +256,6 @@ class Body:
                 self._put(origin, k, v * t.lanes + j)
         with T.serial(depth) as k:
             self._edge(origin, k, whole, limit)
-
-    def _vector(self, offset: Expr, row: int) -> Expr:
-        """A vector of the right factor as a named fp32 value."""
-        em, lanes = self.em, self.t.lanes
-        if self.square is None:
-            return T.bind(self.b.buffer[ramp(offset, lanes)])
-        with T.vectorized(em.i64(lanes)) as j:  # TVM converts bf16 only in such loops
-            T.buffer_store(self.square, _f32(self.b.load_flat(offset + j)), [row * lanes + j])
-        return T.bind(self.square[ramp(em.i64(row * lanes), lanes)])
 
     def _edge(self, origin: Expr, k: Expr, whole: Expr, limit: Expr) -> None:
         """Columns past the last whole vector, and zeros up to the panel's width."""

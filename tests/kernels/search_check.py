@@ -89,20 +89,23 @@ def problem(
     anchor = next((n for n in nodes if n.target in ANCHORS), None)
     expected = function(*(t.double() for t in tensors))
     expected = list(expected) if isinstance(expected, (tuple, list)) else [expected]
-    results = [torch.empty(e.shape, dtype=torch.float32) for e in expected]
+    dtype = tensors[0].dtype
+    results = [torch.empty(e.shape, dtype=dtype) for e in expected]
     io: dict[fx.Node, TensorArg] = {}
     if nhwc:
         n, c, h, w = tensors[0].shape
-        padded = torch.zeros(n, h + 2 * halo, w + 2 * halo, c)
+        padded = torch.zeros(n, h + 2 * halo, w + 2 * halo, c, dtype=dtype)
         image = padded[:, halo : halo + h, halo : halo + w].permute(0, 3, 1, 2)
         tensors[0] = image.copy_(tensors[0])
         n, c, h, w = results[0].shape
         size = n * h * w * (c + wider)
-        buffer = torch.zeros(size + wider)[:size].view(n, h, w, c + wider)  # room to shift a view
+        buffer = torch.zeros(size + wider, dtype=dtype)[:size].view(
+            n, h, w, c + wider
+        )  # room to shift a view
         results[0] = buffer[..., wider // 2 :][..., :c].permute(0, 3, 1, 2)
         around = ((0, 0), (0, 0), (halo, halo), (halo, halo))
         shape, strides = tuple(tensors[0].shape), tuple(tensors[0].stride())
-        io[inputs[0]] = TensorArg(torch.float32, shape, strides, around)
+        io[inputs[0]] = TensorArg(dtype, shape, strides, around)
     for i, (node, t) in enumerate(zip(inputs, tensors, strict=True)):
         arg = TensorArg(t.dtype, tuple(t.shape), tuple(t.stride()), const=i in const)
         io.setdefault(node, arg)
@@ -111,11 +114,11 @@ def problem(
     return Problem(Group(kind, nodes, inputs, outputs, anchor), io, tensors, results, expected)
 
 
-def linear(m: int = 32, k: int = 64, n: int = 128) -> Problem:
-    """relu(x @ w.T + b) in float32."""
+def linear(m: int = 32, k: int = 64, n: int = 128, dtype: torch.dtype = torch.float32) -> Problem:
+    """relu(x @ w.T + b)."""
     return problem(
         "gemm",
         lambda x, w, b: aten.relu.default(aten.linear.default(x, w, b)),
-        [torch.randn(m, k), torch.randn(n, k), torch.randn(n)],
+        [torch.randn(*shape).to(dtype) for shape in ((m, k), (n, k), (n,))],
         const=(1, 2),
     )

@@ -259,6 +259,9 @@ def test_what_nvcc_refuses_spares_the_rest(
 
 
 def test_what_has_no_definition_is_declined() -> None:
+    half = linear(dtype=torch.float16)
+    with pytest.raises(Unsupported, match="tensor cores"):
+        cuda.lower(half.group, half.io, TARGET)
     made = linear()
     group = made.group
     pooled = Group("pool", group.nodes, group.inputs, group.outputs, group.anchor)

@@ -24,13 +24,15 @@ LANES = host().vector_bytes // 4
 
 
 def conv(
-    c: int, size: int, oc: int, k: int = 3, stride: int = 1, groups: int = 1, **layout
-) -> Problem:
+    c: int, size: int, oc: int, k: int = 3, stride: int = 1, groups: int = 1,
+    dtype: torch.dtype = torch.float32, **layout,
+) -> Problem:  # fmt: skip
     def function(x, w, b):
         y = aten.conv2d.default(x, w, b, [stride, stride], [k // 2, k // 2], [1, 1], groups)
         return aten.silu.default(y)
 
-    tensors = [torch.randn(2, c, size, size), torch.randn(oc, c // groups, k, k), torch.randn(oc)]
+    shapes = (2, c, size, size), (oc, c // groups, k, k), (oc,)
+    tensors = [torch.randn(*shape).to(dtype) for shape in shapes]
     return problem("conv", function, tensors, (1, 2), nhwc=True, halo=k // 2, **layout)
 
 
@@ -57,6 +59,8 @@ CASES: dict[str, tuple[Callable[[], Problem], Callable[..., Definition], int]] =
     "conv stride 2": (lambda: conv(8, 9, 2 * LANES, stride=2), definitions.conv, LANES),
     "conv into a slice": (lambda: conv(4, 6, LANES, k=1, wider=LANES), definitions.conv, LANES),
     "conv groups": (lambda: conv(8, 6, 2 * LANES, groups=2), definitions.conv, LANES),
+    "linear half": (lambda: linear(dtype=torch.float16), definitions.gemm, LANES),
+    "conv half": (lambda: conv(8, 7, 2 * LANES, dtype=torch.float16), definitions.conv, LANES),
 }
 
 
@@ -82,7 +86,8 @@ def test_sketches_of_all_kinds_are_right() -> None:
         for output in made.outputs:
             assert output.isnan().all()
         made.candidate(kernel, bundle.address(kernel.name)).run()
-        assert made.check() < 1e-5, kernel.name
+        half = made.outputs[0].dtype == torch.float16
+        assert made.check() < (2e-3 if half else 1e-5), kernel.name
 
 
 def test_any_split_of_the_tasks_gives_the_same_bits() -> None:
@@ -125,6 +130,12 @@ def test_strides_become_dense_buffers() -> None:
 
 
 def test_what_definitions_do_not_cover_is_declined() -> None:
+    for made, define in (
+        (linear(dtype=torch.bfloat16), definitions.gemm),
+        (conv(8, 7, 32, dtype=torch.bfloat16), definitions.conv),
+    ):
+        with pytest.raises(Unsupported, match="bfloat16"):
+            define(made.group, made.io, host())
     made = linear(n=100)
     with pytest.raises(Unsupported, match="whole panels"):
         definitions.gemm(made.group, made.io, host(), width=LANES)
