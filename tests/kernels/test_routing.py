@@ -99,7 +99,7 @@ MODELS = [
 COMPILED = [plait.compile(m.eval(), tune="off") for m in MODELS]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_routes_give_the_references_result(data: st.DataObject) -> None:
     number = data.draw(st.integers(0, len(MODELS) - 1))
