@@ -9,6 +9,7 @@ router's rounded scores choose other experts, whoever computes them.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import re
 import time
@@ -107,17 +108,18 @@ def run_workload(
     inputs of floating point are converted to ``dtype``.
     """
     name = str(dtype).removeprefix("torch.")
+    made = functools.partial(Result, workload.name, size, dtype=name)
     peers = [p for p in peers if p.form in ("", *workload.forms)]
     need = dict(workload.gib).get(size, 0.0)
     free = psutil.virtual_memory().available / 2**30
     if need > free:
         why = f"needs about {need:.0f} GiB of memory, {free:.0f} GiB are free"
-        return [Result(workload.name, size, p.name, "SKIPPED", why, dtype=name) for p in peers]
+        return [made(p.name, "SKIPPED", why) for p in peers]
     try:
         model, inputs = _converted(workload.build(size), dtype)
     except ImportError as error:
         why = f"{_line(error)}; pip install 'plait[bench]'"
-        return [Result(workload.name, size, p.name, "SKIPPED", why, dtype=name) for p in peers]
+        return [made(p.name, "SKIPPED", why) for p in peers]
     torch._dynamo.reset()
     with torch.no_grad():
         report("float64 reference")
@@ -127,7 +129,7 @@ def run_workload(
         results, calls = [], {}
         for peer in peers:
             report(f"{peer.name}: prepare")
-            result = Result(workload.name, size, peer.name, dtype=name)
+            result = made(peer.name)
             results.append(result)
             if peer.form not in models:
                 plain = workload.build_plain(size, peer.form)

@@ -27,13 +27,14 @@ from ..passes.base import copy_graph
 from ..passes.batch_norm import KEEP
 from ..passes.fuse_horizontal import FUSE
 from ..passes.ir import branches_of
+from ..passes.likely import LIKELY, Likely
 from ..passes.manager import PassManager
 from ..passes.merge_parallel import JUDGE, Judge, MergeParallelOps
 from ..passes.prefetch_weights import BUDGET, TIERED, Tiered
 from ..passes.remarks import Remark
 from ..passes.route_odds import Routes
 from ..passes.schedule import SCHEDULE, SchedulePass
-from ..passes.speculate_routes import LIKELY, ROUTES, SIZED, Likely, SpeculateRoutes
+from ..passes.speculate_routes import ROUTES, SIZED, SpeculateRoutes
 from ..passes.streams import STREAMS
 from ..runtime.executor import Executor
 from ..runtime.fetching import Wanted

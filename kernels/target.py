@@ -38,6 +38,10 @@ class Target:
         """Elements of ``dtype`` in one vector register."""
         return max(1, self.vector_bytes // dtype.itemsize)
 
+    def pairs(self, dtype: torch.dtype) -> bool:
+        """Whether steps of a product of this type can be pairs of elements."""
+        return self.bf16_pairs and dtype == torch.bfloat16
+
     def key(self) -> str:
         pairs = ":bf16" if self.bf16_pairs else ""
         return f"{self.kind}:{self.arch}:{self.vector_bytes}{pairs}"

@@ -39,6 +39,7 @@ from .base import Pass, PassResult, allow, copy_graph
 from .cellwise import mixing
 from .cse import drop_dead
 from .ir import COND, Rewriter, attribute, branches_of
+from .likely import LIKELY, Likely, grouped_key
 from .outline_branches import is_bookkeeping
 from .remarks import Remark
 from .resize import at_rows
@@ -65,48 +66,6 @@ DEFERRED = "deferred"
 """Key of a node's ``meta``: the branches that are compiled when they are first needed."""
 SIZED = "sized"
 """Key of a node's ``meta``: branches with a plan for so many rows, and its graph."""
-LIKELY = "likely"
-"""Key of a graph module's ``meta``: its `Likely` graph."""
-
-
-@dataclass(frozen=True)
-class Likely:
-    """The graph for the routes that are likely.
-
-    It takes what the general graph takes and returns the same and, last, whether the routes of the
-    call were those ``assumed`` (bool; all the results mean nothing where they were not). ``dense``
-    are the routers whose branch runs on every cell, ``grouped`` those with groups for branches,
-    which the graph knows by the name `grouped_key`. ``held`` tells for each held-out batch whether
-    the bet was won, ``shapes`` how many branches a router has, and slots a cell of it.
-    """
-
-    graph: fx.GraphModule
-    assumed: dict[Key, Group]
-    dense: tuple[Key, ...]
-    held: tuple[bool, ...]
-    shapes: dict[Key, tuple[int, int]]
-    grouped: dict[Key, Grouping]
-
-    def groups(self) -> dict[Key, tuple[Group, ...]]:
-        """The branches of each router that run together."""
-        found = {key: (group,) for key, group in self.assumed.items() if len(group) > 1}
-        joined = {k: tuple(g for g in v.groups if len(g) > 1) for k, v in self.grouped.items()}
-        return {**found, **joined}
-
-    @property
-    def guarded(self) -> bool:
-        """Whether there are routes for which the graph is wrong."""
-        return bool(self.assumed or self.grouped)
-
-    @property
-    def odds(self) -> float:
-        """The probability that a call wins."""
-        return route_odds.odds(sum(self.held), len(self.held)) if self.guarded else 1.0
-
-
-def grouped_key(key: Key) -> Key:
-    """The router of groups that takes the place of a router."""
-    return f"{key[0]} (groups)", key[1]
 
 
 @dataclass
@@ -393,7 +352,7 @@ class SpeculateRoutes(Pass):
             dense = tuple(key for key in state.dense if key in done)
             bet = Likely(graph, assumed, dense, tuple(held), shapes, grouped)
             module.meta[LIKELY] = bet
-            for text in _groups(bet, state):
+            for text in bet.grounds(state.routes):
                 self._say(state, "PLT-SPC-014", node, text, "done")
 
     # -- reordering ------------------------------------------------------------------------------
@@ -458,33 +417,6 @@ def router_name(node: fx.Node) -> str | None:
         return None  # what a pass made of a router, which is counted itself
     path = str(list(stack.values())[-1][0])
     return "" if path == "target" else path.removeprefix("target.")
-
-
-def _groups(bet: Likely, state: _State) -> list[str]:
-    """The groups of a bet, and how often their branches ran together, as lines of text."""
-    texts = []
-    for key, group in bet.assumed.items():
-        counts = []
-        for stats in state.routes[key]:
-            found = [] if stats is None else route_odds.outcomes(stats, state.shares[key])
-            counts.append(f"{found.count(group)} of {len(found)}")
-        if len(group) > 1:
-            text = f"router {key[0]!r}: all cells took the branches {name_group(group)} together in"
-            texts.append(f"{text} {counts[0]} fitted and {counts[1]} held-out batches")
-    for key, grouping in bet.grouped.items():
-        counts = []
-        for stats in state.routes[key]:
-            lost = 0 if stats is None else route_odds.broken(stats, grouping)
-            counts.append(f"{lost} of {0 if stats is None else sum(stats.cells)}")
-        names = ", ".join(map(name_group, grouping.groups))
-        text = f"router {key[0]!r}: the branches {names} run together; at most {counts[0]} fitted"
-        texts.append(f"{text} and {counts[1]} held-out cells went otherwise")
-    return texts
-
-
-def name_group(group: Group) -> str:
-    """A group as text."""
-    return "+".join(map(str, group))
 
 
 def _has_regions(module: fx.GraphModule) -> bool:

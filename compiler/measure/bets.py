@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from ...passes.likely import Likely, grouped_key, name_group
 from ...passes.remarks import Remark
 from ...passes.route_odds import Key, Loads, Routes, fractions
-from ...passes.speculate_routes import Likely, grouped_key, name_group
 from ...runtime.executor import Executor
 from ...runtime.fetching import resident
 from ...runtime.plan import BranchStep

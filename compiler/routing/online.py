@@ -15,9 +15,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ...passes.likely import Likely, grouped_key
 from ...passes.remarks import Remark
 from ...passes.route_odds import Key, Routes
-from ...passes.speculate_routes import Likely, grouped_key
 from ...runtime.executor import Executor
 from ...runtime.plan import BranchStep
 from ..measure.bets import Speculation, name_of

@@ -69,8 +69,7 @@ def in_pairs(spec: ConvSpec, io: IO, target: Target) -> bool:
     """
     n, c, h, w = spec.strides(io[spec.x])
     return (
-        target.bf16_pairs
-        and io[spec.x].dtype == torch.bfloat16
+        target.pairs(io[spec.x].dtype)
         and lane_count(spec.og, target) == LANES
         and words_at_even((n, h, w, c), spec.cg)
     )

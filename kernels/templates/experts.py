@@ -111,7 +111,7 @@ class _Spec:
             for k in ((1, 2) if self.transposed else (2, 1))
         )
         self.lanes = max(1, target.vector_bytes // 4)
-        self.pairs = target.bf16_pairs and self.dtype == torch.bfloat16
+        self.pairs = target.pairs(self.dtype)
         self.steps = -(-self.depth // 2) if self.pairs else self.depth
         self.copied = self.dtype in HALF and not (
             self.pairs and words_at_even(io[operands[0]].strides, self.depth)

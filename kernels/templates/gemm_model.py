@@ -34,7 +34,7 @@ class _Tile:
 
 def in_pairs(spec: GemmSpec, target: Target) -> bool:
     """Whether a product's steps are pairs of elements."""
-    return target.bf16_pairs and spec.dtype == torch.bfloat16 and spec.b_const
+    return target.pairs(spec.dtype) and spec.b_const
 
 
 def tilings(spec: GemmSpec, target: Target, limit: int = 6) -> list[Tiling]:

@@ -84,23 +84,29 @@ def even(dim: Dim) -> bool:
 
 
 class Wide:
-    """Vectors of a tensor as float32."""
+    """A tensor read as float32."""
 
     def __init__(self, ref: Ref) -> None:
         self.ref = ref
-        self._bits = _bits(ref)
+        self.bits = _bits(ref)
+
+    def element(self, offset: Expr) -> Expr:
+        """The element at an offset."""
+        return self._read(offset, 1)
 
     def vector(self, offset: Expr, lanes: int) -> Expr:
-        """``lanes`` neighbours from an element on."""
-        at = ramp(offset, lanes)
-        if self._bits is None:
+        """``lanes`` neighbours from an element on; at least two."""
+        return self._read(ramp(offset, lanes), lanes)
+
+    def _read(self, at: Expr, lanes: int) -> Expr:
+        if self.bits is None:
             value = self.ref.load_flat(at)
             half = self.ref.arg.dtype == torch.float16
-            return tir.Cast(_float(lanes), value) if half else value
-        bits, shift = self._bits[at], tir.IntImm("uint32", 16)
-        wide = tir.Cast(f"uint32x{lanes}" if lanes > 1 else "uint32", bits)
+            return tir.Cast(_vector("float32", lanes), value) if half else value
+        shift = tir.IntImm("uint32", 16)
+        wide = tir.Cast(_vector("uint32", lanes), self.bits[at])
         shift = tir.Broadcast(shift, lanes) if lanes > 1 else shift
-        return tir.reinterpret(_float(lanes), wide << shift)
+        return tir.reinterpret(_vector("float32", lanes), wide << shift)
 
 
 def _bits(ref: Ref) -> Any:
@@ -110,8 +116,8 @@ def _bits(ref: Ref) -> Any:
     return T.decl_buffer(ref.buffer.shape, "uint16", data=ref.buffer.data)
 
 
-def _float(lanes: int) -> str:
-    return f"float32x{lanes}" if lanes > 1 else "float32"
+def _vector(dtype: str, lanes: int) -> str:
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
 
 
 class Left:
@@ -121,14 +127,14 @@ class Left:
     """
 
     def __init__(self, em: Emitter, source: Ref, rows: int, depth: int, pairs: bool) -> None:
-        self.em, self.source, self.pairs = em, source, pairs
+        self.em, self.pairs = em, pairs
         self.pitch = -(-depth // LANES) * LANES * (2 if pairs else 1)  # elements of a row
         self._copy: Any = em.local(rows * self.pitch, "uint16" if pairs else "float32")
         data = self._copy.data
         self._words = (
             T.decl_buffer((rows * self.pitch // 2,), "int32", data=data) if pairs else None
         )
-        self._bits = _bits(source)
+        self._source = Wide(source)
 
     def fill(self, starts: Sequence[Expr], stride: Expr, count: Expr) -> None:
         """Copies ``count`` elements of each row; with ``pairs``, a missing partner is zero."""
@@ -136,7 +142,9 @@ class Left:
             base = row * self.pitch
 
             def put(k: Expr, start: Expr = start, base: int = base) -> None:
-                T.buffer_store(self._copy, self._element(start + k * stride), [base + k])
+                at = start + k * stride
+                value = self._source.bits[at] if self.pairs else self._source.element(at)
+                T.buffer_store(self._copy, value, [base + k])
 
             whole = tir.truncdiv(count, LANES)
             with T.serial(whole) as v, T.vectorized(self.em.i64(LANES)) as j:
@@ -146,14 +154,6 @@ class Left:
             if self.pairs:
                 with T.If(tir.truncmod(count, 2) == 1), T.Then():
                     T.buffer_store(self._copy, tir.IntImm("uint16", 0), [base + count])
-
-    def _element(self, offset: Expr) -> Expr:
-        if self._bits is None:
-            return tir.Cast("float32", self.source.load_flat(offset))
-        bits = self._bits[offset]
-        if self.pairs:
-            return bits
-        return tir.reinterpret("float32", tir.Cast("uint32", bits) << tir.IntImm("uint32", 16))
 
     def load(self, row: int, step: Expr) -> Expr:
         """One step of a row: a float32, or a word of two elements."""

@@ -11,10 +11,9 @@ import torch.fx as fx
 
 from plait.kernels import packing
 from plait.kernels.abi import TensorArg, contiguous_strides
-from plait.kernels.group import Group
+from plait.kernels.group import HALF, Group
 from plait.kernels.target import host
 from plait.kernels.templates import gemm
-from plait.kernels.templates.gemm_spec import HALF
 
 from .harness import Batch
 
@@ -37,6 +36,16 @@ class Case:
     others: Sequence[Sequence[torch.Tensor]] = ()
     out_strides: Callable[[tuple[Any, ...]], tuple[Any, ...]] = contiguous_strides
     config: dict[str, int] | int = 0  # or which candidate
+
+
+def odd_blocks(depth: int) -> list[dict[str, int]]:
+    """Configurations that no cost model would choose, the last with a block of ``depth`` steps."""
+    return [
+        {"ri": 3, "nv": 2, "mc": 12, "kc": 16},
+        {"ri": 5, "nv": 1, "mc": 5, "kc": 7},
+        {"ri": 1, "nv": 4, "mc": 1, "kc": 1},
+        {"ri": 6, "nv": 4, "mc": 66, "kc": depth},
+    ]
 
 
 class _Module(torch.nn.Module):

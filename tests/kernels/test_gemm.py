@@ -18,7 +18,7 @@ from plait.kernels.group import Unsupported
 from plait.kernels.target import Target, host
 from plait.kernels.templates import gemm
 
-from .gemm_check import Case, check, lower, rand, trace
+from .gemm_check import Case, check, lower, odd_blocks, rand, trace
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +43,7 @@ def test_every_candidate_and_odd_blocks() -> None:
     group, io = trace(case)
     configs = gemm.candidates(group, io, host())
     assert 2 <= len(configs) <= 6
-    configs += [
-        {"ri": 3, "nv": 2, "mc": 12, "kc": 16},
-        {"ri": 5, "nv": 1, "mc": 5, "kc": 7},
-        {"ri": 1, "nv": 4, "mc": 1, "kc": 1},
-        {"ri": 6, "nv": 4, "mc": 66, "kc": 149},
-    ]
-    check([dataclasses.replace(case, name=str(c), config=c) for c in configs])
+    check([dataclasses.replace(case, name=str(c), config=c) for c in (*configs, *odd_blocks(149))])
 
 
 def test_anchors_constant_or_not() -> None:

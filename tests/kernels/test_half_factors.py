@@ -19,7 +19,7 @@ from plait.kernels.templates import gemm
 from plait.kernels.templates.half_factors import even
 
 from . import gemm_check
-from .gemm_check import Case, check, rand, trace
+from .gemm_check import Case, check, odd_blocks, rand, trace
 
 BF16, F16 = torch.bfloat16, torch.float16
 
@@ -51,13 +51,7 @@ def test_every_candidate_and_odd_blocks(dtype: torch.dtype) -> None:
     case = Case("blocks", F.linear, tensors, const=[1])
     group, io = trace(case)
     configs = gemm.candidates(group, io, gemm_check.host())
-    configs += [
-        {"ri": 3, "nv": 2, "mc": 12, "kc": 16},
-        {"ri": 5, "nv": 1, "mc": 5, "kc": 7},
-        {"ri": 1, "nv": 4, "mc": 1, "kc": 1},
-        {"ri": 6, "nv": 4, "mc": 66, "kc": 75},
-    ]
-    check([dataclasses.replace(case, name=str(c), config=c) for c in configs])
+    check([dataclasses.replace(case, name=str(c), config=c) for c in (*configs, *odd_blocks(75))])
 
 
 def test_strides_and_added_terms(dtype: torch.dtype) -> None:
