@@ -8,6 +8,7 @@ per task, and ``order``: consecutive tasks share a weight "panel", or input "pix
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..target import Target
 from .conv_common import lane_count
 from .conv_spec import ConvSpec, halo_of
 
-L1_BYTES = 32 << 10
+L1_BYTES, WAYS, LINE = 32 << 10, 8, 64
 L2_BYTES = 1 << 20
 TASK_FLOPS = 1.5e6  # some ten microseconds of one core
 MIN_TASKS = 16
@@ -35,10 +36,14 @@ def configs(spec: ConvSpec, io: IO, target: Target, pairs: bool = False) -> list
         spec = replace(spec, c=spec.c // 2)
     found = _estimates(spec, io, target)
     result: list[dict[str, Any]] = []
-    for cost, config in found[:4]:
-        if cost > 1.25 * found[0][0]:
+    tiles: set[tuple[int, int]] = set()
+    for cost, config in found:
+        if len(result) == 4 or cost > 1.25 * found[0][0]:
             break
-        result.append(config | _blocking(spec, config))
+        tile = config["ri"], config["nv"]
+        if tile not in tiles:  # a race of tiles: their kinds differ less
+            tiles.add(tile)
+            result.append(config | _blocking(spec, config))
     other = "pixel" if result[0]["order"] == "panel" else "panel"
     return [*result[:2], result[0] | {"order": other}, *result[2:]]
 
@@ -53,6 +58,9 @@ def _estimates(spec: ConvSpec, io: IO, target: Target) -> list[tuple[float, dict
     lanes = lane_count(spec.og, target)
     have, need = halo_of(io[spec.x], spec.rank), spec.needed()
     guarded = any(h[side] < n[side] for h, n in zip(have, need, strict=True) for side in (0, 1))
+    _, _, down, across = spec.strides(io[spec.x])
+    size = io[spec.x].dtype.itemsize
+    strides = {"rows": across * spec.sw * size, "cols": down * spec.sh * size}
     found: list[tuple[float, dict[str, Any]]] = []
     for nv in range(1, min(7, -(-spec.og // lanes)) + 1):
         for ri in range(1, 18):
@@ -60,8 +68,9 @@ def _estimates(spec: ConvSpec, io: IO, target: Target) -> list[tuple[float, dict
                 break
             for tile, split in SHAPES:
                 cost = _cost(spec, lanes, ri, nv, tile, split, guarded)
-                if ri * nv + nv + 3 > target.vector_registers:
-                    cost *= 1.02  # the register allocator may have to spill
+                cost *= _crowding(strides, tile, ri)
+                if ri * nv + nv + 3 > target.vector_registers:  # some registers may be spilled,
+                    cost *= 2.0 if spec.kh * spec.kw == 1 and ri > 10 else 1.02  # or all
                 if tile == "flat" and guarded and ri > 6:
                     continue  # every pixel of a checked tile adds to the code
                 if cost < math.inf:
@@ -69,6 +78,20 @@ def _estimates(spec: ConvSpec, io: IO, target: Target) -> list[tuple[float, dict
                     found.append((cost, config | {"ri": ri, "nv": nv}))
     found.sort(key=lambda f: f[0])  # stable: simpler tiles first among equals
     return found
+
+
+def _crowding(strides: dict[str, Dim], tile: str, ri: int) -> float:
+    """How much slower a tile is because lines of its pixels take each other's place in the cache.
+
+    A few more than a set has ways do no harm, for each serves some steps.
+    """
+    stride = strides.get(tile, strides["rows"])
+    if not isinstance(stride, int):
+        return 1.0
+    sets = L1_BYTES // (WAYS * LINE)
+    lines = {i * stride // LINE for i in range(ri)}
+    most = max(Counter(line % sets for line in lines).values())
+    return 1.0 + 0.22 * max(0, most - WAYS - 2)
 
 
 def tile_count(spec: ConvSpec, kind: str, ri: int) -> Dim:

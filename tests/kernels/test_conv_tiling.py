@@ -1,0 +1,34 @@
+"""Which tiles are thought to suit a convolution."""
+
+from __future__ import annotations
+
+import pytest
+
+from plait.kernels.target import Target
+from plait.kernels.templates import conv_spec, conv_tiling
+
+from .spatial import case
+
+WIDE = Target("cpu", "skylake-avx512", 64, 32)
+
+
+def tiles(c: int, oc: int, kernel: int, size: int) -> list[tuple[str, int, int]]:
+    """(kind, pixels, vectors) of each configuration."""
+    group, io = case(1, c, oc, (kernel, kernel), (size, size), padding=kernel // 2).trace()[1:]
+    found = conv_tiling.configs(conv_spec.parse(group, io), io, WIDE)
+    return [(f["tile"], f["ri"], f["nv"]) for f in found]
+
+
+@pytest.mark.parametrize("shape", [(1024, 416, 1, 14), (64, 64, 1, 56), (256, 256, 3, 14)])
+def test_the_first_two_are_tiles_of_different_sizes(shape: tuple[int, ...]) -> None:
+    first, second, *_ = tiles(*shape)
+    assert first[1:] != second[1:]
+
+
+def test_pixels_whose_lines_share_a_set_of_the_cache_are_few() -> None:
+    assert all(ri <= 10 for _, ri, _ in tiles(1024, 416, 1, 14))  # 4096 bytes apart
+    assert any(ri > 10 for _, ri, _ in tiles(256, 64, 3, 14))
+
+
+def test_tiles_that_need_every_register_are_not_for_single_taps() -> None:
+    assert (14, 2) not in {tile[1:] for c in (480, 512, 728) for tile in tiles(c, 416, 1, 14)}
