@@ -136,8 +136,9 @@ class _Lowering:
             self.storage = Storage(
                 self.graph_module, self.groups, self.is_library, self.kernels.halo_of
             )
-            if self.storage.copies:
+            if self.storage.copies or self.storage.strided:
                 self._add_copies(self.storage.copies)
+                self._add_images(self.storage.strided)
                 continue
             selected: dict[int, Choice] = {}
             declined = False
@@ -184,6 +185,27 @@ class _Lowering:
             copy.meta = dict(node.meta)
             output.replace_input_with(node, copy)
             self.groups.append(Group("pointwise", (copy,), (node,), (copy,)))
+
+    def _add_images(self, groups: Sequence[Group]) -> None:
+        """Gives convolutions copies of what they read, which the storage lays as they like it."""
+        graph = self.graph_module.graph
+        order = {node: k for k, node in enumerate(graph.nodes)}
+        readers: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
+        for group in groups:
+            anchor: Any = group.anchor
+            readers.setdefault(anchor.args[0], []).append((self.groups.index(group), anchor))
+        for x, found in readers.items():
+            with graph.inserting_before(
+                min((anchor for _, anchor in found), key=order.__getitem__)
+            ):
+                copy = graph.call_function(aten.clone.default, (x,))
+            copy.meta = dict(x.meta)
+            for k, anchor in found:
+                anchor.args = (copy, *anchor.args[1:])
+                group = self.groups[k]
+                kept = [n for n in group.inputs if any(n in m.all_input_nodes for m in group.nodes)]
+                self.groups[k] = replace(group, inputs=(copy, *kept))
+            self.groups.append(Group("pointwise", (copy,), (x,), (copy,)))
 
     # -- steps --------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ from ...kernels.group import Group
 from .. import sizes
 
 aten = torch.ops.aten
+FEW = 8
+"""Channels below which their layout matters little."""
 Int = Any  # int or torch.SymInt
 Halo = tuple[tuple[int, int], ...]
 
@@ -135,7 +137,6 @@ class Storage:
         groups: Sequence[Group],
         library: Callable[[Group], bool],
         halo_of: Callable[[fx.Node], Halo],
-        channels_last: bool = True,
     ) -> None:
         self.graph_module, self.groups, self.library = graph_module, list(groups), library
         self.owner = {n: g for g in self.groups for n in g.nodes}
@@ -145,7 +146,7 @@ class Storage:
         self.inputs: list[fx.Node] = []
         (self.output,) = (n for n in graph_module.graph.nodes if n.op == "output")
         self._returned = set(self.output.all_input_nodes)
-        self._channels_last = self._find_channels_last() if channels_last else set()
+        self._channels_last = self._find_channels_last()
         self._member: dict[fx.Node, fx.Node] = {}
         for group in self.groups:
             if group.kind == "concat":
@@ -153,13 +154,21 @@ class Storage:
                     self._member[x] = group.outputs[0]
         self._halo = self._find_halos(halo_of)
         self._assign()
+        self.strided = self._find_strided()
         self.copies = self._settle_outputs()
 
     # -- decisions ------------------------------------------------------------------------
 
     def _find_channels_last(self) -> set[fx.Node]:
-        """Values of rank 3 or 4 that convolutions and poolings produce, and what follows them."""
+        """Values of rank 3 or 4 that convolutions and poolings produce, and what follows them; and
+        what is computed for them to read.
+        """
         found: set[fx.Node] = set()
+        read = {
+            g.anchor.args[0]
+            for g in self.groups
+            if g.kind in ("conv", "pool") and g.anchor is not None and not self.library(g)
+        }
         for group in self.groups:
             if self.library(group):
                 continue
@@ -173,9 +182,9 @@ class Storage:
                 like = [x for x in group.inputs if x in found and fake(x).dim() == rank]
                 if group.kind == "concat":
                     like = [x for x in node.all_input_nodes if x in found]
-                if (seeds and (rank == 4 or group.kind == "conv")) or (
-                    like and group.kind in ("pointwise", "concat", "view", "reduce")
-                ):
+                ahead = node in read and rank == 4 and group.kind in ("pointwise", "concat")
+                follows = like and group.kind in ("pointwise", "concat", "view", "reduce", "rows")
+                if ahead or follows or (seeds and (rank == 4 or group.kind == "conv")):
                     found.add(node)
         return found
 
@@ -204,6 +213,30 @@ class Storage:
                 (max(a, c), max(b, d)) for (a, b), (c, d) in zip(have, wanted, strict=True)
             )
         return halos
+
+    def _find_strided(self) -> list[Group]:
+        """Convolutions that would read channels which are not neighbours, and lose by it.
+
+        Several taps want zeros around the image, and narrow groups vectors of channels; the caller
+        of this class copies the image for them and starts again. A few channels, as of a picture,
+        and single taps are as quick where they lie.
+        """
+        found = []
+        for group in self.groups:
+            if group.kind != "conv" or group.anchor is None or self.library(group):
+                continue
+            x, weight = group.anchor.args[:2]
+            place = self.places.get(x)  # type: ignore[arg-type]
+            if not isinstance(place, Place) or len(place.shape) != 4 or place.strides[1] == 1:
+                continue
+            channels, shape = place.shape[1], fake(weight).shape  # type: ignore[arg-type]
+            if not isinstance(channels, int):
+                continue
+            each = channels // shape[1]  # groups
+            narrow = each > 1 and shape[0] // each < FEW
+            if channels >= FEW and (narrow or any(k > 1 for k in shape[2:])):
+                found.append(group)
+        return found
 
     def _settle_outputs(self) -> list[fx.Node]:
         """Makes buffers that the caller keeps fresh for each call; returns values to copy first.

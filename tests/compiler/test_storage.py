@@ -1,0 +1,73 @@
+"""Where values lie: what convolutions read has neighbouring channels, whoever computes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import plait
+from plait.runtime.plan import KernelStep
+
+C = 24
+
+
+class Tokens(nn.Module):
+    """A depthwise convolution, then a product over channels; their sum goes to the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(C, C, 3, padding=1, groups=C)
+        self.mix = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.mix(self.depthwise(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + mixed
+
+
+class Normalised(nn.Module):
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(C, C, 1)
+        self.norm = nn.GroupNorm(groups, C)
+        self.second = nn.Conv2d(C, C, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(self.norm(y).sigmoid()) + y
+
+
+class Heads(nn.Module):
+    """Products of matrices become an image of their own, which is copied for the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(12, 12)
+        self.depthwise = nn.Conv2d(C, C, 3, padding=1, groups=C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(torch.relu(self.mix(x) + x))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Sequential(Tokens(), Tokens()), Normalised(1), Normalised(4), Heads()],
+    ids=["tokens", "one group", "groups", "heads"],
+)
+def test_convolutions_read_neighbouring_channels(model: nn.Module) -> None:
+    torch.manual_seed(0)
+    model.eval()
+    x = torch.randn(2, C, 10, 12)
+    compiled = plait.compile(model, tune="off")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    plan = compiled.plan
+    assert plan is not None
+    images = [
+        ref
+        for step in plan.steps
+        if isinstance(step, KernelStep) and "conv" in step.name
+        for ref in step.args[: step.reads]
+        if len(ref.shape) == 4 and plan.buffers[ref.buffer].kind in ("arena", "static")
+    ]
+    assert images and all(ref.strides[1] == 1 for ref in images)
