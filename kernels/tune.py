@@ -282,6 +282,7 @@ class _Tuning:
             reset=self.bench.reset,
             rounds=9,
             budget=_RACE_SECONDS,
+            clock=time.thread_time if self.target.kind == "cpu" else time.perf_counter,
         )
         self.database.record_measurements(
             Measured(self.task.key, kernel.config, r.seconds, r.error, r.note)
