@@ -66,6 +66,20 @@ class Workload:
         return importlib.import_module(f"{__name__}.{self.module or self.name}")
 
 
+@dataclass(frozen=True)
+class Given(Workload):
+    """A model that the caller has, with its positional example inputs."""
+
+    model: nn.Module | None = None
+    inputs: tuple[Any, ...] = ()
+
+    def build(self, size: Size = "cpu") -> tuple[nn.Module, tuple[Any, ...]]:
+        """The model in eval mode; it has one size."""
+        del size
+        assert self.model is not None
+        return self.model.eval(), self.inputs
+
+
 _BRAINSTORM = ("switch_layer", "livesr", "msdnet", "dynamic_segmentation", "task_moe")
 """One for each family of models in Brainstorm's evaluation (Cui et al., OSDI 2023)."""
 

@@ -419,7 +419,8 @@ def cache_clear(
 @app.command()
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Workloads or groups (all), or weights.")
+        list[str] | None,
+        typer.Argument(help="Workloads or groups (all), own models (module:function), or weights."),
     ] = None,
     size: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
     peers: Annotated[
@@ -435,7 +436,7 @@ def bench(
     ] = "float32",
     list_: Annotated[bool, typer.Option("--list", help="List workloads and engines.")] = False,
 ) -> None:
-    """Measure registered workloads on plait and other engines, interleaved."""
+    """Measure workloads or own models on plait and other engines, interleaved."""
     with reported():
         from . import bench as cli_bench
 

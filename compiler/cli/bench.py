@@ -12,10 +12,12 @@ from typing import cast
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from ...bench import harness, peers, report, weight_budget, workloads
 from ...bench.environment import environment
 from .error import CliError, check_output, write_text
+from .model import load
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,8 +63,10 @@ def bench(
     if size not in workloads.SIZES:
         raise CliError(f"unknown size {size!r}", f"use {' or '.join(workloads.SIZES)}")
     check_output(output)
+    own = [_own(name) for name in names if ":" in name]
     try:
-        chosen = workloads.select(names)
+        registered = [name for name in names if ":" not in name]
+        chosen = [*(workloads.select(registered) if registered or not own else []), *own]
         engaged = peers.select([p.strip() for p in engines.split(",") if p.strip()])
     except ValueError as error:
         raise CliError(str(error), "plait bench --list shows what there is") from None
@@ -97,6 +101,18 @@ def bench(
     means = harness.summary(results, families)
     if means:
         console.print(report.summary_table(means))
+
+
+def _own(name: str) -> workloads.Given:
+    """The user's model that ``name`` (module:function or file.py:function) stands for."""
+    loaded = load(name, ())
+    if not isinstance(loaded.model, nn.Module):
+        raise CliError(f"{name} gave no torch.nn.Module", "engines are compared on modules")
+    if loaded.kwargs:
+        raise CliError(
+            f"{name} has named example inputs", "return (model, inputs) with a tuple of inputs"
+        )
+    return workloads.Given(name, name, model=loaded.model, inputs=tuple(loaded.args))
 
 
 def _bench_weights(rounds: int, seconds: float, threads: int | None, output: Path | None) -> None:

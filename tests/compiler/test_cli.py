@@ -59,6 +59,9 @@ def fails():
 def text():
     return "not a model", ()
 
+def function():
+    return torch.relu, (torch.ones(3),)
+
 instance = Small().eval()
 """
 
@@ -331,6 +334,16 @@ def test_bench_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     document = json.loads(path.read_text(encoding="utf-8"))
     assert document["results"][0]["status"] == "OK"
     assert document["environment"]["cores"]
+
+
+def test_bench_takes_a_model_of_the_users(models: str) -> None:
+    few = ("--peers", "plait,eager", "-n", "1", "--seconds", "0.01")
+    result = plait("bench", f"{models}:small", *few)
+    assert result.exit_code == 0, result.output
+    assert ":small (cpu, float32)" in result.output.replace("\n", "")
+    assert "has named example inputs" in error_of("bench", f"{models}:named", *few)
+    assert "gave no torch.nn.Module" in error_of("bench", f"{models}:function", *few)
+    assert "did you mean 'chain30'?" in error_of("bench", f"{models}:small", "chain31", *few)
 
 
 def test_trace_writes_lanes_for_what_was_planned_and_measured(models: str, tmp_path: Path) -> None:
