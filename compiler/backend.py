@@ -29,7 +29,8 @@ def plait_backend(
 ) -> Callable[..., Any]:
     """A callable for ``graph_module``. ``options`` are those of `Options` ("tune", "pipeline").
 
-    A piece whose weights require gradients runs as it is while gradients are enabled.
+    A piece whose weights require gradients runs as it is while gradients are enabled, and so does
+    one that is given a number that is no tensor's size.
     """
     return _Piece(graph_module, example_inputs, Options(**(options.get("options") or options)))
 
@@ -84,7 +85,7 @@ class _Piece:
         self.supported = self.sizes is not None
         bound = {*self.static, *(self.sizes or ())}
         self.free = [i for i in range(len(placeholders)) if i not in bound]
-        self.dynamic = [_open_dims(values[i]) for i in self.free]
+        self.dynamic = [_open_dims(values[i]) for i in self.free] if self.supported else []
         self.bound: list[torch.Tensor] = []
         self.dispatcher: Dispatcher | None = None
 

@@ -94,3 +94,14 @@ def test_graph_break_runs_in_pieces() -> None:
     compiled = compile(function)
     for x in (torch.ones(3), -torch.ones(3)):
         torch.testing.assert_close(compiled(x), function(x))
+
+
+def test_a_number_from_data_is_no_tensors_size() -> None:
+    def function(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (x * 2)[:, : mask.sum().item()] + 1
+
+    compiled = compile(function)
+    x = torch.randn(3, 4)
+    for count in (2, 3, 1, 0):
+        mask = torch.arange(4) < count
+        torch.testing.assert_close(compiled(x, mask), function(x, mask))
