@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime import forked
 from .build import store_for
 from .capture.arguments import (
     SCALARS,
@@ -75,7 +76,8 @@ class Dispatcher:
         self.modules = modules_of(target)
         self._table: dict[Any, tuple[Program, Order | None] | None] = {}
         self._buckets: dict[Any, Bucket] = {}
-        self._lock = threading.RLock()
+        self._unlock()
+        forked.in_child(self._unlock)
         self._settled = 0  # how often the original had to run first; see MAX_SETTLED
         self._restless = False  # whether it changes itself at every call
         self._fleeting = 0  # how often in a row no program served two calls; see MAX_FLEETING
@@ -86,6 +88,9 @@ class Dispatcher:
         self.specialiser = Specialiser(
             target, options, self.signature, self.notes, store_for(options), owners
         )
+
+    def _unlock(self) -> None:
+        self._lock = threading.RLock()
 
     # -- the call -------------------------------------------------------------------------------
 

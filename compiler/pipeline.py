@@ -36,6 +36,7 @@ from ..passes.route_odds import Routes
 from ..passes.schedule import SCHEDULE, SchedulePass
 from ..passes.speculate_routes import ROUTES, SIZED, SpeculateRoutes
 from ..passes.streams import STREAMS
+from ..runtime import driver, forked
 from ..runtime.executor import Executor
 from ..runtime.fetching import Wanted
 from ..runtime.host import Part, Recorder
@@ -151,6 +152,7 @@ class CompiledGraph:
         ]
         return (
             *self.own_remarks,
+            *_forked_notes(),
             *apart,
             *(self.monitor.remarks if self.monitor is not None else ()),
         )
@@ -176,10 +178,14 @@ class Deferred:
         self, name: str, module: fx.GraphModule, tune: str, store: WeightStore | None
     ) -> None:
         self.name, self.module, self.tune, self.store = name, module, tune, store
-        self._lock = threading.Lock()
+        self._unlock()
+        forked.in_child(self._unlock)
         self._executor: Executor | None = None
         self._recorder: Recorder | None = None
         self._tiered = store is not None and marked_bytes(module) > 0
+
+    def _unlock(self) -> None:
+        self._lock = threading.Lock()
 
     def observe(self, recorder: Recorder) -> None:
         """See `Executor.observe`."""
@@ -385,6 +391,14 @@ def _finish(captured: Captured, prepared: Prepared) -> _Made:
         engine = _scheduled(graph, lowered, kernels, None)
     remarks = (*captured.remarks, *prepared.remarks, *lowered.remarks)
     return _Made(graph, lowered, kernels, remarks, {}, engine)
+
+
+def _forked_notes() -> list[Remark]:
+    if not driver.alone():
+        return []
+    reason = "a process that shared launches forked this one: they run on one thread"
+    hint = "compile in the children alone, or start them by spawn"
+    return [Remark("PLT-RUN-001", "missed", "launch", (), reason, hint)]
 
 
 def elsewhere(graph: fx.GraphModule, keys: Mapping[str, str]) -> list[Remark]:

@@ -14,6 +14,7 @@ import sqlite3
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class Index:
         self.persistent = True
         self.guard = threading.RLock()
         self._connection: sqlite3.Connection | None = None
-        self._process = os.getpid()
+        _indices.add(self)
         try:
             (directory / "objects").mkdir(parents=True, exist_ok=True, mode=0o700)
             require_writable(directory)
@@ -100,7 +101,7 @@ class Index:
     def close(self) -> None:
         """Closes the file; the next use opens it again (tables in memory are lost)."""
         with self.guard:
-            if self._connection is not None and self._process == os.getpid():
+            if self._connection is not None:
                 self._connection.close()
             self._connection = None
 
@@ -197,8 +198,6 @@ class Index:
             return work(self._connect())
 
     def _connect(self) -> sqlite3.Connection:
-        if self._process != os.getpid():  # a forked child must not touch its parent's connection
-            self._connection, self._process = None, os.getpid()
         if self._connection is None:
             with self.exclusive():
                 self._connection = _open(str(self.path) if self.persistent else ":memory:")
@@ -236,6 +235,25 @@ class Index:
             f" saved, the rest is made again; the damaged file is {aside}",
             "delete the damaged file, and check the disk if this happens again",
         )
+
+
+_indices: weakref.WeakSet[Index] = weakref.WeakSet()
+_abandoned: list[sqlite3.Connection] = []
+
+
+def _begin_alone() -> None:
+    """A forked child must not touch its parent's connections, not even to close them; nor will
+    threads that it does not have let go of their locks.
+    """
+    for index in list(_indices):
+        index.guard = threading.RLock()
+        if index._connection is not None:
+            _abandoned.append(index._connection)
+            index._connection = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_alone)
 
 
 def require_writable(directory: Path) -> None:

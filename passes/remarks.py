@@ -346,6 +346,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-SAV-003": "The file to save to cannot be written.",
     "PLT-SAV-004": "A saved program cannot be read: damaged, truncated or something else.",
     "PLT-SAV-005": "A saved program was made by other versions.",
+    "PLT-RUN-001": "A forked process has no team of threads; launches run on one.",
     "PLT-SCH-001": "A searched schedule has loop nests with barriers between them.",
     "PLT-SCH-002": "The parallel loop of a searched schedule has no constant range.",
     "PLT-SCH-003": "A searched schedule needs more temporary memory than a task's stack has.",

@@ -31,9 +31,10 @@ import functools
 import glob
 import os
 import platform
+import weakref
 from typing import Any
 
-from . import native
+from . import forked, native
 
 ENTRY_WORDS = 6
 END, CALL, SIGNAL, STEAL, WAIT, CHECKED, JUMP = range(7)
@@ -389,12 +390,40 @@ def launch_function() -> Any:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(address)
 
 
-@functools.cache
+_shared: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_alone = False
+
+
+def share(block: Any) -> None:
+    """Says that the launch at ``block`` (an array) is shared by an OpenMP team."""
+    _shared[block.ctypes.data] = block
+
+
+def alone() -> bool:
+    """Whether launches run serially for a process that had made shared ones forked this one."""
+    return _alone
+
+
+def _leave_team() -> None:
+    global _alone
+    for block in list(_shared.values()):
+        block[GOMP], _alone = 0, True
+
+
+forked.at_fork(child=_leave_team)
+
+
 def openmp() -> tuple[int, int, int]:
     """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in torch's OpenMP.
 
-    (0, 0, 0) when torch has no OpenMP with that entry point; launches then run serially.
+    (0, 0, 0) when torch has no OpenMP with that entry point, or the team of it that was used
+    belongs to a process that forked this one; launches then run serially.
     """
+    return (0, 0, 0) if _alone else _openmp()
+
+
+@functools.cache
+def _openmp() -> tuple[int, int, int]:
     import torch
 
     libraries = glob.glob(os.path.join(os.path.dirname(torch.__file__), "lib", "lib*omp*"))

@@ -270,6 +270,8 @@ class _Builder:
         patches = np.array(self.patches or [(0, 0, 0)], dtype=np.int64)
         block = np.zeros(driver.LISTS + 2 * len(entries), dtype=np.int64)
         gomp, thread_num, num_threads = driver.openmp()
+        if len(entries) > 1:
+            driver.share(block)
         block[driver.WORKERS] = len(entries)
         block[driver.GOMP], block[driver.THREAD_NUM] = gomp, thread_num
         block[driver.NUM_THREADS], block[driver.YIELD] = num_threads, driver.sched_yield()

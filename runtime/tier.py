@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from . import forked
 from .bank import Bank, drop, own_pidfd, waits
 from .forecast import SAMPLE, Forecast, grown, in_sample
 from .residency import Residency, Root
@@ -63,11 +64,9 @@ class Tier:
         self.sites: list[Site] = []
         self._by_banks: dict[Any, Site] = {}
         self._leaving: deque[Site] = deque()
-        self._turn = threading.RLock()
-        self._state = threading.Condition()
+        self._begin_alone()
+        forked.in_child(self._begin_alone)
         self._resident: list[int] = []  # of each site
-        self._frames: list[Key | None] = []  # site and units in use, innermost call last
-        self._loading: set[Key] = set()  # units that the side thread loads
         self._unused: set[Key] = set()  # loaded ahead and not wanted yet
         self._order: dict[Key, None] = {}  # all units, what is to be dropped first first
         self._stale = True
@@ -80,11 +79,18 @@ class Tier:
         self._waving = 0  # of them, those of waves in progress
         self._now = 0
         self._seen = 0  # fetches that the forecast was told of
-        self._thread: ThreadPoolExecutor | None = None
         self._native = Residency()
         self._given = False  # what is resident is known to native code, and only there
         self._ranked = False  # native code knows the order, too
         self._rest = 0  # the number of the fetch before which no launch fetches
+
+    def _begin_alone(self) -> None:
+        """No thread is at work here: as made, and in a forked child."""
+        self._turn = threading.RLock()
+        self._state = threading.Condition()
+        self._frames: list[Key | None] = []  # site and units in use, innermost call last
+        self._loading: set[Key] = set()  # units that the side thread loads
+        self._thread: ThreadPoolExecutor | None = None
 
     @property
     def resident_bytes(self) -> int:

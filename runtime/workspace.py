@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import forked
 from .bound import Bound
 from .plan import Buffer
 from .sizes import evaluate
@@ -31,8 +32,12 @@ class Arena:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        forked.in_child(self._unlock)
         self._nbytes = 0
         self._memory: torch.Tensor | None = None
+
+    def _unlock(self) -> None:
+        self.lock = threading.Lock()
 
     def reserve(self, nbytes: int) -> None:
         """Makes room for ``nbytes``. Raises RuntimeError when the memory is in use already."""

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ...passes.remarks import Remark
+from ...runtime import forked
 from ..errors import CaptureError
 from ..guards.watch import Attributes, modules_of
 from . import ops
@@ -32,7 +33,10 @@ from .traced import Traced
 from .tree import Tree, flatten
 
 EXCLUSIVE = threading.RLock()
-"""Export swaps a module's weights for fakes while it traces, and patches torch."""
+"""Export swaps a module's weights for fakes while it traces, and patches torch. Whoever forks waits
+for it: the child would have torch patched for good.
+"""
+forked.at_fork(EXCLUSIVE.acquire, EXCLUSIVE.release, EXCLUSIVE.release)
 
 Dynamic = Mapping[int, Any]
 """Dimension number -> `torch.export.Dim` (or ``Dim.AUTO``) of one tensor."""

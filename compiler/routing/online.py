@@ -18,6 +18,7 @@ from typing import Any
 from ...passes.likely import Likely, grouped_key
 from ...passes.remarks import Remark
 from ...passes.route_odds import Key, Routes
+from ...runtime import forked
 from ...runtime.executor import Executor
 from ...runtime.plan import BranchStep
 from ..measure.bets import Speculation, name_of
@@ -56,13 +57,17 @@ class Monitor:
         self._local = threading.local()
         self._seen: deque[tuple[list[Note], float]] = deque(maxlen=KEPT)
         self._counter = itertools.count(1)
-        self._lock = threading.Lock()
+        self._unlock()
+        forked.in_child(self._unlock)
         self._worker: threading.Thread | None = None
         self._spent = 0.0
         self._cost = 0.0
         self._engine: Executor | Speculation | None = None
         self._misses = 0
         self._said: set[Any] = set()
+
+    def _unlock(self) -> None:
+        self._lock = threading.Lock()
 
     # -- told by plans ----------------------------------------------------------------------------
 
