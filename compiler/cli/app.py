@@ -7,6 +7,7 @@ model and its example inputs; the model itself will do, too), or a file that `Co
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -448,6 +449,11 @@ def bench(
 
 def main() -> None:
     """Entry point of the ``plait`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(
+                errors="replace"
+            )  # of tables' lines, where only ASCII can be written
     try:
         app()
     except SystemExit as end:

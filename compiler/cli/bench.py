@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from ...bench import harness, peers, report, weight_budget, workloads
 from ...bench.environment import environment
+from .console import Console
 from .error import CliError, check_output, write_text
 from .model import load
 

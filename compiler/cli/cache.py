@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
 from rich.prompt import Confirm
 from rich.table import Table
 
 from ...kernels.database import Database, cache_directory
+from .console import Console
 from .error import CliError
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ...passes.placement.experts import ExpertPlacement
 from ..placed.experts import place_experts
+from .console import Console
 from .error import CliError, check_output
 
 

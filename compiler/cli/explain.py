@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ...bench.bounds import Machine
 from ...bench.limits import machine_for
 from ...passes.remarks import render
 from ...runtime.profile import StepTime, profile_steps
+from .console import Console
 from .error import check_output, write_text
 from .model import Loaded, compile_loaded, newest, on_cpu
 

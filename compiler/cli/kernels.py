@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ...kernels import cuda
@@ -20,6 +19,7 @@ from ..capture.export import capture
 from ..gpu.lower import GpuLowered
 from ..gpu.pipeline import planned
 from ..modes import plain_modes
+from .console import Console
 from .error import CliError, check_output, write_bytes, write_text
 from .model import Loaded, newest
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from ...runtime.executor import Executor
@@ -29,6 +28,7 @@ from ..capture.captured import Captured
 from ..capture.tree import flatten, unflatten
 from ..compiled import Compiled
 from ..program import Program
+from .console import Console
 from .error import CliError
 
 _INPUT = re.compile(r"(\w+)\[\s*((?:\d+\s*,\s*)*\d+)?\s*\]")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 import torch.fx as fx
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ...passes import registry
@@ -17,6 +16,7 @@ from ...passes.manager import PassManager, PassRecord
 from ...passes.printer import print_graph
 from ..capture.export import capture
 from ..pipeline import DEFAULT_PIPELINE
+from .console import Console
 from .error import CliError
 from .model import load
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -23,6 +22,7 @@ from ...passes.placement.problem import Problem
 from ...passes.placement.problem_file import problem_to_dict, read_problem
 from ...passes.placement.schedule_trace import write_gantt, write_trace
 from ...passes.placement.simulator import simulate
+from .console import Console
 from .error import CliError, check_output
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from ..routing.profile import Profile
 from ..routing.profile import profile as run
+from .console import Console
 from .error import CliError, check_output
 from .model import Loaded, resolve
 

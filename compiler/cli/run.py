@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.fx as fx
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch._ops import HigherOrderOperator
 
@@ -24,6 +23,7 @@ from ...passes.remarks import render
 from ..capture.export import capture
 from ..errors import CaptureError
 from ..pipeline import DEFAULT_PIPELINE
+from .console import Console
 from .error import CliError, check_output
 from .model import Loaded, compile_loaded
 from .trace import gantt as draw

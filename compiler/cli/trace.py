@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ...bench.bounds import Machine
@@ -20,6 +19,7 @@ from ...runtime.plan import KernelStep, Plan
 from ...runtime.sizes import evaluate
 from ...runtime.trace import Event, typical
 from ..compiled import Compiled
+from .console import Console
 from .error import CliError, check_output, write_text
 from .model import Loaded, compile_loaded, on_cpu
 

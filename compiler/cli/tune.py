@@ -6,7 +6,6 @@ import math
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from ..api import load
 from ..capture.tree import flatten
 from ..measure.tuning import tune_graph
 from ..pipeline import CompiledGraph
+from .console import Console
 from .error import CliError
 from .model import Loaded, compile_loaded, newest
 
