@@ -365,7 +365,7 @@ def _make(
         if store is not None and tiered is not None:
             store.serve(engine, int(capacity))
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
-    remarks = (*captured.remarks, *result.remarks, *told, *lowered.remarks, *bets)
+    remarks = (*captured.remarks, *result.remarks, *told, *lowered.remarks, *bets, *_cache_notes())
     return _Made(graph, lowered, kernels, remarks, seconds, engine)
 
 
@@ -389,7 +389,7 @@ def _finish(captured: Captured, prepared: Prepared) -> _Made:
         if captured.weights is not None:
             fill((lowered, captured.weights))
         engine = _scheduled(graph, lowered, kernels, None)
-    remarks = (*captured.remarks, *prepared.remarks, *lowered.remarks)
+    remarks = (*captured.remarks, *prepared.remarks, *lowered.remarks, *_cache_notes())
     return _Made(graph, lowered, kernels, remarks, {}, engine)
 
 
@@ -399,6 +399,12 @@ def _forked_notes() -> list[Remark]:
     reason = "a process that shared launches forked this one: they run on one thread"
     hint = "compile in the children alone, or start them by spawn"
     return [Remark("PLT-RUN-001", "missed", "launch", (), reason, hint)]
+
+
+def _cache_notes() -> list[Remark]:
+    """What the kernel database had to work around."""
+    notes = select.database().notes
+    return [Remark(n.id, "note", "cache", (), n.reason, n.hint) for n in notes]
 
 
 def elsewhere(graph: fx.GraphModule, keys: Mapping[str, str]) -> list[Remark]:

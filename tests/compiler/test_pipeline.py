@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import plait
+from plait.compiler.lowering import select
+from plait.kernels.database import Database
 from plait.runtime.plan import KernelStep, LibraryStep
 
 torch.manual_seed(0)
@@ -267,3 +269,13 @@ def test_without_fusion_every_operator_is_the_library_s(passes) -> None:
             x = torch.randn(cells, 8)
             torch.testing.assert_close(compiled(x), model(x))
     assert not any(isinstance(s, KernelStep) for s in compiled.plan.every_step())
+
+
+def test_a_cache_that_cannot_be_used_is_told(tmp_path, monkeypatch):
+    (tmp_path / "cache").touch()
+    unusable = Database(tmp_path / "cache")
+    monkeypatch.setattr(select, "database", lambda: unusable)
+    compiled = plait.compile(nn.ReLU().eval(), tune="off")
+    with torch.no_grad():
+        compiled(torch.randn(3))
+    assert "PLT-CAC-001" in [r.id for r in compiled.remarks]
