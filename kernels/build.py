@@ -98,7 +98,7 @@ def build(
     compiler = c_compiler() if link else None
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="plait-build-") as scratch:
-        if shutil.disk_usage(scratch).free < _ROOM:
+        if _room(Path(scratch)) < _ROOM:
             compiler = None  # LLVM ends the process when it cannot write an object file
         parts = _split(list(functions), jobs)
 
@@ -118,6 +118,18 @@ def build(
     addresses = {n: int(m[f"{n}__address"]()) for m, names in products for n in names}
     library = loader.Library(None, addresses, keep=products)
     return Bundle(None, symbols, failed, time.perf_counter() - started, library)
+
+
+def _room(directory: Path) -> float:
+    """Bytes that a file in ``directory`` may have."""
+    free = shutil.disk_usage(directory).free
+    try:
+        import resource  # not on Windows
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    except ImportError:
+        return free
+    return free if limit == resource.RLIM_INFINITY else min(free, limit)
 
 
 def available_cpus() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,18 @@ def test_without_a_c_compiler_code_lives_in_the_process(monkeypatch: pytest.Monk
         check(bundle.address(name), factor)
     with pytest.raises(loader.LoadError, match="no kernel 'd'"):
         bundle.address("d")
+
+
+def test_where_files_may_not_be_large_none_are_written() -> None:
+    """LLVM would end the process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        bundle = build([scale("a", 2.0)], host())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not bundle.persistent
+    check(bundle.address("a"), 2.0)
 
 
 def test_cc_names_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
