@@ -345,6 +345,7 @@ class Database:
         report = Report()
         with self.index.exclusive():
             self.index.check()
+            self._drop_abandoned()
             objects = self._objects()
             for name, path in objects.items():
                 try:
@@ -376,6 +377,7 @@ class Database:
             self.index.execute(
                 [(f"DELETE FROM {t} WHERE version != ?", (self.version,)) for t in TABLES]
             )
+            self._drop_abandoned()
             for path in (self.directory / "scratch").glob("*"):
                 if path.name != self.version:
                     shutil.rmtree(path, ignore_errors=True)
@@ -399,6 +401,13 @@ class Database:
                 total -= size
                 freed += size
         return freed
+
+    def _drop_abandoned(self) -> None:
+        """Removes what processes were writing that were killed meanwhile."""
+        for path in self.directory.rglob(".writing-*") if self.persistent else ():
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _ORPHAN_SECONDS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def clear(self) -> None:
         """Forgets everything, on disk and in this process. Loaded kernels stay usable."""

@@ -72,7 +72,7 @@ def load(stem: str, functions: Sequence[Function]) -> dict[str, int]:
     if not _is_whole(path):
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as scratch:
                 built = Path(scratch) / f"{stem}.so"
                 _compile(functions, with_addresses=False).export_library(str(built))
                 with built.open("ab") as file:  # loaders ignore what follows the sections

@@ -309,6 +309,20 @@ def test_prune_drops_the_least_recently_used(tmp_path: Path, compile_c) -> None:
         database.prune(-1)
 
 
+def test_what_killed_processes_were_writing_is_removed(tmp_path: Path, library) -> None:
+    database = Database(tmp_path)
+    database.store([entry()], library)
+    folder = next((tmp_path / "objects").iterdir())
+    old, new, half = folder / ".writing-1", folder / ".writing-2", tmp_path / ".writing-3"
+    half.mkdir()
+    for path in (old, new, half / "driver.so"):
+        path.touch()
+    for path in (old, half):
+        os.utime(path, (0, 0))
+    assert database.verify().ok
+    assert new.exists() and not old.exists() and not half.exists()
+
+
 def test_clear_forgets_everything(tmp_path: Path, library) -> None:
     database = Database(tmp_path)
     database.store([entry()], library)
