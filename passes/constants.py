@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def fold_constants(rewriter: Rewriter, limit: int) -> tuple[list[str], list[Rema
     """Replace computations on constants by their results.
 
     A result is stored if it has at most ``limit`` elements, or no more than the constants that it
-    is computed from, or if it is a view, which costs nothing. Results that the caller would get
+    is computed from, or if it is a view, which costs nothing. Of several results those count that
+    are read. Results that the caller would get
     to see are computed anew for each call, because the caller may write to them.
 
     Returns the names of the nodes replaced, and remarks on what was too large.
@@ -44,7 +46,7 @@ def fold_constants(rewriter: Rewriter, limit: int) -> tuple[list[str], list[Rema
         weight = _weight(rewriter, node, constants, aliases)
         if weight is None:
             continue
-        size = sum(v.numel() for v in _tensors(node.meta["val"]))
+        size = sum(v.numel() for v in _read(node))
         if node.op == "get_attr" or alias_source(node) or size <= max(limit, weight):
             constants[node] = weight
         elif node.target is not _FILL:
@@ -102,6 +104,16 @@ def drop_masks(rewriter: Rewriter) -> list[str]:
 def _tensors(value: Any) -> list[torch.Tensor]:
     values = value if isinstance(value, list | tuple) else [value]
     return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _read(node: fx.Node) -> list[torch.Tensor]:
+    """The results of a node that are read: of a tuple, the parts that somebody takes."""
+    value = node.meta["val"]
+    if not isinstance(value, list | tuple) or any(
+        user.target is not operator.getitem for user in node.users
+    ):
+        return _tensors(value)
+    return _tensors([value[k] for k in {user.args[1] for user in node.users}])  # type: ignore
 
 
 def _weight(

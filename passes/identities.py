@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 
 from .base import allow
-from .ir import Aliases, Rewriter, argument, aten, is_call, is_random, same_shape
+from .ir import Aliases, Rewriter, argument, aten, is_call, is_random, same_shape, same_size
 
 _RETURNS_ARGUMENT = {
     # Where shape, dtype and device stay the same, eager execution returns the argument or a view.
@@ -96,6 +96,8 @@ def _identity(node: fx.Node) -> tuple[fx.Node, bool] | None:
         return source, True
     if node.target in _RETURNS_ARGUMENT:
         return source, _asks_for_copy(node)
+    if is_call(node, aten.as_strided.default):
+        return (source, False) if _same_places(source.meta["val"], node.meta["val"]) else None
     if is_call(node, aten.permute.default):
         dims = argument(node, 1, "dims")
         return (source, False) if list(dims) == sorted(dims) and min(dims, default=0) >= 0 else None
@@ -107,6 +109,21 @@ def _same_kind(a: Any, b: Any) -> bool:
         return False
     same = a.dtype == b.dtype and a.device == b.device and a.layout == b.layout
     return same and same_shape(a.shape, b.shape)
+
+
+def _same_places(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two views of one memory, of equal shapes, have every element at the same place.
+
+    The stride of a dimension of size one says nothing: the mean of an image in channels-last
+    memory differs from what adaptive pooling returns in these strides alone.
+    """
+    pairs = [
+        (m, n)
+        for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True)
+        if not same_size(size, 1)
+    ]
+    ours, theirs = [m for m, _ in pairs], [n for _, n in pairs]
+    return same_shape([a.storage_offset(), *ours], [b.storage_offset(), *theirs])
 
 
 def _asks_for_copy(node: fx.Node) -> bool:

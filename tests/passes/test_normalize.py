@@ -190,6 +190,34 @@ def test_no_copy_goes_where_strides_are_seen():
     assert_same_bits(normalized(graph_module)(*inputs), graph_module(*inputs))
 
 
+def test_a_mean_with_the_strides_of_an_image_in_channels_last_memory_is_a_mean():
+    b = Builder()
+    image = b.call(aten.permute.default, b.input(3, 4, 5, 6), [0, 3, 1, 2])
+    mean = b.call(aten.mean.dim, image, [-1, -2], True)
+    pooled = b.call(aten.as_strided.default, mean, [3, 6, 1, 1], [6, 1, 6, 6])
+    graph_module = b.finish(b.call(aten.neg.default, pooled))
+    result = normalized(graph_module)
+    assert aten.as_strided.default not in targets(result)
+    inputs = inputs_for(graph_module, 0)
+    assert_same_bits(result(*inputs), graph_module(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("strides", "offset", "stays"),
+    [([4, 1], None, False), ([4, 1], 0, False), ([1, 3], None, True), ([4, 1], 1, True)],
+)
+def test_a_view_by_strides_goes_where_it_is_its_argument(strides, offset, stays):
+    b = Builder()
+    x = b.call(aten.exp.default, b.input(3, 4))
+    shape = [3, 4] if offset != 1 else [2, 4]
+    y = b.call(aten.as_strided.default, x, shape, strides, offset)
+    graph_module = b.finish(b.call(aten.neg.default, y))
+    result = normalized(graph_module)
+    assert (aten.as_strided.default in targets(result)) == stays
+    inputs = inputs_for(graph_module, 0)
+    assert_same_bits(result(*inputs), graph_module(*inputs))
+
+
 # Canonical form --------------------------------------------------------------------------------
 
 
@@ -312,6 +340,24 @@ def test_a_large_result_of_small_constants_is_not_stored():
     outcome = Normalize(max_constant=99).run(graph_module)
     assert [r.id for r in outcome.remarks] == ["PLT-NRM-005"]
     assert targets(normalized(graph_module, max_constant=400)) == [aten.add.Tensor]
+
+
+def test_of_several_results_those_count_that_are_read():
+    class Standardised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3, dtype=torch.float64))
+
+        def forward(self, x):
+            rows = self.weight.reshape(1, 4, -1)
+            weight = nn.functional.batch_norm(rows, None, None, training=True, momentum=0.0)
+            return nn.functional.conv2d(x, weight.reshape(4, 3, 3, 3))
+
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    graph_module = captured(Standardised(), x)
+    result = normalized(graph_module, max_constant=0)
+    assert len(targets(result)) == 1
+    assert_same_bits(result(x), graph_module(x))
 
 
 def test_a_constant_output_stays_a_fresh_tensor():
