@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.ops.bounds import IndexCheck, index_checks
+from ..passes.strided import memory_order, seen_inputs
 from .capture.arguments import shares_memory
 from .capture.captured import Captured
 from .capture.state import Given, apply
@@ -70,9 +71,10 @@ class Program:
         self._run: Callable[[Sequence[Tensor]], list[Tensor]] = self.executable.run
         self._written = [m.input for m in self.captured.mutations]
         self._checks = self._index_checks()
+        self._orders = self._seen_orders()
         conjugable = any(i.dtype.is_complex for i in self.captured.inputs)
         changes = self._written or self.captured.updates or self.captured.assigned
-        self._simple = self._single and not (conjugable or changes or self._checks)
+        self._simple = self._single and not (conjugable or changes or self._checks or self._orders)
         where = self._places()
         self.watch = Watch(where) if where else None
 
@@ -87,7 +89,7 @@ class Program:
         given = tensors
         if any(map(_is_neg, tensors)) or any(map(_is_conj, tensors)):
             tensors = [t.resolve_conj().resolve_neg() for t in tensors]
-        if self._checks or self._written:
+        if self._checks or self._written or self._orders:
             self._check(tensors)
         if _inference() or _autocast():
             with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -97,7 +99,9 @@ class Program:
         return self._result(given, results, objects)
 
     def _check(self, tensors: list[Tensor]) -> None:
-        """Raises Unfit for indices out of range, and for memory that is written and shared."""
+        """Raises Unfit for indices out of range, for memory that is written and shared, and for
+        memory in another order where that is seen.
+        """
         whole = [*tensors, *self.captured.states]
         if self._checks:
             limits = iter(self._limits([t.shape for t in tensors]))
@@ -118,6 +122,17 @@ class Program:
                 "an argument that is written shares memory with another or itself",
                 "pass clones",
             )
+        for k, order in self._orders.items():
+            if memory_order(whole[k]) != order:
+                name = self.captured.inputs[k].name
+                reason = f"{name!r} has other strides than at capture, and the model reads by them"
+                raise Unfit("PLT-CAP-027", reason, "pass it contiguous")
+
+    def _seen_orders(self) -> dict[int, list[int] | None]:
+        """How inputs lie in memory whose elements the model finds by strides."""
+        graph = self.captured.graph_module.graph
+        inputs = list(graph.find_nodes(op="placeholder"))
+        return {k: memory_order(inputs[k].meta["val"]) for k in seen_inputs(graph)}
 
     def _index_checks(self) -> list[IndexCheck]:
         checks = index_checks(self.executable.graph.graph)

@@ -97,7 +97,7 @@ def _identity(node: fx.Node) -> tuple[fx.Node, bool] | None:
     if node.target in _RETURNS_ARGUMENT:
         return source, _asks_for_copy(node)
     if is_call(node, aten.as_strided.default):
-        return (source, False) if _same_places(source.meta["val"], node.meta["val"]) else None
+        return (source, False) if same_places(source.meta["val"], node.meta["val"]) else None
     if is_call(node, aten.permute.default):
         dims = argument(node, 1, "dims")
         return (source, False) if list(dims) == sorted(dims) and min(dims, default=0) >= 0 else None
@@ -111,18 +111,16 @@ def _same_kind(a: Any, b: Any) -> bool:
     return same and same_shape(a.shape, b.shape)
 
 
-def _same_places(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two views of one memory, of equal shapes, have every element at the same place.
+def same_places(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two views of one memory have every element at the same place.
 
     The stride of a dimension of size one says nothing: the mean of an image in channels-last
     memory differs from what adaptive pooling returns in these strides alone.
     """
-    pairs = [
-        (m, n)
-        for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True)
-        if not same_size(size, 1)
-    ]
-    ours, theirs = [m for m, _ in pairs], [n for _, n in pairs]
+    if not same_shape(a.shape, b.shape):
+        return False
+    wide = [d for d, size in enumerate(a.shape) if not same_size(size, 1)]
+    ours, theirs = ([x.stride(d) for d in wide] for x in (a, b))
     return same_shape([a.storage_offset(), *ours], [b.storage_offset(), *theirs])
 
 

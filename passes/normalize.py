@@ -3,6 +3,7 @@
 =====================================  ===========================================================
 step                                   before → after
 =====================================  ===========================================================
+`passes.strided`                       ``as_strided(x, ...)`` → elements of x by number
 `passes.canonical`                     many spellings of an operation → one
 `passes.identities`                    ``dropout(x)`` in inference, ``x * 1``, copies → ``x``
 `passes.constants`                     operators on constants → constants; all-True masks → none
@@ -11,8 +12,8 @@ step                                   before → after
 `passes.sides`                         operands of a `torch.cond` → constants of one side
 =====================================  ===========================================================
 
-The steps repeat until none of them changes anything. Every rewrite is exact for every input,
-NaN, infinities and -0 included, except that folding a batch normalisation rounds differently
+All but the first repeat until none of them changes anything. Every rewrite is exact for every
+input, NaN, infinities and -0 included, except that folding a batch normalisation rounds differently
 (and no worse: factors are combined in float64).
 """
 
@@ -32,6 +33,7 @@ from .identities import drop_identities
 from .ir import Rewriter, attribute
 from .remarks import Remark
 from .sides import own_constants
+from .strided import number_elements
 
 _MAX_ROUNDS = 8
 _SUMMARIES = {
@@ -72,7 +74,8 @@ class Normalize(Pass):
         rewriter = Rewriter(copy_graph(graph_module), self.name)
         done: dict[str, list[str]] = {remark_id: [] for remark_id in _SUMMARIES}
         remarks: dict[Remark, None] = {}
-        changed = False
+        done["PLT-NRM-009"] += number_elements(rewriter)
+        changed = any(done.values())
         for _ in range(_MAX_ROUNDS):
             if not self._round(rewriter, done, remarks, keep):
                 break

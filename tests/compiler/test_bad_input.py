@@ -161,6 +161,34 @@ def test_written_arguments_that_share_memory_run_the_original(first: str, how: s
     assert "PLT-CAP-018" in ids(compiled)
 
 
+# -- views by strides ------------------------------------------------------------------------------
+
+
+def test_views_by_strides_see_the_memory_that_eager_execution_has() -> None:
+    conv = nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return conv(x).as_strided((2, 8, 7), (8 * 36, 36, 2), 5) * 2
+
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    compiled = compile(function)
+    torch.testing.assert_close(compiled(x), function(x))
+    assert "PLT-FUS-002" not in [r.id for r in compiled.remarks]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_argument_in_another_order_than_a_view_by_strides_saw_runs_as_it_is(own: bool) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return (x if own else x * 2).as_strided((x.shape[0], 2), (1, 3), 1) + 1
+
+    x = torch.arange(24.0).reshape(4, 6)
+    compiled = compile(function)
+    for given in (x, x.reshape(6, 4), x.reshape(3, 8)[:, 1:7]):
+        assert torch.equal(compiled(given), function(given))
+    assert torch.equal(compiled(x.reshape(6, 4).t()), function(x.reshape(6, 4).t()))
+    assert ids(compiled)[-1] == "PLT-CAP-027"
+
+
 # -- the original runs once ------------------------------------------------------------------------
 
 

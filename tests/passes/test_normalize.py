@@ -202,18 +202,51 @@ def test_a_mean_with_the_strides_of_an_image_in_channels_last_memory_is_a_mean()
     assert_same_bits(result(*inputs), graph_module(*inputs))
 
 
-@pytest.mark.parametrize(
-    ("strides", "offset", "stays"),
-    [([4, 1], None, False), ([4, 1], 0, False), ([1, 3], None, True), ([4, 1], 1, True)],
-)
-def test_a_view_by_strides_goes_where_it_is_its_argument(strides, offset, stays):
+@pytest.mark.parametrize("offset", [None, 0])
+def test_a_view_by_the_strides_that_its_argument_has_goes(offset):
     b = Builder()
     x = b.call(aten.exp.default, b.input(3, 4))
-    shape = [3, 4] if offset != 1 else [2, 4]
-    y = b.call(aten.as_strided.default, x, shape, strides, offset)
+    y = b.call(aten.as_strided.default, x, [3, 4], [4, 1], offset)
     graph_module = b.finish(b.call(aten.neg.default, y))
+    assert targets(normalized(graph_module)) == [aten.exp.default, aten.neg.default]
+
+
+def strided_views(b: Builder, x: torch.fx.Node) -> list[torch.fx.Node]:
+    """Views by strides of a tensor of shape [3, 4, 2] that fills its memory, and of its views."""
+    part = b.call(aten.select.int, b.call(aten.permute.default, x, [1, 0, 2]), 0, 2)
+    first = b.call(aten.as_strided.default, part, [2, 2], [3, 2])
+    return [
+        first,
+        b.call(aten.as_strided.default, x, [5, 4, 3], [4, 1, 2], 0),
+        b.call(aten.as_strided.default, part, [2, 3], [0, 7], 1),
+        b.call(aten.as_strided.default, first, [4], [5], 3),
+        b.call(aten.as_strided.default, x, [], [], 7),
+        b.call(aten.as_strided.default, x, [0, 2], [1, 1]),
+    ]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1], [2, 0, 1], [1, 2, 0]])
+def test_views_by_strides_become_elements_by_number(order):
+    b = Builder()
+    shape = [[3, 4, 2][d] for d in order]
+    x = b.call(aten.exp.default, b.input(*shape))
+    x = b.call(aten.permute.default, x, [order.index(d) for d in range(3)])
+    x = b.call(aten.relu.default, x)  # its memory is in the order of its argument's
+    graph_module = b.finish(*(b.call(aten.neg.default, y) for y in strided_views(b, x)))
     result = normalized(graph_module)
-    assert (aten.as_strided.default in targets(result)) == stays
+    assert aten.as_strided.default not in targets(result)
+    inputs = inputs_for(graph_module, 0)
+    assert_same_bits(result(*inputs), graph_module(*inputs))
+
+
+def test_views_by_strides_of_memory_that_is_not_known_stay():
+    b = Builder()
+    x = b.input(3, 4, 2)
+    copied = b.call(aten.reshape.default, b.call(aten.permute.default, x, [2, 1, 0]), [6, 4])
+    views = [*strided_views(b, x), b.call(aten.as_strided.default, copied, [2], [5])]
+    graph_module = b.finish(*(b.call(aten.neg.default, y) for y in views))
+    result = normalized(graph_module)
+    assert targets(result).count(aten.as_strided.default) == len(views)
     inputs = inputs_for(graph_module, 0)
     assert_same_bits(result(*inputs), graph_module(*inputs))
 
