@@ -27,7 +27,17 @@ def check(size: torch.SymInt) -> None:
 
 def _nesting(expr: Any) -> int:
     inner = max(map(_nesting, expr.args), default=0)
-    return inner + isinstance(expr, _DIVISIONS)
+    return inner + (isinstance(expr, _DIVISIONS) and not _continues(expr))
+
+
+def _continues(expr: Any) -> bool:
+    """Whether a division is one with that within it: ``(a//b + c)//d`` is ``(a + b*c)//(b*d)``, as
+    with the sizes of images that are pooled again and again.
+    """
+    if not isinstance(expr, F.FloorDiv) or not expr.args[1].is_Integer or expr.args[1] <= 0:
+        return False
+    inner = [term for term in sympy.Add.make_args(expr.args[0]) if not term.is_Integer]
+    return len(inner) == 1 and isinstance(inner[0], F.FloorDiv) and inner[0].args[1].is_Integer
 
 
 def dim(value: int | torch.SymInt) -> Dim:

@@ -26,6 +26,9 @@ from .remarks import Remark
 
 _FILL = aten.full.default
 """Kernels write such a value as an immediate: cheaper than reading it from memory."""
+_BETWEEN = 16
+"""How many times larger than what is stored a result may be that only constants are computed from:
+such as what a network makes of all relative positions, of which attention gets a few numbers."""
 _NEVER = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
 
 
@@ -33,28 +36,39 @@ def fold_constants(rewriter: Rewriter, limit: int) -> tuple[list[str], list[Rema
     """Replace computations on constants by their results.
 
     A result is stored if it has at most ``limit`` elements, or no more than the constants that it
-    is computed from, or if it is a view, which costs nothing. Of several results those count that
-    are read. Results that the caller would get
-    to see are computed anew for each call, because the caller may write to them.
+    is computed from, or if it is a view of such, which costs nothing. Of several results those
+    count that are read. Up to `_BETWEEN` times ``limit`` is computed where smaller results come of
+    it, and not stored. Results that the caller would get to see are computed anew for each call,
+    because the caller may write to them.
 
     Returns the names of the nodes replaced, and remarks on what was too large.
     """
     aliases = Aliases(rewriter.graph)
     constants: dict[fx.Node, int] = {}  # node -> elements of the attributes it depends on
-    remarks: list[Remark] = []
+    large: dict[fx.Node, Remark] = {}
     for node in rewriter.graph.nodes:
         weight = _weight(rewriter, node, constants, aliases)
         if weight is None:
             continue
-        size = sum(v.numel() for v in _read(node))
-        if node.op == "get_attr" or alias_source(node) or size <= max(limit, weight):
-            constants[node] = weight
-        elif node.target is not _FILL:
+        size, source = sum(v.numel() for v in _read(node)), alias_source(node)
+        small = source not in large if source is not None else size <= max(limit, weight)
+        if node.op != "get_attr" and not small:
             reason = f"{size} elements from {weight}, over the limit of {limit}"
             hint = "raise max_constant of normalize"
-            remarks.append(
-                Remark("PLT-NRM-005", "missed", rewriter.pass_name, (node.name,), reason, hint)
+            large[node] = Remark(
+                "PLT-NRM-005", "missed", rewriter.pass_name, (node.name,), reason, hint
             )
+        if node not in large or size <= _BETWEEN * limit:
+            constants[node] = weight
+    remarks: list[Remark] = []
+    for node, remark in reversed(large.items()):
+        read_by_constants = node.users and all(user in constants for user in node.users)
+        if node in constants and read_by_constants and node not in aliases.escaping:
+            continue
+        constants.pop(node, None)
+        if node.target is not _FILL and alias_source(node) is None:
+            remarks.append(remark)
+    remarks.reverse()
     memo: dict[fx.Node, Any] = {}
     done: list[str] = []
     for node in list(constants):

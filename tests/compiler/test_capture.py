@@ -177,6 +177,21 @@ def test_some_sizes_are_refused_and_become_constants(
     assert [bool(dims) for dims in asked] == [False, True, False, False], "it was tried once"
 
 
+def halves(x: torch.Tensor) -> torch.Tensor:
+    for _ in range(4):  # as the sizes of images that are pooled without padding
+        x = x[:, : (x.shape[1] - 1) // 2]
+    return x * 2
+
+
+def test_sizes_that_are_divided_again_and_again_stay_open() -> None:
+    compiled = plait.compile(halves, tune="off")
+    for length in (96, 99, 127):
+        x = torch.randn(2, length, generator=torch.Generator().manual_seed(length))
+        assert torch.equal(compiled(x), halves(x))
+    assert [r.id for r in compiled.remarks if r.pass_name == "capture"] == ["PLT-CAP-002"]
+    assert len(compiled.programs) == 2
+
+
 @pytest.mark.parametrize("name", ["inv", "cholesky", "lu_factor", "ldl_factor", "matrix_power"])
 def test_linear_algebra_is_captured_and_still_checks_its_arguments(name: str) -> None:
     function: Any = getattr(torch.linalg, name)

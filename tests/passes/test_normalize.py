@@ -393,6 +393,32 @@ def test_of_several_results_those_count_that_are_read():
     assert_same_bits(result(x), graph_module(x))
 
 
+@pytest.mark.parametrize(("limit", "stays"), [(1, True), (9, True), (25, False)])
+def test_a_large_result_that_only_a_small_constant_is_computed_from_is_not_stored(limit, stays):
+    b = Builder()
+    big = b.call(aten.repeat.default, b.constant(torch.ones(4)), [100])
+    view = b.call(aten.reshape.default, big, [4, 100])
+    total = b.call(aten.sum.default, b.call(aten.exp.default, view))
+    graph_module = b.finish(b.call(aten.add.Tensor, b.input(400), total))
+    result = normalized(graph_module, max_constant=limit)
+    assert (aten.repeat.default in targets(result)) == stays
+    assert sum(buffer.numel() for buffer in result.buffers()) == (4 if stays else 1)
+    inputs = inputs_for(graph_module, 0)
+    assert_same_bits(result(*inputs), graph_module(*inputs))
+
+
+def test_a_large_result_that_others_read_too_is_computed_at_run_time():
+    b = Builder()
+    big = b.call(aten.repeat.default, b.constant(torch.ones(4)), [100])
+    total = b.call(aten.sum.default, big)
+    y = b.call(aten.add.Tensor, b.call(aten.mul.Tensor, b.input(400), big), total)
+    graph_module = b.finish(y)
+    result = normalized(graph_module, max_constant=99)
+    assert aten.repeat.default in targets(result) and aten.sum.default not in targets(result)
+    inputs = inputs_for(graph_module, 0)
+    assert_same_bits(result(*inputs), graph_module(*inputs))
+
+
 def test_a_constant_output_stays_a_fresh_tensor():
     b = Builder()
     graph_module = b.finish(b.call(aten.neg.default, b.constant(torch.ones(2))))
