@@ -451,9 +451,7 @@ def main() -> None:
     """Entry point of the ``plait`` command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
-            stream.reconfigure(
-                errors="replace"
-            )  # of tables' lines, where only ASCII can be written
+            stream.reconfigure(errors="replace")  # ASCII lacks the lines of tables
     try:
         app()
     except SystemExit as end:
