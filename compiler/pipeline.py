@@ -285,6 +285,7 @@ def prepare(captured: Captured, options: Options) -> Prepared:
     with torch.no_grad(), plain_modes():
         manager = PassManager(DEFAULT_PIPELINE if options.pipeline is None else options.pipeline)
         result = manager.run(captured.graph_module)
+        _check_outlined(captured, result.graph_module)
         kernels = select.Kernels(targets.host(), select.database(), options.tune)
         groups = groups_of(result.graph_module)
         lowered = lower.lower(result.graph_module, groups, kernels, captured.symbols)
@@ -317,6 +318,7 @@ def _make(
             graph.meta[BUDGET], graph.meta[KEEP] = store.budget, store.keep
         result = manager.run(graph)
         graph = result.graph_module
+        _check_outlined(captured, graph)
         graph.meta.pop(JUDGE)
         graph.meta.pop(KEEP, None)
         tiered: Tiered | None = graph.meta.get(TIERED)
@@ -367,6 +369,18 @@ def _make(
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
     remarks = (*captured.remarks, *result.remarks, *told, *lowered.remarks, *bets, *_cache_notes())
     return _Made(graph, lowered, kernels, remarks, seconds, engine)
+
+
+def _check_outlined(captured: Captured, graph: fx.GraphModule) -> None:
+    """Raises NotImplementedError where branches may run without cells that must not."""
+    if not captured.occupied:
+        return
+    left = graph.graph.find_nodes(op="call_function", target=torch.ops.plait.scatter.default)
+    if left:
+        reason = "operators of a branch ask whether they have cells, so it has to be outlined"
+        raise NotImplementedError(reason)
+    for _, branch in branches_of(graph):
+        _check_outlined(captured, branch)
 
 
 def _merge_judge(manager: PassManager, tune: str) -> Judge:

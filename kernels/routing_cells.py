@@ -7,7 +7,9 @@ graph as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,7 +17,27 @@ from torch import Tensor
 
 from .routes import by_branch, names_branch, show
 
-__all__ = ["gather", "scatter"]
+__all__ = ["Taken", "gather", "scatter"]
+
+
+class Taken:
+    """What a trace takes for granted of branches: whether they get cells; and if there were any."""
+
+    def __init__(self, cells: bool) -> None:
+        self.cells = cells
+        self.scattered = False
+
+    @contextlib.contextmanager
+    def within(self) -> Iterator[Taken]:
+        """Traces within it follow this."""
+        token = _TAKEN.set(self)
+        try:
+            yield self
+        finally:
+            _TAKEN.reset(token)
+
+
+_TAKEN: ContextVar[Taken | None] = ContextVar("taken", default=None)
 
 
 @torch.library.custom_op("plait::scatter", mutates_args=())
@@ -37,7 +59,9 @@ def scatter(cells: Tensor, index: Tensor, branches: int) -> list[Tensor]:
 def _(cells: Tensor, index: Tensor, branches: int) -> list[Tensor]:
     _slots_per_cell(cells.shape[0], index)
     context = torch.library.get_ctx()
-    sizes = [context.new_dynamic_size() for _ in range(branches)]
+    taken = _TAKEN.get() or Taken(False)
+    taken.scattered = True
+    sizes = [context.new_dynamic_size(min=int(taken.cells)) for _ in range(branches)]
     return [cells.new_empty(size, *cells.shape[1:]) for size in sizes]
 
 

@@ -63,7 +63,9 @@ class Sizes:
 
 
 def fitting(mode: FakeTensorMode, inputs: Sequence[fx.Node], given: Sequence[Any]) -> Sizes | None:
-    """The sizes at which placeholders ``inputs`` take values like ``given``; None if at none."""
+    """The sizes at which placeholders ``inputs`` take values like ``given``; None if at none, or
+    if a size may be 0: graphs are traced with symbols that are not.
+    """
     replaced: dict[Any, Any] = {}
     for node, value in zip(inputs, given, strict=True):
         for old, new in zip(node.meta["val"].shape, value.shape, strict=True):
@@ -76,6 +78,8 @@ def fitting(mode: FakeTensorMode, inputs: Sequence[fx.Node], given: Sequence[Any
             if not expr.is_Symbol:
                 continue  # follows from the symbols in it
             if replaced.setdefault(expr, now) != now:
+                return None
+            if not now.is_positive and mode.shape_env.bound_sympy(now).lower < 1:  # type: ignore[union-attr]
                 return None
     return Sizes(mode, replaced)
 

@@ -291,7 +291,7 @@ class SpeculateRoutes(Pass):
             else:
                 guard = regroup(inliner, region, state.grouped[key], grouped_key(key))
             if guard is None:
-                reason = "do not take cells as they are, or are too many for a guard"
+                reason = "do not take cells as they are, may get none, or are too many for a guard"
                 text = f"the branches of {key[0]!r} {reason}"
                 self._say(state, "PLT-SPC-007", region.node, text)
                 state.assumed.pop(key, None)

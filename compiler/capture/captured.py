@@ -71,6 +71,7 @@ class Captured:
         remarks: what happened during capture.
         reads: attributes that were read of modules and of objects in them.
         decisions: what the graph was made for besides sizes: answers to questions about values.
+        occupied: whether it is for branches that get cells: those that get none must not run.
         weights: where the weights come from that are on the meta device, by ``get_attr`` target.
     """
 
@@ -93,6 +94,7 @@ class Captured:
     routes: Any = None
     reads: set[Read] = field(default_factory=set)
     decisions: Decisions | None = None
+    occupied: bool = False
     weights: Source | None = None
 
     @property

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import is_lazy
 
+from ...kernels.routing_cells import Taken
 from ...passes.remarks import Remark
 from ...runtime import forked
 from ..errors import CaptureError
@@ -76,28 +78,50 @@ def capture(
         shapes = (tuple(dict(d) or None for d in dynamic),)
     if decide:
         traced.recording = Recording(tensors, roots)
+
+    def program() -> tuple[Any, list[Remark]]:
+        try:
+            found, remarks = _export(target, traced, tuple(tensors), shapes, roots)
+        except MaskError:
+            if not decide:
+                raise
+            traced.reads_masks = True
+            found, remarks = _export(target, traced, tuple(tensors), shapes, roots)
+        # Autocast's conversions appear only when the program is traced through again.
+        if torch._C._is_any_autocast_enabled() or ops.needs_decomposition(found):
+            found = found.run_decompositions(ops.decompositions())
+        return found, remarks
+
     try:
         with EXCLUSIVE, quiet():
-            try:
-                program, remarks = _export(target, traced, tuple(tensors), shapes, roots)
-            except MaskError:
-                if not decide:
-                    raise
-                traced.reads_masks = True
-                program, remarks = _export(target, traced, tuple(tensors), shapes, roots)
-            # Autocast's conversions appear only when the program is traced through again.
-            if torch._C._is_any_autocast_enabled() or ops.needs_decomposition(program):
-                program = program.run_decompositions(ops.decompositions())
+            found, remarks, occupied = _with_cells(program)
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many kinds, all of them mean the same here
         raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
-    captured = Flat(program, traced, tree, leaves).captured()
+    captured = Flat(found, traced, tree, leaves).captured()
     captured.remarks += remarks
+    captured.occupied = occupied
     captured.reads = traced.result.reads
     if traced.recording is not None:
         captured.decisions = traced.recording.decisions()
     return captured
+
+
+def _with_cells(program: Callable[[], tuple[Any, list[Remark]]]) -> tuple[Any, list[Remark], bool]:
+    """What ``program`` gives, and whether that is for branches that get at least one cell.
+
+    Operators such as a roll ask whether a tensor is empty, which has no answer for a branch's
+    cells. Branches without cells do not run once they are outlined, so there it is no.
+    """
+    with Taken(cells=False).within() as taken:
+        try:
+            return *program(), False
+        except GuardOnDataDependentSymNode:
+            if not taken.scattered:
+                raise
+    with Taken(cells=True).within():
+        return *program(), True
 
 
 def _export(

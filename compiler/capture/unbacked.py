@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,23 +15,36 @@ from torch.overrides import TorchFunctionMode
 def traceable() -> contextlib.AbstractContextManager[Any]:
     """Within it, `torch.export` can trace modules on tensors whose first size is unknown.
 
-    torch's batch normalization asks whether its input is empty, which then has no answer, although
-    with running statistics nothing depends on it. Outside of tracing this does nothing.
+    Some of torch's functions ask for that size where nothing, or nothing but speed and rounding,
+    depends on it: batch normalization with running statistics whether its input is empty, distances
+    whether there are many. Outside of tracing this does nothing.
     """
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-        return _BatchNorm()
+        return _Unasked()
     return contextlib.nullcontext()
 
 
-class _BatchNorm(TorchFunctionMode):
+class _Unasked(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.batch_norm:
-            result = _normalized(*args, **(kwargs or {}))
+        if func in _INSTEAD:
+            result = _INSTEAD[func](*args, **(kwargs or {}))
             if result is not None:
                 return result
         return func(*args, **(kwargs or {}))
+
+
+def _distances(
+    x1: Tensor,
+    x2: Tensor,
+    p: float = 2.0,
+    compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
+) -> Tensor | None:
+    """The operator that asks when it runs, not when it is traced."""
+    if compute_mode != "use_mm_for_euclid_dist_if_necessary":
+        return None
+    return torch.ops.aten._cdist_forward(x1, x2, p, None)
 
 
 def _normalized(
@@ -48,3 +62,10 @@ def _normalized(
     return torch.ops.aten._native_batch_norm_legit_no_training(
         input, weight, bias, running_mean, running_var, momentum, eps
     )[0]
+
+
+_INSTEAD: dict[Any, Callable[..., Tensor | None]] = {
+    F.batch_norm: _normalized,
+    torch.cdist: _distances,
+}
+"""By function, what gives its result without such a question; None where that does not do."""
