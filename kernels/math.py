@@ -314,23 +314,54 @@ _SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
 _COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
 _PIO2_HI, _PIO2_LO = 1.5707963267948966, 6.123233995736766e-17
 _MAGIC64 = 6755399441055744.0
+_TWO_OVER_PI = (0xA2F9836E4E441529, 0xFC2757D1F534DDC0, 0xDB6295993C439041)
+"""The first 192 binary digits of 2 / pi."""
 
 
 def _circle(x: Expr) -> tuple[Expr, Expr, Expr]:
-    """(sin r, cos r, q mod 4) with x = q * pi/2 + r and |r| <= pi/4.
+    """(sin r, cos r, q mod 4) with x = q * pi/2 + r and |r| <= pi/4; NaN for NaN and infinities.
 
-    The reduction runs in float64 and is exact enough for |x| < 2^40; NaN and infinities give NaN.
+    The reduction runs in float64: Cody and Waite's up to 2^28, from there `_far_quarters`.
     """
     wide = bind(tir.Cast("float64", x))
-    shifted = bind(wide * f64(2.0 / math.pi) + f64(_MAGIC64))
+    size = bind(bits(x) & i32(0x7FFFFFFF))
+    far = bind(tir.And(size >= i32((127 + 28) << 23), size < i32(0x7F800000)))
+    whole = bind(_far_quarters(size))
+    turned = bind(tir.Select(x < f32(0.0), -whole, whole))
+    shifted = bind(tir.Select(far, turned, wide * f64(2.0 / math.pi)) + f64(_MAGIC64))
     n = bind(shifted - f64(_MAGIC64))
     first = tir.call_llvm_pure_intrin("float64", "llvm.fma", -n, f64(_PIO2_HI), wide)
-    r = bind(tir.Cast("float32", first - n * f64(_PIO2_LO)))
+    rest = tir.Select(far, (turned - n) * f64(_PIO2_HI), first - n * f64(_PIO2_LO))
+    r = bind(tir.Cast("float32", rest))
     q = tir.Cast("int32", tir.reinterpret("int64", shifted) & tir.IntImm("int64", 3))
     s = bind(r * r)
     sine = bind(horner(s, _SIN) * s * r + r)
     cosine = bind(horner(s, _COS) * (s * s) - f32(0.5) * s + f32(1.0))
     return sine, cosine, bind(q)
+
+
+def _far_quarters(size: Expr) -> Expr:
+    """x over pi/2 (float64), less a multiple of 4, for the float32 x of at least 2^28 whose bits
+    are ``size`` (Payne and Hanek, 1983).
+
+    x is a whole number of 24 bits times 2^e. Of 2/pi those bits that 2^e makes multiples of 4 are
+    left out, and the next 64 are taken, so the error is below 2^-38.
+    """
+    k = bind(tir.Cast("int64", tir.max((size >> i32(23)) - i32(127 + 25), i32(3))))
+    low = tir.IntImm("int64", 63)
+    later = bind(k > low)
+    a, b = (tir.IntImm("int64", w - (w >> 63 << 64)) for w in _TWO_OVER_PI[:2])
+    halved_b, halved_c = (tir.IntImm("int64", w >> 1) for w in _TWO_OVER_PI[1:])
+    shift = bind(k & low)
+    window = bind(
+        (tir.Select(later, b, a) << shift)
+        | (tir.Select(later, halved_c, halved_b) >> (low - shift))
+    )
+    word = tir.IntImm("int64", 0xFFFFFFFF)
+    m = bind(tir.Cast("int64", (size & i32(0x7FFFFF)) | i32(0x800000)))
+    upper = m * ((window >> tir.IntImm("int64", 32)) & word) & word  # more would be multiples of 4
+    lower = m * (window & word)
+    return tir.Cast("float64", upper) * f64(2.0**-30) + tir.Cast("float64", lower) * f64(2.0**-62)
 
 
 def _signed(value: Expr, q: Expr) -> Expr:
