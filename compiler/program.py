@@ -107,7 +107,7 @@ class Program:
             limits = iter(self._limits([t.shape for t in tensors]))
             for check in self._checks:
                 low, end = next(limits), next(limits)
-                tensor = whole[check.input]
+                tensor = check.of(whole[check.input])
                 if not tensor.numel():
                     continue
                 least, most = torch.aminmax(tensor)

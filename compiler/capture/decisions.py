@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+
+from .losses import ctc_loss
 
 READS = frozenset(
     "item tolist numpy equal allclose is_nonzero __bool__ __int__ __float__ __index__ __complex__"
@@ -155,6 +158,18 @@ class Recording(TorchFunctionMode):
             name = func.__name__
         if name == "__iter__":
             return iter(args[0].unbind(0)) if self._knows(args[0]) else func(*args, **kwargs)
+        if name == "masked_select" and len(args) == 2 and self._knows(args[1]):
+            if args[0].shape == args[1].shape:
+                func, name = Tensor.__getitem__, "__getitem__"
+        if name == "__getitem__":  # of masks it shall ask where they are set, not what is there
+            args, kwargs = self._settled(name, args, kwargs)
+        if func is F.ctc_loss and len(args) >= 4 and args[0].dim() == 3:
+            plain = (
+                not torch._C._is_any_autocast_enabled()
+            )  # which does not reach into the operator
+            if plain and all(map(self._knows, args[2:4])):
+                lengths = (self._ask(Tensor.tolist, x) for x in args[2:4])
+                func, args = ctc_loss, (*args[:2], *lengths, *args[4:])
         inputs = [x for x in _walk((args, kwargs)) if isinstance(x, Tensor)]
         writes = _written(func, name, inputs, kwargs)
         known = all(id(x) in self._refs for x in inputs) and bool(inputs or name in MAKERS)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ...kernels.ops.bounds import index_checks
+from ...kernels.ops.bounds import IndexCheck, index_checks
 from ...passes.ir import attribute
 from ...runtime import driver
 from ...runtime.pipeline import RankProgram
@@ -91,7 +91,7 @@ class SegmentRun:
         else:
             self.engine, self.remarks = on_device(captured, renamed, device), ()
             self._call = lambda tensors: list(self.engine(*tensors))
-        self._checks = [(c.input, int(c.low), int(c.end)) for c in index_checks(self.graph)]
+        self._checks = index_checks(self.graph)
         self._names = [s.name for s in captured.inputs]
         self._arena = Arena()
 
@@ -104,14 +104,15 @@ class SegmentRun:
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Raises InputError (PLT-INP-006) for an index out of range among the inputs."""
-        for number, low, end in self._checks:
-            check_range(self._names[number], tensors[number], low, end)
+        for check in self._checks:
+            check_range(self._names[check.input], check, tensors[check.input])
         with plain_modes(), self._arena.lock:
             return self._call(tensors)
 
 
-def check_range(name: str, tensor: torch.Tensor, low: int, end: int) -> None:
-    """Raises InputError where an element is below ``low`` or not below ``end``."""
+def check_range(name: str, check: IndexCheck, tensor: torch.Tensor) -> None:
+    """Raises InputError where an element that is an index is out of its range."""
+    tensor, low, end = check.of(tensor), int(check.low), int(check.end)
     if tensor.numel():
         least, most = (int(x) for x in torch.aminmax(tensor))
         if least < low or most >= end:

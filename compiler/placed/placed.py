@@ -132,8 +132,8 @@ class Placed:
             text = "; ".join(f"argument {n!r}: {why}" for n, why in wrong.items())
             raise InputError("PLT-INP-002", text, "compile the model again for other sizes")
         check_plain(tensors)
-        for check, low, end in division.checks:
-            check_range(captured.inputs[check].name, tensors[check], low, end)
+        for check in division.checks:
+            check_range(captured.inputs[check.input].name, check, tensors[check.input])
         return dict(zip(division.names, [t.detach() for t in tensors], strict=True))
 
     def _result(self, values: Tensors) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ...kernels.ops.bounds import index_checks
+from ...kernels.ops.bounds import IndexCheck, index_checks
 from ...passes.manager import PassManager
 from ...passes.placement import plan
 from ...passes.placement.devices import parse_link
@@ -42,9 +42,9 @@ class Division:
 
     ``call`` describes arguments and results of the captured call; its graph is gone. ``names`` are
     the call's tensors, ``results`` its results in order, ``owners`` the rank, type and shape of
-    each tensor that a rank makes for the caller. ``checks`` are (input, smallest index, one past
-    the largest) of inputs that are indices. ``flight_bytes`` is what each rank holds beyond the
-    placement's peak, which is that of one batch, while `Placed.map` keeps all stages busy.
+    each tensor that a rank makes for the caller. ``checks`` are of inputs that are indices.
+    ``flight_bytes`` is what each rank holds beyond the placement's peak, which is that of one
+    batch, while `Placed.map` keeps all stages busy.
     """
 
     call: Captured
@@ -54,7 +54,7 @@ class Division:
     names: list[str]
     results: list[str]
     owners: dict[str, tuple[int, str, tuple[int, ...]]]
-    checks: list[tuple[int, int, int]]
+    checks: list[IndexCheck]
     predicted_s: float
     flight_bytes: list[float]
     remarks: list[Remark]
@@ -151,7 +151,7 @@ def plan_model(
     division = Division(
         replace(whole.captured, graph_module=nothing), problem, placement, made, holders,
         [x.name for x in flat], _owners(segments, flat),
-        [(c.input, int(c.low), int(c.end)) for c in index_checks(module.graph)], predicted, flight,
+        index_checks(module.graph), predicted, flight,
         remarks,
     )  # fmt: skip
     return Planned(division, whole, segments, graphs)

@@ -7,6 +7,7 @@ call. The library, which raises torch's own error, computes everything else.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ _MOVES = frozenset(
 )
 """Operators whose results hold values of their first argument only."""
 _CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype", "aten.type_as.default"})
+_ALIKE = frozenset(f"aten.{n}.default" for n in ("clone", "detach", "contiguous", "alias"))
+"""Those of them that leave every element in its place."""
 _POSITIONS = frozenset({"aten.topk.default", "aten.sort.default", "aten.sort.stable"})
 _POSITIONS |= {"aten.max.dim", "aten.min.dim"}
 _SCATTERS = ("aten.scatter.value", "aten.scatter.src", "aten.scatter_add.default")
@@ -40,12 +43,21 @@ _SCATTERS = ("aten.scatter.value", "aten.scatter.src", "aten.scatter_add.default
 class IndexCheck:
     """Values of placeholder number ``input`` must be at least ``low`` and below ``end``.
 
-    Limits are sizes: ints or sympy expressions.
+    Limits are sizes: ints or sympy expressions. ``part`` tells which values, where not all are
+    indices: selections (dimension, place) and slices (dimension, start, end, step), in this order.
     """
 
     input: int
     low: Any
     end: Any
+    part: tuple[tuple[int, ...], ...] = ()
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What of the placeholder's value is looked at."""
+        for dim, *place in self.part:
+            taken = torch.ops.aten.select.int if len(place) == 1 else torch.ops.aten.slice.Tensor
+            tensor = taken(tensor, dim, *place)
+        return tensor
 
 
 def index_checks(graph: fx.Graph) -> list[IndexCheck]:
@@ -58,7 +70,8 @@ def index_checks(graph: fx.Graph) -> list[IndexCheck]:
         for index, extent, wraps in _reads(node):
             origin = _origin(index)
             if origin is not None and category(node) != "library":
-                found[IndexCheck(inputs[origin], -extent if wraps else 0, extent)] = None
+                low = -extent if wraps else 0
+                found[IndexCheck(inputs[origin], low, extent, _part(index))] = None
     return list(found)
 
 
@@ -211,6 +224,28 @@ def _origin(node: fx.Node) -> fx.Node | None:
     integral = isinstance(value, torch.Tensor) and not value.is_floating_point()
     # Where an outer graph computes the values, nobody looks at them before the call.
     return node if node.op == "placeholder" and integral and not node.meta.get("inner") else None
+
+
+def _part(node: fx.Node) -> tuple[tuple[int, ...], ...]:
+    """What ``node`` has of its `_origin`, as far as selections and slices of constants tell."""
+    found: list[tuple[int, ...]] = []
+    while node.op != "placeholder":
+        name = str(node.target)
+        if name == "aten.select.int":
+            place = (argument(node, "dim"), argument(node, "index"))
+        elif name == "aten.slice.Tensor":
+            start, end = argument(node, "start"), argument(node, "end")
+            start, end = 0 if start is None else start, sys.maxsize if end is None else end
+            place = (argument(node, "dim"), start, end, argument(node, "step"))
+        else:
+            place = ()
+        if place and all(type(x) is int for x in place):
+            found.append(place)
+        elif name not in _ALIKE and name not in _CASTS:
+            found.clear()  # what was taken afterwards had another shape
+        source: Any = node.args[0]
+        node = source
+    return tuple(reversed(found))
 
 
 def _size(node: Any, dim: int) -> Any:

@@ -455,7 +455,13 @@ model("owlvit-vision", "OwlViTVisionModel", "OwlViTVisionConfig", pixels, **VISI
 
 # -- sound -----------------------------------------------------------------------------------------
 model("wav2vec2", "Wav2Vec2Model", "Wav2Vec2Config", waves, **SPEECH)
-model("wav2vec2-ctc", "Wav2Vec2ForCTC", "Wav2Vec2Config", waves, **SPEECH)
+model(
+    "wav2vec2-ctc",
+    "Wav2Vec2ForCTC",
+    "Wav2Vec2Config",
+    lambda: {**waves(), "labels": torch.tensor([[3, 4, 5], [6, 7, -100]])},
+    **SPEECH,
+)
 model("hubert", "HubertModel", "HubertConfig", waves, **SPEECH)
 model("wavlm", "WavLMModel", "WavLMConfig", waves, **SPEECH)
 model("data2vec-audio", "Data2VecAudioModel", "Data2VecAudioConfig", waves,

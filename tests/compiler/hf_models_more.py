@@ -121,8 +121,8 @@ model("lilt", "LiltModel", "LiltConfig", boxed, **{**TEXT, "hidden_size": 48},
 model("layoutlmv3", "LayoutLMv3Model", "LayoutLMv3Config", lambda: {**boxed(), **pixels()}, **TEXT,
       coordinate_size=6, shape_size=4, input_size=32, patch_size=8, max_2d_position_embeddings=128)
 model("tapas", "TapasModel", "TapasConfig",
-      lambda: {**masked(), "token_type_ids": torch.zeros(2, 11, 7, dtype=torch.int64)}, **TEXT,
-      type_vocab_sizes=[3, 8, 8, 2, 8, 8, 3])
+      lambda: {**masked(), "token_type_ids": torch.tensor([0, 7, 5, 1, 6, 3, 2]).repeat(2, 11, 1)},
+      **TEXT, type_vocab_sizes=[3, 8, 8, 2, 8, 8, 3])
 model("funnel-token", "FunnelForTokenClassification", "FunnelConfig", masked, vocab_size=99,
       block_sizes=[1, 2], num_decoder_layers=1, d_model=32, n_head=4, d_head=8, d_inner=37)
 model("perceiver", "PerceiverForMaskedLM", "PerceiverConfig",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -68,3 +69,16 @@ def test_a_saved_program_has_no_decorator_left(tmp_path: Path) -> None:
     loaded = plait.load(tmp_path / "named.plait")
     for have in (loaded(x, shift, True), loaded(double=True, input=x, shift=shift)):
         assert torch.equal(have, want)
+
+
+def test_other_columns_than_those_that_are_indices_may_hold_anything() -> None:
+    small, large = torch.randn(3, 2), torch.randn(40, 2)
+    compiled = compile(lambda i: small[i[:, :2, 0]] + large[i[..., 1].t()[:2]].max())
+    index = torch.tensor([[[2, 39]] * 2 + [[9, -40]]] * 2)
+    want = small[index[:, :2, 0]] + large[index[..., 1].t()[:2]].max()
+    with torch.no_grad():
+        assert torch.equal(compiled(index), want)
+    assert not [r for r in compiled.remarks if r.id.startswith("PLT-INP")]
+    index[0, 1, 0] = 3
+    with pytest.raises(IndexError, match="out of bounds"):
+        compiled(index)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plait
@@ -282,3 +283,24 @@ def test_masks_may_have_the_size_of_what_they_mask() -> None:
 
     values = [[0, 1, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0]]
     check(function, *map(torch.tensor, values), programs=3)
+
+
+def test_what_a_mask_selects_may_be_other_values() -> None:
+    def function(x: Tensor, values: Tensor) -> Tensor:
+        mask = values >= 0
+        chosen = values.masked_select(mask)
+        return x[:, : len(chosen)] * chosen + values[mask].sum() if bool(mask.any()) else x
+
+    check(function, *(torch.tensor(v) for v in ([3, -1, 5], [4, -2, 7], [-1, 2, 2])), programs=2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_of_sequences_of_several_lengths(reduction: str) -> None:
+    def function(x: Tensor, labels: Tensor) -> Tensor:
+        mask = labels >= 0
+        lengths = torch.full((2,), 3), mask.sum(-1)
+        found = x.view(3, 2, 4).log_softmax(-1)
+        return F.ctc_loss(found, labels.masked_select(mask), *lengths, reduction=reduction)
+
+    calls = [[[1, 2], [3, -100]], [[2, 1], [2, -100]], [[1, -100], [3, 2]]]
+    check(function, *map(torch.tensor, calls), programs=2)
