@@ -164,10 +164,8 @@ class Recording(TorchFunctionMode):
         if name == "__getitem__":  # of masks it shall ask where they are set, not what is there
             args, kwargs = self._settled(name, args, kwargs)
         if func is F.ctc_loss and len(args) >= 4 and args[0].dim() == 3:
-            plain = (
-                not torch._C._is_any_autocast_enabled()
-            )  # which does not reach into the operator
-            if plain and all(map(self._knows, args[2:4])):
+            autocast = torch._C._is_any_autocast_enabled()  # it does not reach into the operator
+            if not autocast and all(map(self._knows, args[2:4])):
                 lengths = (self._ask(Tensor.tolist, x) for x in args[2:4])
                 func, args = ctc_loss, (*args[:2], *lengths, *args[4:])
         inputs = [x for x in _walk((args, kwargs)) if isinstance(x, Tensor)]
