@@ -74,16 +74,17 @@ class Collector:
 
         Hooks are on the model's modules meanwhile, and off afterwards.
         """
-        handles = []
-        try:
+        with contextlib.ExitStack() as stack:
+            # Before the hooks: what users' hooks watch keeps its own way, and ours look like them.
+            stack.enter_context(routed_experts(self._model))
             for module, name in self._names.items():
-                handles.append(module.register_forward_pre_hook(self._entering(name)))
-                handles.append(module.register_forward_hook(self._leaving, always_call=True))
-            with routed_experts(self._model), routes.observed(self._record), _conds_shown():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                entering = module.register_forward_pre_hook(self._entering(name))
+                stack.callback(entering.remove)
+                leaving = module.register_forward_hook(self._leaving, always_call=True)
+                stack.callback(leaving.remove)
+            stack.enter_context(routes.observed(self._record))
+            stack.enter_context(_conds_shown())
+            yield
 
     def taken(self) -> list[Route]:
         """The routes since the last call, in order: those of one run of the model."""

@@ -205,6 +205,17 @@ def test_experts_of_transformers_are_routers_of_their_own_name() -> None:
     assert model.config._experts_implementation == before
 
 
+@pytest.mark.parametrize("name", ["jetmoe", "switch"])
+def test_experts_with_adapters_are_routers_too(name: str) -> None:
+    pytest.importorskip("transformers")
+    model, inputs = hf_models.MODELS[name]()
+    profile = plait.profile(model, [dict(inputs)] * 2, holdout=0)
+    ends = ("mlp.router", "self_attention.experts.router") if name == "jetmoe" else ("mlp.experts",)
+    assert len(profile.fitted.routers) == 2 * len(ends)
+    assert all(r.name.endswith(ends) for r in profile.fitted)
+    assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules())
+
+
 def test_a_model_is_left_as_it_was() -> None:
     model = Two()
     plait.profile(model, [labelled(0)])
