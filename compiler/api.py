@@ -14,6 +14,7 @@ from .build import build
 from .capture.arguments import as_call
 from .compiled import Compiled
 from .errors import OptionError, PlaitError
+from .modes import plain_modes
 from .options import Options
 from .program import Program
 from .serialize import program_file
@@ -217,6 +218,12 @@ def load(path: str | Path, *, weight_budget: int | str | None = None) -> Compile
     """
     path = Path(path)
     Options(weight_budget=weight_budget)
+    with plain_modes():
+        return _loaded(path, weight_budget)
+
+
+def _loaded(path: Path, weight_budget: int | str | None) -> Compiled:
+    """See `load`."""
     saved = program_file.read(path, weight_budget)
     try:
         compiled = Compiled(None, saved.options, shell=saved.shell, signature=saved.signature)

@@ -18,6 +18,7 @@ from .capture.export import capture
 from .capture.tree import flatten
 from .errors import CaptureError, ChangeError, PlaitError
 from .guards.quick import limits
+from .modes import plain_modes
 from .notes import Notes
 from .options import Executable, Options
 from .program import Program
@@ -132,7 +133,14 @@ class Specialiser:
         try:
             if self.store is None:
                 return build(captured, self.options)
-            with self.store.moved(captured, self.modules):
+            with plain_modes(), self.store.moved(captured, self.modules) as stuck:
+                if stuck:
+                    self.notes.say(
+                        "PLT-PRE-008",
+                        f"{stuck / 2**20:.1f} MiB of weights were made in inference mode: the "
+                        "model's own copy stays in memory, beside the budget",
+                        "make or load the model outside of torch.inference_mode()",
+                    )
                 return build(captured, self.options, self.store)
         except PlaitError:
             raise

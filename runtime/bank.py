@@ -108,9 +108,9 @@ class Mapped:
         """A contiguous tensor, with a storage of its own, of what lies at byte ``begin``."""
         count = math.prod(shape)
         if not count:
-            return torch.empty(*shape, dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype)
         flat = torch.frombuffer(self.space, dtype=dtype, count=count, offset=self._start + begin)
-        return flat.view(*shape)
+        return flat.view(tuple(shape))
 
 
 class Bank:

@@ -123,8 +123,10 @@ class WeightStore:
         from ...kernels import packing
 
         filed = self._filed(source)
-        key = source.data_ptr(), source.shape, source.stride(), source._version, pack, whole
-        digest = filed.digests.get(key) if filed else None
+        digest = key = None
+        if filed:
+            key = source.data_ptr(), source.shape, source.stride(), source._version, pack, whole
+            digest = filed.digests.get(key)
         if digest is None:
             digest = self._digest(source, pack, whole)
             if filed:
@@ -208,27 +210,32 @@ class WeightStore:
 
     def _filed(self, tensor: torch.Tensor) -> _Filed | None:
         """What is known of the memory of ``tensor``, if it still is what it was in its file."""
+        if tensor.is_inference():  # nothing counts its changes
+            return None
         found = self._files.get(tensor.untyped_storage().data_ptr())
         if found is None or found.space() is None or found.version != tensor._version:
             return None
         return found
 
     @contextlib.contextmanager
-    def moved(self, captured: Captured, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def moved(self, captured: Captured, modules: Sequence[nn.Module]) -> Iterator[int]:
         """Moves the parameters that routed products and branches read into files, to be compiled
-        within it.
+        within it; yields how many bytes of them cannot be moved.
 
         The parameters of ``modules`` stay the objects they are. Raises FileError.
         """
+        stuck = 0
         try:
             module = captured.graph_module
             holders = _holders(modules)
             for name in sorted(_chosen_constants(module)):
                 tensor = getattr(module, name)
                 found = holders.get(tensor.untyped_storage().data_ptr(), [])
-                if all(_same_memory(tensor, parameter) for parameter in found):
+                if any(t.is_inference() for t in (tensor, *found)):
+                    stuck += tensor.nbytes  # torch would give it other memory, and then not know it
+                elif all(_same_memory(tensor, parameter) for parameter in found):
                     setattr(module, name, self._move(tensor, found))
-            yield
+            yield stuck
         finally:
             self.settle()
 

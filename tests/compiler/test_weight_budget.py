@@ -314,6 +314,42 @@ def test_damage_is_noticed_under_a_budget_too(variants: dict[str, Any], tmp_path
         plait.load(path, weight_budget="60%")
 
 
+class Scaled(Net):
+    """With a buffer of no dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return super().forward(x * self.scale, index)
+
+
+def test_a_budget_in_inference_mode(tmp_path: Path) -> None:
+    net = Scaled().eval()
+    inputs = example(9)
+    wanted = net(*inputs)
+    with torch.inference_mode():
+        made = compiled(net, "60%")
+        made.save(tmp_path / "model.plait")
+        loaded = plait.load(tmp_path / "model.plait", weight_budget="70%")
+    for model in (made, loaded):
+        torch.testing.assert_close(model(*inputs), wanted, rtol=1e-4, atol=1e-5)
+        assert model.weight_tier is not None
+        assert not any(t.is_inference() for t in model.state_dict().values())
+    net.one.up.mul_(-2)
+    torch.testing.assert_close(made(*inputs), net(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_made_in_inference_mode_are_left_where_they_are() -> None:
+    with torch.inference_mode():
+        net = Net().eval()
+        with pytest.warns(UserWarning, match="PLT-PRE-008"):
+            made = compiled(net, "60%")
+        torch.testing.assert_close(made(*example(7)), net(*example(7)), rtol=1e-4, atol=1e-5)
+        assert made.weight_tier is not None and repr(net.one.up)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
