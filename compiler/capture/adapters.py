@@ -100,7 +100,7 @@ def linear(
 
 def weighted_sum(slots: Tensor, weights: Tensor) -> Tensor:
     """``[tokens, hidden]``: the k slots of each token times their ``weights`` ``[tokens, k]``."""
-    return (slots.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+    return (slots.view(*weights.shape, slots.shape[-1]) * weights.unsqueeze(-1)).sum(1)
 
 
 # -- Switch Transformers ---------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def _jetmoe_map(self: Any, layer_input: Tensor) -> tuple[Tensor, Tensor, Any]:
     x = layer_input.reshape(-1, hidden)
     *route, gates, _, logits = self.router(x)
     out = linear(x, tuple(route), self.input_linear.weight, self.top_k, True)
-    return out.view(batch, length, self.top_k, -1), logits, (tuple(route), gates)
+    return out.view(batch, length, self.top_k, out.shape[-1]), logits, (tuple(route), gates)
 
 
 def _jetmoe_reduce(self: Any, layer_input: Tensor, topo_info: Any) -> Tensor:
@@ -258,7 +258,7 @@ def _llama4_moe(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     route, experts = routing.route(index, self.num_experts), self.experts
     gate, up = linear(scaled, route, experts.gate_up_proj, 1, False, transposed=True).chunk(2, -1)
     out = linear(up * experts.act_fn(gate), route, experts.down_proj, 0, True, transposed=True)
-    return self.shared_expert(x) + out.view(*index.shape, -1).sum(1), logits
+    return self.shared_expert(x) + out.view(*index.shape, x.shape[1]).sum(1), logits
 
 
 # -- LongCat-Flash ---------------------------------------------------------------------------------
@@ -274,7 +274,8 @@ def _longcat_experts(
     gate, up = linear(hidden_states, route, first, k, False).chunk(2, -1)
     out = linear(self.act_fn(gate) * up, route, self.down_proj, 0, True)
     computes = (top_k_index < count).unsqueeze(-1)
-    out = torch.where(computes, out.view(*top_k_index.shape, -1), hidden_states.unsqueeze(1))
+    out = out.view(*top_k_index.shape, out.shape[-1])
+    out = torch.where(computes, out, hidden_states.unsqueeze(1))
     return weighted_sum(out, top_k_weights).to(hidden_states.dtype)
 
 

@@ -47,7 +47,7 @@ def forward(
     )  # fmt: skip
     if getattr(self, "has_post_expert_norm", False):
         out = self.post_expert_norm(out)
-    weighted = out.view(tokens, k, -1) * top_k_weights.unsqueeze(-1)
+    weighted = out.view(tokens, k, out.shape[-1]) * top_k_weights.unsqueeze(-1)
     return weighted.sum(1).to(hidden_states.dtype)
 
 

@@ -127,6 +127,28 @@ def test_router_logits_are_returned_as_by_the_model(name: str) -> None:
     assert any("routed_linear" in str(n.target) for n in compiled.graph.graph.nodes)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mixtral", "MixtralSparseMoeBlock"),
+        ("llama4", "Llama4TextMoe"),
+        ("jetmoe", "JetMoeMoE"),
+        ("longcat-flash", "LongcatFlashMoE"),
+    ],
+)
+def test_no_tokens_are_routed_like_others(name: str, kind: str) -> None:
+    model, _ = hf_models.MODELS[name]()
+    block = next(m for m in model.modules() if type(m).__name__ == kind)
+    compiled = plait.compile(block, tune="off")
+    with torch.no_grad():
+        for shape in ((2, 5, 32), (2, 0, 32)):
+            x = torch.randn(shape)
+            for have, want in zip(tensors(compiled(x)), tensors(block(x)), strict=True):
+                torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    assert not [r for r in compiled.remarks if r.pass_name == "capture" and r.kind == "missed"]
+    assert all("plait.route.default" in str(p.executable.graph) for p in compiled.programs)
+
+
 @pytest.mark.parametrize("capacity", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_switch_drops_what_exceeds_an_experts_capacity(capacity: int, dtype: torch.dtype) -> None:
