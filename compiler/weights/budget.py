@@ -56,6 +56,10 @@ class _Filed:
     digests: dict[Any, bytes] = field(default_factory=dict)
 
 
+_FILES: dict[int, _Filed] = {}
+"""By address, tensors of all models: where two share weights, they must not move them in turns."""
+
+
 class WeightStore:
     """Banks, files and the tier of one compiled model. ``budget`` is what `plait.compile` takes."""
 
@@ -64,7 +68,6 @@ class WeightStore:
         self.tier: Tier | None = None
         self._cached = True
         self._banks: weakref.WeakValueDictionary[Any, Bank] = weakref.WeakValueDictionary()
-        self._files: dict[int, _Filed] = {}  # by address
         self._served: list[tuple[weakref.ref[Any], int]] = []
         folder = os.environ.get("PLAIT_CACHE_DIR") or platformdirs.user_cache_dir("plait")
         self._folder = Path(folder)
@@ -206,13 +209,13 @@ class WeightStore:
     def note(self, tensor: torch.Tensor, mapped: Mapped) -> None:
         """Remembers that ``tensor`` lies in a file."""
         space = weakref.ref(mapped.space)
-        self._files[tensor.data_ptr()] = _Filed(space, tensor._version, tensor)
+        _FILES[tensor.data_ptr()] = _Filed(space, tensor._version, tensor)
 
     def _filed(self, tensor: torch.Tensor) -> _Filed | None:
         """What is known of the memory of ``tensor``, if it still is what it was in its file."""
         if tensor.is_inference():  # nothing counts its changes
             return None
-        found = self._files.get(tensor.untyped_storage().data_ptr())
+        found = _FILES.get(tensor.untyped_storage().data_ptr())
         if found is None or found.space() is None or found.version != tensor._version:
             return None
         return found
@@ -245,19 +248,19 @@ class WeightStore:
             return tensor
         for parameter in parameters:
             parameter.data = moved
-            self._files[moved.data_ptr()].version = parameter._version
+            _FILES[moved.data_ptr()].version = parameter._version
         return parameters[0].detach() if parameters else moved
 
     def settle(self) -> None:
         """Call when a program is made or was not, before anybody else has its weights: gives back
         what making it has brought into memory, and the room that plans had which are no more.
         """
-        for address, filed in list(self._files.items()):  # others may be added meanwhile
+        for address, filed in list(_FILES.items()):  # others may be added meanwhile
             if filed.fresh is not None:
                 release(filed.fresh)
                 filed.fresh = None
-            if filed.space() is None and self._files.get(address) is filed:
-                del self._files[address]
+            if filed.space() is None and _FILES.get(address) is filed:
+                del _FILES[address]
         gc.collect()  # graphs are cycles, and hold tensors
         self._served = [(engine, room) for engine, room in self._served if engine() is not None]
         if self.tier is not None and self._served:
@@ -266,7 +269,7 @@ class WeightStore:
 
     def forget(self) -> None:
         """Weights may have changed unseen."""
-        for filed in list(self._files.values()):
+        for filed in list(_FILES.values()):
             filed.digests.clear()
 
     # -- forecasts --------------------------------------------------------------------------------

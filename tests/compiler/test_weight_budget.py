@@ -239,6 +239,27 @@ def test_programs_of_one_model_share_the_budget(net: Net) -> None:
     assert budget.weight_tier.counters.peak_bytes <= budget.weight_tier.capacity
 
 
+def test_models_that_share_weights_leave_them_in_one_place(net: Net) -> None:
+    class Doubled(nn.Module):
+        def __init__(self, inner: Net) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            return 2 * self.inner(x, index)
+
+    shared = copy.deepcopy(net)
+    first, second = compiled(shared, "60%"), compiled(Doubled(shared).eval(), "70%")
+    for seed in range(4):
+        if seed == 2:
+            shared.one.up.mul_(-2)
+        wanted = shared(*example(9, seed))
+        torch.testing.assert_close(first(*example(9, seed)), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(second(*example(9, seed)), 2 * wanted, rtol=1e-4, atol=1e-5)
+    assert first.programs[0].calls == second.programs[0].calls == 2  # since the weights changed
+    assert not [r for r in first.remarks + second.remarks if r.id == "PLT-CAP-017"]
+
+
 def test_calls_from_many_threads(variants: dict[str, Any]) -> None:
     wrong: list[int] = []
 
