@@ -19,6 +19,7 @@ from torch import nn
 from torch.export import Dim
 
 from .dispatch import Dispatcher
+from .notes import Notes
 from .options import Options
 
 NAME = "plait"
@@ -83,9 +84,16 @@ class _Piece:
         values = [n.meta.get("example_value", e) for n, e in pairs]
         self.sizes = _size_sources(values)
         self.supported = self.sizes is not None
+        if not self.supported:
+            Notes().say(
+                "PLT-CAP-011",
+                "a piece is given a number that is no size of its tensors, so it runs as it is",
+                "compute it from a tensor's shape within the piece, or use plait.compile",
+            )
+            return
         bound = {*self.static, *(self.sizes or ())}
         self.free = [i for i in range(len(placeholders)) if i not in bound]
-        self.dynamic = [_open_dims(values[i]) for i in self.free] if self.supported else []
+        self.dynamic = [_open_dims(values[i]) for i in self.free]
         self.bound: list[torch.Tensor] = []
         self.dispatcher: Dispatcher | None = None
 

@@ -84,6 +84,19 @@ def test_dynamic_sizes_and_containers() -> None:
         torch.testing.assert_close(compiled(x, y), function(x, y))
 
 
+def test_a_piece_that_is_given_a_number_runs_as_it_is_and_says_so() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        count = 2 * x.shape[0] + 1
+        x = x.relu()
+        torch._dynamo.graph_break()
+        return torch.ones(count) * x.sum()
+
+    compiled = compile(function, dynamic=True)
+    with pytest.warns(UserWarning, match="PLT-CAP-011"):
+        for n in (3, 5, 4):
+            torch.testing.assert_close(compiled(torch.ones(n)), function(torch.ones(n)))
+
+
 def test_graph_break_runs_in_pieces() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         x = x * 2
