@@ -164,11 +164,8 @@ class Storage:
         what is computed for them to read.
         """
         found: set[fx.Node] = set()
-        read = {
-            g.anchor.args[0]
-            for g in self.groups
-            if g.kind in ("conv", "pool") and g.anchor is not None and not self.library(g)
-        }
+        readers = [g.anchor for g in self.groups if g.kind in ("conv", "pool")]
+        read = {a.all_input_nodes[0] for a in readers if a is not None}
         for group in self.groups:
             if self.library(group):
                 continue
