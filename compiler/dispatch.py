@@ -35,7 +35,7 @@ from .capture.arguments import (
 from .capture.captured import misfit
 from .capture.dynamic import Declared, declared_dims, enlarged, varying
 from .capture.state import states_of
-from .capture.tree import Tree, flatten, unflatten
+from .capture.tree import Tree, flatten_call, unflatten
 from .errors import CaptureError, ChangeError, InputError
 from .guards.keys import FLOATS, autocast_key, structure_key
 from .guards.watch import Structure, modules_of
@@ -140,7 +140,7 @@ class Dispatcher:
         tensors: list[Tensor] = []
         grad = False
         try:
-            leaves, tree = flatten((args, kwargs))
+            leaves, tree = flatten_call((args, kwargs))
             key: list[Any] = [tree]
             for leaf in leaves:
                 kind = type(leaf)
@@ -351,7 +351,7 @@ class Dispatcher:
     def _program(
         self, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Program | None:
-        leaves, tree = flatten((args, kwargs))
+        leaves, tree = flatten_call((args, kwargs))
         structure = structure_key(leaves, tree, self.target is not None)
         bucket = self._buckets.setdefault(structure, Bucket())
         shapes = [t.shape for t in tensors]
@@ -399,7 +399,7 @@ class Dispatcher:
         declared: list[Declared],
     ) -> None:
         """Adds, beside the program for a size of 0 or 1, one for the sizes that were declared."""
-        leaves, _ = flatten((args, kwargs))
+        leaves, _ = flatten_call((args, kwargs))
         entries = iter(declared)
         larger = [enlarged(x, next(entries).small) if isinstance(x, Tensor) else x for x in leaves]
         shapes = [x.shape for x in larger if isinstance(x, Tensor)]

@@ -15,7 +15,7 @@ from .capture.arguments import argument_names, positional, tensor_names
 from .capture.captured import Captured
 from .capture.dynamic import Declared, openings
 from .capture.export import capture
-from .capture.tree import flatten
+from .capture.tree import flatten_call
 from .errors import CaptureError, ChangeError, PlaitError
 from .guards.quick import limits
 from .modes import plain_modes
@@ -87,7 +87,7 @@ class Specialiser:
         automatic: Sequence[dict[int, Any]],
     ) -> Program | None:
         """Captures and compiles a call. Raises Refused; None means no code could be generated."""
-        names = argument_names(flatten((args, kwargs))[1], positional(self.signature))
+        names = argument_names(flatten_call((args, kwargs))[1], positional(self.signature))
         failure: CaptureError | None = None
         for dims in openings(declared, automatic, bucket.closed):
             try:

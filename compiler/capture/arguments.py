@@ -16,7 +16,7 @@ from torch.utils._device import DeviceContext
 
 from ..errors import InputError
 from .state import states_of
-from .tree import Tree, flatten, leaf_names
+from .tree import Tree, flatten_call, leaf_names
 
 SCALARS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, type)
 """What besides tensors an argument may be: compared by value at every call."""
@@ -149,7 +149,7 @@ def argument_names(tree: Tree, positional: Sequence[str] = ()) -> list[str]:
 
 def tensor_names(names: Sequence[str], args: Any, kwargs: Any) -> list[str]:
     """Those of ``names``, one for each leaf of a call, that are tensors'."""
-    leaves = flatten((args, kwargs))[0]
+    leaves = flatten_call((args, kwargs))[0]
     return [n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)]
 
 
@@ -175,7 +175,7 @@ def canonical(
     if signature is None:
         return args, kwargs, None
     values = (*args, *kwargs.values())
-    tensors = _spans([[x for x in flatten(v)[0] if isinstance(x, Tensor)] for v in values])
+    tensors = _spans([[x for x in flatten_call(v)[0] if isinstance(x, Tensor)] for v in values])
     objects = _spans([states_of(v) for v in values])
     slots = [*zip(values, tensors, objects, strict=True)]
     count = len(args)

@@ -32,7 +32,7 @@ from .hooks import check_modules
 from .masks import MaskError
 from .quiet import quiet
 from .traced import Traced
-from .tree import Tree, flatten
+from .tree import Tree, flatten_call
 
 EXCLUSIVE = threading.RLock()
 """Export swaps a module's weights for fakes while it traces, and patches torch. Whoever forks waits
@@ -63,7 +63,7 @@ def capture(
 
     Raises CaptureError with torch's reason in one line.
     """
-    leaves, tree = flatten((tuple(args), dict(kwargs)))
+    leaves, tree = flatten_call((tuple(args), dict(kwargs)))
     _check_inputs(leaves, tree)
     traced = Traced(target, leaves, tree)
     roots = modules_of(target)

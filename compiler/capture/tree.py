@@ -25,7 +25,8 @@ class Tree:
     """The structure around leaves.
 
     ``kind`` is "leaf", "tuple", "list", "dict", "namedtuple", "fields" (a dataclass or a model
-    output: rebuilt by its constructor) or "object" (rebuilt by setting attributes). ``keys`` are
+    output: rebuilt by its constructor), "object" (rebuilt by setting attributes) or "count" (a
+    number, which is a size of the tensor that is its leaf; see `flatten_call`). ``keys`` are
     dictionary keys or attribute names, ``children`` the parts in the same order, ``cls`` the class
     (a string "module:qualname" once loaded from a file).
     """
@@ -42,6 +43,7 @@ class Tree:
 
 
 LEAF = Tree("leaf")
+COUNT = Tree("count", children=(LEAF,))
 
 
 def flatten(
@@ -58,6 +60,18 @@ def flatten(
     return leaves, tree
 
 
+def flatten_call(value: Any) -> tuple[list[Any], Tree]:
+    """As `flatten`, for arguments; numbers by which state objects count (`COUNTERS`) are sizes.
+
+    A program is made for its numbers, and a cache that counts its tokens has another one at every
+    call. Sizes are left open where they differ between calls, and what depends on them is guarded.
+    So a number n becomes an empty tensor of n + 2 rows: sizes 0 and 1 are never left open.
+    """
+    leaves: list[Any] = []
+    tree = _flatten(value, leaves, False, {}, (), counted=True)
+    return leaves, tree
+
+
 def unflatten(tree: Tree, leaves: list[Any]) -> Any:
     """The value whose leaves are ``leaves``: the inverse of `flatten`."""
     return build(tree, iter(leaves))
@@ -69,7 +83,7 @@ def leaf_names(tree: Tree, prefix: str = "") -> list[str]:
         return [prefix]
     names: list[str] = []
     for i, child in enumerate(tree.children):
-        names += leaf_names(child, prefix + _step(tree, i))
+        names += leaf_names(child, prefix if tree.kind == "count" else prefix + _step(tree, i))
     return names
 
 
@@ -105,6 +119,8 @@ _STATE = frozenset(
     ("transformers.cache_utils", name)
     for name in ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin")
 )
+COUNTERS = frozenset({"cumulative_length", "cumulative_length_int"})
+"""Attributes of state objects: how many tokens a sliding window has seen."""
 _is_state: dict[type, bool] = {}
 
 
@@ -124,6 +140,7 @@ def _flatten(
     objects: bool,
     marks: Mapping[int, Any],
     path: tuple[int, ...],
+    counted: bool = False,
 ) -> Tree:
     if id(value) in marks:
         leaves.append(marks[id(value)])
@@ -136,8 +153,15 @@ def _flatten(
         raise ValueError(f"a {type(value).__name__} contains itself")
     kind, keys, children, cls = opened
     path = (*path, id(value))
-    inner = tuple(_flatten(c, leaves, objects, marks, path) for c in children)
-    return Tree(kind, keys, inner, cls)
+    counts = frozenset(keys) & COUNTERS if counted and kind == "object" else ()
+    inner = []
+    for key, child in zip(keys or children, children, strict=True):
+        if counts and key in counts and type(child) is int and child >= 0:
+            leaves.append(torch.empty((child + 2, 0), dtype=torch.uint8, device="cpu"))
+            inner.append(COUNT)
+        else:
+            inner.append(_flatten(child, leaves, objects, marks, path, counted))
+    return Tree(kind, keys, tuple(inner), cls)
 
 
 def build(tree: Tree, leaves: Iterator[Any]) -> Any:
@@ -145,6 +169,8 @@ def build(tree: Tree, leaves: Iterator[Any]) -> Any:
     if tree.kind == "leaf":
         return next(leaves)
     children = [build(c, leaves) for c in tree.children]
+    if tree.kind == "count":
+        return children[0].shape[0] - 2
     cls = resolve(tree)
     if tree.kind == "list":
         return children

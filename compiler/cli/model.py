@@ -25,7 +25,7 @@ from ..api import compile
 from ..api import load as load_saved
 from ..capture.arguments import as_call
 from ..capture.captured import Captured
-from ..capture.tree import flatten, unflatten
+from ..capture.tree import flatten_call, unflatten
 from ..compiled import Compiled
 from ..program import Program
 from .console import Console
@@ -120,7 +120,7 @@ def on_cpu(loaded: Loaded, compiled: Compiled) -> tuple[Executor, list[torch.Ten
     executor = getattr(program.executable, "executor", None)
     if not isinstance(executor, Executor):
         raise CliError("steps of a program for a GPU are not timed", "try plait kernels MODEL")
-    leaves, _ = flatten((tuple(loaded.args), dict(loaded.kwargs)))
+    leaves, _ = flatten_call((tuple(loaded.args), dict(loaded.kwargs)))
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     return executor, [*tensors, *program.captured.states]
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from ...bench.measure import interleave
 from ...kernels import tune as tuner
 from ..api import load
-from ..capture.tree import flatten
+from ..capture.tree import flatten_call
 from ..measure.tuning import tune_graph
 from ..pipeline import CompiledGraph
 from .console import Console
@@ -37,7 +37,7 @@ def tune(
     graph = program.executable
     if not isinstance(graph, CompiledGraph):
         raise CliError("the compiled program cannot be tuned", "compile it again")
-    leaves, _ = flatten((tuple(loaded.args), dict(loaded.kwargs)))
+    leaves, _ = flatten_call((tuple(loaded.args), dict(loaded.kwargs)))
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     outcomes = _watched(graph, [*tensors, *program.captured.states], budget, trials, console)
     console.print(_table(outcomes))

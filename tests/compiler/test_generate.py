@@ -14,6 +14,14 @@ from torch import nn
 
 import plait
 from plait.compiler.capture.state import states_of
+from plait.compiler.capture.tree import (
+    flatten,
+    flatten_call,
+    from_json,
+    leaf_names,
+    to_json,
+    unflatten,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hf_models  # a plain module beside this file
@@ -201,3 +209,37 @@ def test_methods_of_a_compiled_module_call_it_compiled() -> None:
 def test_state_objects_are_caches_and_nothing_else(mixtral: Made) -> None:
     cache = caches(mixtral.model, "dynamic")
     assert states_of({"a": [cache, 1], "b": (object(), nn.Linear(1, 1))}) == [cache]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_sliding_window_does_not_take_a_program_for_each_token(cache: str) -> None:
+    """Such caches count tokens by a Python number."""
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = transformers.MistralConfig(**small, **heads, sliding_window=8)
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    compiled = plait.compile(model, tune="off", pipeline="normalize")
+    given = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    if cache == "static":
+        given["cache_implementation"] = cache
+    for length in (5, 5, 6):  # the window is full after some tokens
+        ids = torch.randint(3, 60, (2, length))
+        before = runs(compiled)
+        assert torch.equal(compiled.generate(ids, **given), model.generate(ids, **given))
+        assert runs(compiled) == before + 16
+    assert len(compiled.programs) <= 6
+
+
+def test_counters_of_caches_are_sizes_and_come_back_as_numbers() -> None:
+    layer = transformers.cache_utils.DynamicSlidingWindowLayer(8)
+    layer.cumulative_length = 3
+    leaves, tree = flatten_call(([layer],))
+    names = leaf_names(tree)
+    assert leaves[names.index("[0][0].cumulative_length")].shape == (5, 0)
+    (copied,) = unflatten(tree, leaves)[0]
+    assert type(copied) is type(layer) and vars(copied) == vars(layer)
+    assert from_json(to_json(tree)).count == tree.count == len(leaves) == len(names)
+    plain, _ = flatten(([layer],))
+    assert plain[names.index("[0][0].cumulative_length")] == 3
