@@ -321,9 +321,8 @@ class GpuExecutor:
                     result = call(torch.clone, result)
                 if ref.dtype and not _lies(result, _ints(ref.strides)):
                     shape, strides = _ints(ref.shape), _ints(ref.strides)
-                    planned = torch.empty_strided(
-                        shape, strides, dtype=result.dtype, device=result.device
-                    )
+                    kind = {"dtype": result.dtype, "device": result.device}
+                    planned = call(torch.empty_strided, shape, strides, **kind)
                     result = call(torch.Tensor.copy_, planned, result)
             self._live[ref.buffer] = result
 

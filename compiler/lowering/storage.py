@@ -164,8 +164,8 @@ class Storage:
         what is computed for them to read.
         """
         found: set[fx.Node] = set()
-        readers = [g.anchor for g in self.groups if g.kind in ("conv", "pool")]
-        read = {a.all_input_nodes[0] for a in readers if a is not None}
+        spatial = [g for g in self.groups if g.kind in ("conv", "pool") and not self.library(g)]
+        read = {g.anchor.all_input_nodes[0] for g in spatial if g.anchor is not None}
         for group in self.groups:
             if self.library(group):
                 continue
