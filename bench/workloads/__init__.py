@@ -66,17 +66,16 @@ class Workload:
         return importlib.import_module(f"{__name__}.{self.module or self.name}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Given(Workload):
     """A model that the caller has, with its positional example inputs."""
 
-    model: nn.Module | None = None
-    inputs: tuple[Any, ...] = ()
+    model: nn.Module
+    inputs: tuple[Any, ...]
 
     def build(self, size: Size = "cpu") -> tuple[nn.Module, tuple[Any, ...]]:
         """The model in eval mode; it has one size."""
         del size
-        assert self.model is not None
         return self.model.eval(), self.inputs
 
 

@@ -14,42 +14,18 @@ from torch import Tensor
 
 
 @torch.library.custom_op("plait::ctc_loss", mutates_args=())
-def _ctc_loss(
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Sequence[int],
-    target_lengths: Sequence[int],
-    blank: int,
-    reduction: str,
-    zero_infinity: bool,
-) -> Tensor:
-    """`torch.nn.functional.ctc_loss` with lengths that are numbers."""
+def ctc_loss(
+    log_probs: Tensor, targets: Tensor, input_lengths: Sequence[int], target_lengths: Sequence[int],
+    blank: int = 0, reduction: str = "mean", zero_infinity: bool = False,
+) -> Tensor:  # fmt: skip
+    """`torch.nn.functional.ctc_loss` of a batch ``[T, N, C]`` with lengths that are numbers."""
     lengths = torch.tensor(input_lengths), torch.tensor(target_lengths)
     return F.ctc_loss(log_probs, targets, *lengths, blank, reduction, zero_infinity)
 
 
-@_ctc_loss.register_fake
+@ctc_loss.register_fake
 def _(
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Sequence[int],
-    target_lengths: Sequence[int],
-    blank: int,
-    reduction: str,
-    zero_infinity: bool,
-) -> Tensor:
+    log_probs: Tensor, targets: Tensor, input_lengths: Sequence[int], target_lengths: Sequence[int],
+    blank: int = 0, reduction: str = "mean", zero_infinity: bool = False,
+) -> Tensor:  # fmt: skip
     return log_probs.new_empty(len(input_lengths) if reduction == "none" else ())
-
-
-def ctc_loss(
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Sequence[int],
-    target_lengths: Sequence[int],
-    blank: int = 0,
-    reduction: str = "mean",
-    zero_infinity: bool = False,
-) -> Tensor:
-    """Stands for `torch.nn.functional.ctc_loss` of a batch in a trace."""
-    lengths = list(input_lengths), list(target_lengths)
-    return _ctc_loss(log_probs, targets, *lengths, blank, reduction, zero_infinity)

@@ -178,34 +178,32 @@ class _Lowering:
         return self.kernels.select(group, io)
 
     def _add_copies(self, nodes: Sequence[fx.Node]) -> None:
-        graph, output = self.graph_module.graph, self.storage.output
+        output = self.storage.output
         for node in nodes:
-            with graph.inserting_before(output):
-                copy = graph.call_function(aten.clone.default, (node,))
-            copy.meta = dict(node.meta)
-            output.replace_input_with(node, copy)
-            self.groups.append(Group("pointwise", (copy,), (node,), (copy,)))
+            output.replace_input_with(node, self._copy(node, output))
 
     def _add_images(self, groups: Sequence[Group]) -> None:
         """Gives convolutions copies of what they read, which the storage lays as they like it."""
-        graph = self.graph_module.graph
-        order = {node: k for k, node in enumerate(graph.nodes)}
+        order = {node: k for k, node in enumerate(self.graph_module.graph.nodes)}
         readers: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
         for group in groups:
             anchor: Any = group.anchor
             readers.setdefault(anchor.args[0], []).append((self.groups.index(group), anchor))
         for x, found in readers.items():
-            with graph.inserting_before(
-                min((anchor for _, anchor in found), key=order.__getitem__)
-            ):
-                copy = graph.call_function(aten.clone.default, (x,))
-            copy.meta = dict(x.meta)
+            copy = self._copy(x, min((anchor for _, anchor in found), key=lambda n: order[n]))
             for k, anchor in found:
                 anchor.args = (copy, *anchor.args[1:])
                 group = self.groups[k]
                 kept = [n for n in group.inputs if any(n in m.all_input_nodes for m in group.nodes)]
                 self.groups[k] = replace(group, inputs=(copy, *kept))
-            self.groups.append(Group("pointwise", (copy,), (x,), (copy,)))
+
+    def _copy(self, node: fx.Node, before: fx.Node) -> fx.Node:
+        """A copy of a value, a group of its own."""
+        with self.graph_module.graph.inserting_before(before):
+            copy = self.graph_module.graph.call_function(aten.clone.default, (node,))
+        copy.meta = dict(node.meta)
+        self.groups.append(Group("pointwise", (copy,), (node,), (copy,)))
+        return copy
 
     # -- steps --------------------------------------------------------------------------------
 
