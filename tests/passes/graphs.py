@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -127,6 +128,16 @@ VIEWS = (
     lambda b, x: b.part(b.call(aten.unbind.int, x, -1), -1),
     lambda b, x: b.call(aten.clone.default, b.call(aten.transpose.int, x, 0, -1)),
 )
+
+
+def assert_same_bits(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Equal including the sign of zeros; all NaN are equal."""
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype and a.shape == e.shape
+        torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
+        if a.is_floating_point():
+            there = ~a.isnan()
+            assert torch.equal(a.signbit() & there, e.signbit() & there)
 
 
 def x_dtype(node: fx.Node) -> torch.dtype:
