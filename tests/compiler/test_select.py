@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -40,6 +42,23 @@ def test_the_library_is_timed_beside_the_kernels(fresh: Database) -> None:
     (key,) = compiled.programs[0].executable.kernels.requests
     entry = fresh.lookup(key)
     assert entry.record["library_seconds"] > 0 and entry.seconds > 0 and entry.effort > 1
+
+
+def test_races_do_not_count_the_time_that_others_have(
+    fresh: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = []
+
+    def race(candidates, *, clock, **options):
+        begin = clock()
+        time.sleep(0.1)
+        waited.append(clock() - begin)
+        return run(candidates, clock=clock, **options)
+
+    run = select.race.race
+    monkeypatch.setattr(select.race, "race", race)
+    compiled_linear()
+    assert waited and max(waited) < 0.05
 
 
 def test_a_faster_library_wins_and_stays_chosen(

@@ -1,4 +1,4 @@
-"""Where values lie: what convolutions read has neighbouring channels, whoever computes it."""
+"""Where values lie: what convolutions and poolings read has neighbouring channels."""
 
 from __future__ import annotations
 
@@ -51,10 +51,16 @@ class Heads(nn.Module):
 
 @pytest.mark.parametrize(
     "model",
-    [nn.Sequential(Tokens(), Tokens()), Normalised(1), Normalised(4), Heads()],
-    ids=["tokens", "one group", "groups", "heads"],
+    [
+        nn.Sequential(Tokens(), Tokens()),
+        Normalised(1),
+        Normalised(4),
+        nn.Sequential(nn.Conv2d(C, C, 1), nn.GroupNorm(4, C), nn.MaxPool2d(3)),
+        Heads(),
+    ],
+    ids=["tokens", "one group", "groups", "pooled groups", "heads"],
 )
-def test_convolutions_read_neighbouring_channels(model: nn.Module) -> None:
+def test_convolutions_and_poolings_read_neighbouring_channels(model: nn.Module) -> None:
     torch.manual_seed(0)
     model.eval()
     x = torch.randn(2, C, 10, 12)
@@ -66,7 +72,7 @@ def test_convolutions_read_neighbouring_channels(model: nn.Module) -> None:
     images = [
         ref
         for step in plan.steps
-        if isinstance(step, KernelStep) and "conv" in step.name
+        if isinstance(step, KernelStep) and ("conv" in step.name or "pool" in step.name)
         for ref in step.args[: step.reads]
         if len(ref.shape) == 4 and plan.buffers[ref.buffer].kind in ("arena", "static")
     ]
