@@ -9,7 +9,7 @@ they view.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ FEW = 8
 """Channels below which their layout matters little."""
 Int = Any  # int or torch.SymInt
 Halo = tuple[tuple[int, int], ...]
+Order = tuple[int, ...]
+"""Dimensions from the outermost in memory to the innermost."""
 
 CONVOLUTIONS = {
     aten.conv2d.default, aten.conv1d.default, aten.convolution.default, aten.conv2d.padding,
@@ -146,7 +148,7 @@ class Storage:
         self.inputs: list[fx.Node] = []
         (self.output,) = (n for n in graph_module.graph.nodes if n.op == "output")
         self._returned = set(self.output.all_input_nodes)
-        self._channels_last = self._find_channels_last()
+        self._orders = self._find_orders()
         self._member: dict[fx.Node, fx.Node] = {}
         for group in self.groups:
             if group.kind == "concat":
@@ -159,30 +161,34 @@ class Storage:
 
     # -- decisions ------------------------------------------------------------------------
 
-    def _find_channels_last(self) -> set[fx.Node]:
-        """Values of rank 3 or 4 that convolutions and poolings produce, and what follows them; and
-        what is computed for them to read.
+    def _find_orders(self) -> dict[fx.Node, Order]:
+        """Orders of values of rank 3 or 4 that are not contiguous.
+
+        Channels are last in what convolutions and poolings produce and in what is computed for them
+        to read; what follows a value keeps the order of its memory, through permutations too.
         """
-        found: set[fx.Node] = set()
+        found: dict[fx.Node, Order] = {}
         spatial = [g for g in self.groups if g.kind in ("conv", "pool") and not self.library(g)]
         read = {g.anchor.all_input_nodes[0] for g in spatial if g.anchor is not None}
         for group in self.groups:
             if self.library(group):
                 continue
-            seeds = group.kind in ("conv", "pool")
-            for node in group.outputs:
+            for node in group.nodes:
                 if not is_tensor(node) or fake(node).dim() not in (3, 4):
                     continue
                 if any(map(runs_parts, node.users)):
                     continue  # plans of their own take their inputs contiguous
                 rank = fake(node).dim()
-                like = [x for x in group.inputs if x in found and fake(x).dim() == rank]
-                if group.kind == "concat":
-                    like = [x for x in node.all_input_nodes if x in found]
-                ahead = node in read and rank == 4 and group.kind in ("pointwise", "concat")
-                follows = like and group.kind in ("pointwise", "concat", "view", "reduce", "rows")
-                if ahead or follows or (seeds and (rank == 4 or group.kind == "conv")):
-                    found.add(node)
+                order = None
+                if group.kind in ("conv", "pool"):
+                    if node in group.outputs and (rank == 4 or group.kind == "conv"):
+                        order = channels_last(rank)
+                elif node in read and rank == 4 and group.kind in ("pointwise", "concat"):
+                    order = channels_last(rank)
+                elif group.kind in ("pointwise", "concat", "view", "reduce", "rows"):
+                    order = _followed(node, found)
+                if order is not None and order != tuple(range(rank)):
+                    found[node] = order
         return found
 
     def _find_halos(self, halo_of: Callable[[fx.Node], Halo]) -> dict[fx.Node, Halo]:
@@ -198,7 +204,8 @@ class Storage:
             owner = self.owner.get(root)
             if owner is None or owner.kind == "view" or self.library(owner):
                 continue
-            if root not in self._channels_last or root in self._returned:
+            order = self._orders.get(root)
+            if order != channels_last(len(fake(root).shape)) or root in self._returned:
                 continue
             if not all(isinstance(d, int) for d in fake(root).shape[1:]):
                 continue
@@ -354,9 +361,9 @@ class Storage:
             strides = value.stride()
         if kind == "output" and strides is None:
             strides = value.stride() if _dense(value) else contiguous_strides(shape)
-        elif strides is None and node in self._channels_last:
+        elif strides is None and node in self._orders:
             halo = self._halo.get(node, halo)
-            strides, offset, elements = channels_last(shape, halo)
+            strides, offset, elements = spread(shape, halo, self._orders[node])
             if any(map(any, halo)):
                 kind = "static"
             self.roots[node.name] = Root(node.name, kind, value.dtype, elements, node)
@@ -385,19 +392,31 @@ def _dense(value: torch.Tensor) -> bool:
     return True
 
 
-def channels_last(shape: Sequence[Int], halo: Halo) -> tuple[tuple[Int, ...], Int, Int]:
-    """Strides, offset of element 0, and element count of an N(spatial)C layout with a halo."""
-    n, c, *spatial = shape
-    strides = [0] * len(shape)
-    strides[1] = 1
-    reach: Int = c
+def channels_last(rank: int) -> Order:
+    """The order of N(spatial)C."""
+    return (0, *range(2, rank), 1)
+
+
+def spread(shape: Sequence[Int], halo: Halo, order: Order) -> tuple[tuple[Int, ...], Int, Int]:
+    """Strides, offset of element 0, and element count of dimensions in ``order`` with a halo."""
+    strides: list[Int] = [0] * len(shape)
+    reach: Int = 1
     offset: Int = 0
-    for axis in range(len(shape) - 1, 1, -1):
+    for axis in reversed(order):
         strides[axis] = reach
         offset = offset + halo[axis][0] * reach
         reach = reach * (shape[axis] + sum(halo[axis]))
-    strides[0] = reach
-    return tuple(strides), offset, reach * n
+    return tuple(strides), offset, reach
+
+
+def _followed(node: fx.Node, orders: Mapping[fx.Node, Order]) -> Order | None:
+    """The order in which ``node`` lies if it does as the first of its arguments of known order."""
+    rank = fake(node).dim()
+    of = next((orders[x] for x in node.all_input_nodes if len(orders.get(x, ())) == rank), None)
+    if of is not None and node.target is aten.permute.default:
+        dims = [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
+        return tuple(dims.index(d) for d in of)
+    return of
 
 
 def view_of(node: fx.Node, base: fx.Node, place: Place) -> Place | tuple[Place | None, ...] | None:

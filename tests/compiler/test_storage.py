@@ -77,3 +77,36 @@ def test_convolutions_and_poolings_read_neighbouring_channels(model: nn.Module) 
         if len(ref.shape) == 4 and plan.buffers[ref.buffer].kind in ("arena", "static")
     ]
     assert images and all(ref.strides[1] == 1 for ref in images)
+
+
+class Block(nn.Module):
+    """As in ConvNeXt: a norm and a linear layer over the channels of a convolution's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(C, C, 3, padding=1, groups=C)
+        self.norm = nn.LayerNorm(C)
+        self.linear = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(x).permute(0, 2, 3, 1)
+        return x + self.linear(self.norm(y) * y.sigmoid()).permute(0, 3, 1, 2)
+
+
+def test_what_follows_a_permuted_image_keeps_its_memory() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block()).eval()
+    x = torch.randn(2, C, 10, 12)
+    compiled = plait.compile(model, tune="off")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    plan = compiled.plan
+    assert plan is not None
+    rows = [
+        ref
+        for step in plan.steps
+        if isinstance(step, KernelStep) and "linear" in step.name
+        for ref in step.args
+        if ref.shape[-1] == C and len(ref.shape) == 4
+    ]
+    assert rows and all(ref.strides[-1] == 1 for ref in rows)
