@@ -213,8 +213,6 @@ class WeightStore:
 
     def _filed(self, tensor: torch.Tensor) -> _Filed | None:
         """What is known of the memory of ``tensor``, if it still is what it was in its file."""
-        if tensor.is_inference():  # nothing counts its changes
-            return None
         found = _FILES.get(tensor.untyped_storage().data_ptr())
         if found is None or found.space() is None or found.version != tensor._version:
             return None

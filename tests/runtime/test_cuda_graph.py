@@ -146,6 +146,36 @@ def test_each_event_is_needed() -> None:
     assert dropped >= 3
 
 
+def _copy_memory(pointers: Sequence[int], stream: int) -> None:
+    ctypes.memmove(pointers[1], pointers[0], 24)
+
+
+def test_memory_of_results_with_other_strides_is_not_given_to_other_streams() -> None:
+    """Each step has torch's row-major result laid out by columns; a kernel copies its memory."""
+    x, steps, after = TensorRef("x", "float32", (2, 3), (3, 1)), [], []
+    buffers = {"x": Buffer("x", "input", 24)}
+    for k in range(8):
+        columns = TensorRef(f"a{k}", "float32", (2, 3), (1, 2))
+        flat = TensorRef(f"b{k}", "float32", (6,), (1,))
+        args = [{"ref": 0}, k]
+        steps.append(LibraryStep(f"a{k}", "aten.add.Scalar", (x,), args, {}, (columns,)))
+        steps.append(KernelStep(f"b{k}", "copy", (columns, flat), 1))
+        buffers[f"a{k}"] = Buffer(f"a{k}", "library", 24)
+        buffers[f"b{k}"] = Buffer(f"b{k}", "output", 24)
+        after += [(), (2 * k,)]
+    lanes = [Lane(k % 3, after[k]) for k in range(len(steps))]
+    outputs = [s.args[1] for s in steps if isinstance(s, KernelStep)]
+    plan = Plan("columns", buffers, steps, [x], outputs, lanes=lanes)
+    value = torch.rand(2, 3)
+    for seed in range(20):
+        device = FakeGpu(seed)
+        executor = GpuExecutor(plan, {}, {"copy": _copy_memory}, device, graph=False)
+        results = executor.run([value])
+        device.synchronize()
+        for k, found in enumerate(results):
+            torch.testing.assert_close(found, (value + k).t().flatten())
+
+
 def test_calls_in_flight_do_not_disturb_each_other() -> None:
     plan = _plan(random.Random(1), 8, 3)
     for graph in (True, False):
