@@ -300,14 +300,39 @@ def erf(x: Expr) -> Expr:
     return tir.Select(t > f32(0.927734375), far, near)
 
 
+_TAIL = (
+    4.64545167e-6,
+    -4.3234142e-5,
+    2.18984578e-4,
+    -4.89977143e-4,
+    1.169321e-3,
+    8.68824303e-4,
+    6.90369702e-3,
+    3.11147178e-2,
+    1.18312976e-1,
+    2.37211497e-1,
+    1.18920712,
+)
+"""Fitted so that 1 / p(a)^4 = erfc(a / sqrt(2)) / 2 for a >= 0, to 2.5e-8 everywhere."""
+
+
 def gelu(x: Expr, approximate: str = "none") -> Expr:
-    """torch's gelu of a float32 or float64 expression; ``approximate`` is "none" or "tanh"."""
+    """torch's gelu of a float32 or float64 expression; ``approximate`` is "none" or "tanh".
+
+    In float32 the normal distribution comes from a polynomial for its smaller side, in half the
+    operations of erf: the error is at most 5e-7, half of torch's (which subtracts from 1).
+    """
     const = functools.partial(tir.FloatImm, expr_dtype(x))
     x = bind(x)
     if approximate == "tanh":
-        inner = const(math.sqrt(2.0 / math.pi)) * (x + const(0.044715) * x * x * x)
-        return const(0.5) * x * (const(1.0) + tanh(inner))
-    return const(0.5) * x * (const(1.0) + erf(x * const(math.sqrt(0.5))))
+        twice = const(math.sqrt(8.0 / math.pi)) * (x + const(0.044715) * x * x * x)
+        return x * sigmoid(twice)  # (1 + tanh(y)) / 2 = sigmoid(2 y), without tanh's care near zero
+    if expr_dtype(x) != "float32":
+        return const(0.5) * x * (const(1.0) + erf(x * const(math.sqrt(0.5))))
+    p = bind(horner(bind(tir.abs(x)), _TAIL))
+    square = bind(p * p)
+    tail = bind(f32(1.0) / (square * square))
+    return x * tir.Select(x > f32(0.0), f32(1.0) - tail, tail)
 
 
 _SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)

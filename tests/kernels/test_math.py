@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import pytest
 import torch
 
 from .harness import run_kernel
@@ -32,3 +35,20 @@ def test_angles_of_any_size() -> None:
     bits = x.half()
     (have,) = run_kernel(lower(lambda x: x.cos(), [bits]), [bits])
     torch.testing.assert_close(have, bits.cos(), equal_nan=True)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_as_near_as_torchs(approximate: str) -> None:
+    x = torch.cat([floats(), torch.linspace(-9, 9, 100_001)])
+    gelu = functools.partial(torch.nn.functional.gelu, approximate=approximate)
+    (have,) = run_kernel(lower(gelu, [x]), [x])
+    eager, wide = gelu(x), gelu(x.double())
+    numbers = x.isfinite()
+    torch.testing.assert_close(have[~numbers], wide[~numbers].float(), equal_nan=True)
+    have, eager, wide = have[numbers].double(), eager[numbers].double(), wide[numbers]
+    near = wide.abs() < 100
+    error, eagers = (have - wide)[near].abs(), (eager - wide)[near].abs()
+    assert error.max() < 6e-7 and error.mean() < eagers.mean()
+    torch.testing.assert_close(have[~near], wide[~near], rtol=3e-7, atol=0)
+    above = (x[numbers] > -1) & (wide.abs() > 1e-37)
+    torch.testing.assert_close(have[above], wide[above], rtol=1e-6, atol=0)
