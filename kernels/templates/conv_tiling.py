@@ -129,7 +129,7 @@ def _cost(
         # A multiply-add a cycle beside a load a cycle, with enough independent chains.
         step = max(pixels * nv, pixels + nv, 6) + 0.04 * (pixels + nv) + 0.5
         if streams:
-            step = max(step, 2.5 * nv + 1)
+            step = max(step, 4.0 * nv + 1)  # a line of 64 bytes in four cycles
         if guarded and tile == "flat":
             step += 6 * pixels  # every input element is checked
         return depth * taps * step + setup + 4 * pixels * nv

@@ -32,3 +32,9 @@ def test_pixels_whose_lines_share_a_set_of_the_cache_are_few() -> None:
 
 def test_tiles_that_need_every_register_are_not_for_single_taps() -> None:
     assert (14, 2) not in {tile[1:] for c in (480, 512, 728) for tile in tiles(c, 416, 1, 14)}
+
+
+def test_wide_tiles_are_not_for_weights_beyond_the_first_cache() -> None:
+    """49 vectors of channels are seven panels of seven, but each step would wait for its panel."""
+    assert all(nv <= 5 for _, _, nv in tiles(384, 771, 1, 14))
+    assert any(nv == 7 for _, _, nv in tiles(16, 112, 1, 14))
