@@ -127,7 +127,16 @@ def test_group_norm_in_both_memory_orders() -> None:
             cases.append(
                 case(rows, f"nhwc_{i}", lambda x, w: F.silu(F.group_norm(x, 3, w)), last, w)
             )
+            cases.append(case(rows, f"each_{i}", group_norm(12), last, w, b))
     check(cases, atol=2e-5, rtol=2e-5)
+
+
+def test_lanes_are_groups_where_each_is_one_channel_next_to_the_others() -> None:
+    x = torch.randn(1, 64, 9, 9)
+    for memory, lane in ((torch.channels_last, 1), (torch.contiguous_format, 4)):
+        group, io = traced(lambda x: F.group_norm(x, 64), [x.to(memory_format=memory)])
+        (config,) = rows.candidates(group, io, host())
+        assert config["lane"] == lane and config["width"] > 1
 
 
 def test_instance_norm_and_operators_of_decompositions() -> None:
