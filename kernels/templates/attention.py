@@ -23,7 +23,7 @@ from ..target import Target
 from ..value import Context, Value
 from .attention_block import Block
 from .attention_line import Line
-from .attention_spec import AttentionSpec, Operand, parse, result_nodes
+from .attention_spec import AttentionSpec, Mask, Operand, parse, result_nodes
 
 FEW = 6  # up to so many queries are handled one by one
 # Time of a register tile with so many vectors of queries, relative to that of four.
@@ -80,15 +80,15 @@ def lower(
         refs = dict(zip(group.inputs, em.inputs, strict=True))
         operands = {
             n: Operand(em, spec, refs[node])
-            for n, node in (("q", spec.q), ("k", spec.k), ("v", spec.v), ("mask", spec.mask))
-            if node is not None
+            for n, node in (("q", spec.q), ("k", spec.k), ("v", spec.v))
         }
+        mask = None if spec.mask is None else Mask(em, spec, refs[spec.mask])
         body = {"line": Line, "block": Block}[config["kind"]]
         epilogue = _Epilogue(em, spec, group)
         if tasks == 0:
             T.evaluate(0)
         else:
-            body(em, spec, config, lanes, operands, epilogue.store).task(task, blocks)
+            body(em, spec, config, lanes, operands, mask, epilogue.store).task(task, blocks)
     return em.kernel(tasks, config, flops=spec.flops)
 
 

@@ -24,12 +24,14 @@ from ..ops.common import i64
 from ..ops.scope import sharing
 from .attention_spec import (
     AttentionSpec,
+    Mask,
     Operand,
     lane_loop,
     masked,
     task_index,
     vector_starts,
 )
+from .vectors import ramp, transposed
 
 NEG_INF = -math.inf
 
@@ -40,13 +42,13 @@ class Block:
 
     def __init__(
         self, em: Emitter, spec: AttentionSpec, config: dict[str, Any], lanes: int,
-        operands: dict[str, Operand], store: Callable[..., None],
+        operands: dict[str, Operand], mask: Mask | None, store: Callable[..., None],
     ) -> None:  # fmt: skip
         self.em, self.spec, self.lanes, self.store = em, spec, lanes, store
         self.nv, self.rk, self.ri, self.tb = (config[c] for c in ("nv", "rk", "ri", "tb"))
         self.bq = self.nv * lanes
         self.q, self.k, self.v = (operands[n] for n in "qkv")
-        self.mask = operands.get("mask")
+        self.mask = mask
         self.width, self.starts = vector_starts(spec.width, lanes)
         self.row = len(self.starts) * self.width  # a query's result, with overlap
         self.queries, self.keys = em.dim(spec.queries), em.dim(spec.keys)
@@ -192,7 +194,12 @@ class Block:
     def _apply_mask(self, first: Expr, start: Expr, count: Expr) -> None:
         mask, base = self.mask, self.bases["mask"]
         assert mask is not None
-        with T.serial(i64(0), count) as t:
+        done: Expr = i64(0)
+        if self.lanes > 1 and mask.has_rows:
+            squares = T.bind(tir.floordiv(count, i64(self.lanes)))
+            done = T.bind(squares * self.lanes)
+            self._apply_squares(first, start, squares)
+        with T.serial(done, count) as t:
 
             def apply(i: Expr) -> None:
                 row = i64(0) if mask.rows_broadcast else tir.min(first + i, self.queries - 1)
@@ -201,6 +208,25 @@ class Block:
                 T.buffer_store(self.scores, x, [t * self.bq + i])
 
             self._vectors(apply)
+
+    def _apply_squares(self, first: Expr, start: Expr, squares: Expr) -> None:
+        """Applies as many keys of the mask as vectors have lanes at a time, turned in registers.
+
+        Element by element each lane would take a line of its own, and where rows are a power of
+        two apart those lines drive each other out of the cache.
+        """
+        mask, lanes = self.mask, self.lanes
+        assert mask is not None
+        for v in range(self.nv):
+            last = self.queries - 1
+            rows = [tir.min(first + (v * lanes + i), last) for i in range(lanes)]
+            begins = [T.bind(self.bases["mask"] + row * mask.row_stride) for row in rows]
+            with T.serial(i64(0), squares) as square:
+                at = T.bind(start + square * lanes)
+                loaded = [T.bind(mask.addends(begin + at, lanes)) for begin in begins]
+                for k, addends in enumerate(transposed(loaded)):
+                    where = ramp((square * lanes + k) * self.bq + v * lanes, lanes)
+                    T.buffer_store(self.scores, self.scores[where] + addends, [where])
 
     def _softmax(self, count: Expr) -> None:
         """Scores become weights; the running maximum, sum and scale of the result follow."""

@@ -21,6 +21,7 @@ from ..ops.common import i64
 from ..ops.scope import sharing
 from .attention_spec import (
     AttentionSpec,
+    Mask,
     Operand,
     lane_loop,
     masked,
@@ -36,12 +37,12 @@ class Line:
 
     def __init__(
         self, em: Emitter, spec: AttentionSpec, config: dict[str, Any], lanes: int,
-        operands: dict[str, Operand], store: Callable[..., None],
+        operands: dict[str, Operand], mask: Mask | None, store: Callable[..., None],
     ) -> None:  # fmt: skip
         self.em, self.spec, self.lanes, self.store = em, spec, lanes, store
         self.tb = config["tb"]
         self.q, self.k, self.v = (operands[n] for n in "qkv")
-        self.mask = operands.get("mask")
+        self.mask = mask
         self.depth_width, self.depth_starts = vector_starts(spec.depth, lanes)
         self.width, self.starts = vector_starts(spec.width, lanes)
         self.keys = em.dim(spec.keys)

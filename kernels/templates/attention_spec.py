@@ -19,6 +19,8 @@ from ..emit import Emitter, Expr, Ref
 from ..group import IO, Group, Unsupported
 from ..ops import argument, category
 from ..ops.common import convert_expr, dims_of, i64, unravel
+from .half_factors import Wide
+from .vectors import ramp
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -156,6 +158,30 @@ class Operand:
     def wide(self, base: Expr, row: Expr, column: Expr) -> Expr:
         """An element as float32."""
         return convert_expr(self.load(base, row, column), self.dtype, torch.float32)
+
+
+class Mask(Operand):
+    """What is added to scores, or where they are seen, by (leading index, query, key)."""
+
+    def __init__(self, em: Emitter, spec: AttentionSpec, ref: Ref) -> None:
+        super().__init__(em, spec, ref)
+        known = self.dtype in (*DTYPES, torch.bool)
+        apart = not (self.rows_broadcast or self.columns_broadcast) and ref.arg.strides[-1] == 1
+        self._wide = Wide(ref) if known and apart else None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether each query has a row of neighbours of its own, for `addends`."""
+        return self._wide is not None
+
+    def addends(self, offset: Expr, lanes: int) -> Expr:
+        """A vector of a mask's neighbours as what is added to scores."""
+        assert self._wide is not None
+        if self.dtype != torch.bool:
+            return self._wide.vector(offset, lanes)
+        zero, hidden = tir.FloatImm("float32", 0.0), tir.FloatImm("float32", -math.inf)
+        seen = self.ref.buffer[ramp(offset, lanes)] != tir.Broadcast(tir.IntImm("int8", 0), lanes)
+        return tir.Select(seen, tir.Broadcast(zero, lanes), tir.Broadcast(hidden, lanes))
 
 
 def masked(score: Expr, mask: Expr, dtype: torch.dtype) -> Expr:

@@ -43,7 +43,8 @@ from ..target import Target
 from .conv_common import Epilogue, clip, inside, lane_count, loop, name_index, vector, within
 from .conv_spec import ConvSpec, halo_of
 from .conv_tiling import inner_unroll, tile_count
-from .half_factors import LANES, dot, ramp, words, words_at_even
+from .half_factors import LANES, dot, words, words_at_even
+from .vectors import ramp
 
 CUT_SUM = 300  # longer sums are cut into shorter ones ...
 LONG_SUM = 128  # ... of about so many terms

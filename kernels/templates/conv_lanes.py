@@ -27,7 +27,8 @@ from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import Epilogue, clip, inside, lane_count, name_index, vector
 from .conv_spec import ConvSpec, halo_of
-from .half_factors import Wide, ramp
+from .half_factors import Wide
+from .vectors import ramp
 
 TASK_STEPS = 1 << 15  # vector multiply-adds of one task: some ten microseconds of one core
 MIN_TASKS = 16

@@ -29,6 +29,7 @@ from ..target import Target
 from .conv_common import Epilogue, lane_count, loop, name_index, vector
 from .conv_spec import ConvSpec, halo_of
 from .conv_tiling import inner_unroll
+from .vectors import ramp
 
 POINTS = 16
 TILES = ((6, 4), (9, 3), (14, 2))  # pixels by vectors
@@ -168,7 +169,7 @@ class _Body:
                 rows = [
                     _filtered(
                         [
-                            self.x.load_flat(_run(base + i * sh + j * sw + c, lanes))
+                            self.x.load_flat(ramp(base + i * sh + j * sw + c, lanes))
                             for j in range(4)
                         ]
                     )
@@ -177,7 +178,7 @@ class _Body:
                 for j in range(4):
                     for i, value in enumerate(_filtered([rows[i][j] for i in range(4)])):
                         at = ((i * 4 + j) * self.tiles + t) * spec.c + c
-                        T.buffer_store(self.source, value, [_run(at, lanes)])
+                        T.buffer_store(self.source, value, [ramp(at, lanes)])
 
     def multiply(self, block: Expr) -> None:
         """``products[p] = source[p] @ weight[block, p]`` for all 16 positions p."""
@@ -219,7 +220,7 @@ class _Body:
                     _gathered(
                         [
                             self.products[
-                                _run(((i * 4 + j) * self.tiles + t) * self.width + v * lanes, lanes)
+                                ramp(((i * 4 + j) * self.tiles + t) * self.width + v * lanes, lanes)
                             ]
                             for i in range(4)
                         ]
@@ -229,7 +230,7 @@ class _Body:
                 for i in range(2):
                     for j, value in enumerate(_gathered([folded[k][i] for k in range(4)])):
                         total = em.local(lanes)
-                        T.buffer_store(total, value, [_run(em.i64(0), lanes)])
+                        T.buffer_store(total, value, [ramp(em.i64(0), lanes)])
                         conditions = []
                         if i == 0 and spec.oh % 2:  # type: ignore[operator]
                             conditions.append(row >= grid_row)
@@ -259,8 +260,3 @@ def _gathered(m: list[Expr]) -> list[Expr]:
     """One dimension of the output's transform."""
     m = [T.bind(x) for x in m]
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
-
-
-def _run(first: Expr, lanes: int) -> Expr:
-    """The index vector ``first, first + 1, ...``."""
-    return tir.Ramp(first, tir.IntImm("int64", 1), lanes)

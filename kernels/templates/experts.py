@@ -30,7 +30,8 @@ from ..target import Target
 from ..value import Context, Value
 from .conv_common import loop, name_index, vector
 from .conv_tiling import inner_unroll
-from .half_factors import LANES, Left, dot, ramp, words, words_at_even
+from .half_factors import LANES, Left, dot, words, words_at_even
+from .vectors import ramp
 
 BLOCK = 256  # steps of rows that are copied at a time
 STRANDS = 4

@@ -25,7 +25,8 @@ from ..emit import Emitter, Expr, Ref
 from ..group import HALF
 from .gemm_epilogue import Epilogue
 from .gemm_spec import GemmSpec, unravel
-from .half_factors import LANES, Left, Wide, dot, ramp, words, words_at_even
+from .half_factors import LANES, Left, Wide, dot, words, words_at_even
+from .vectors import ramp, transposed
 
 LoadPanel = Callable[[Expr, Expr], Expr]
 """(step along the block, column within the panel) -> element."""
@@ -249,7 +250,7 @@ class Body:
                 corner = T.bind(origin + v * t.lanes * stride_n + s * t.lanes)
                 starts = [corner + i * stride_n for i in range(t.lanes)]
                 rows = [T.bind(self.wide.vector(start, t.lanes)) for start in starts]
-                for i, row in enumerate(_transposed(rows)):
+                for i, row in enumerate(transposed(rows)):
                     at = (s * t.lanes + i) * t.width + v * t.lanes
                     T.buffer_store(self.panel, row, [ramp(at, t.lanes)])
             with T.serial(squares * t.lanes, depth) as k, T.serial(em.i64(t.lanes)) as j:
@@ -320,17 +321,3 @@ def _dot(index: list[Expr], strides: list[Expr]) -> Expr:
     for i, s in zip(index, strides, strict=False):
         total = total + i * s
     return total
-
-
-def _transposed(rows: list[Any]) -> list[Expr]:
-    """The transpose of a square of vectors: log2(lanes) perfect shuffles of pairs of rows."""
-    lanes = len(rows)
-    half, rounds = lanes // 2, lanes.bit_length() - 1
-    for _ in range(rounds):
-        mixed = []
-        for row in range(lanes):
-            pair = [rows[row // 2], rows[row // 2 + half]]
-            order = [lanes * (i % 2) + i // 2 + half * (row % 2) for i in range(lanes)]
-            mixed.append(T.bind(tir.Shuffle(pair, [tir.IntImm("int32", i) for i in order])))
-        rows = mixed
-    return rows

@@ -20,6 +20,7 @@ from ..abi import Dim
 from ..emit import Emitter, Expr, Ref
 from ..group import Unsupported
 from ..target import Target
+from .vectors import ramp
 
 _DOT = "plait_dot_bf16_pairs"
 _INTRINSIC = "@llvm.x86.avx512bf16.dpbf16ps.512"
@@ -69,11 +70,6 @@ def words_at_even(strides: Sequence[Dim], depth: Dim) -> bool:
     theirs), rows start at even distances, and there is no step without a partner.
     """
     return strides[-1] == 1 and all(even(d) for d in (*strides[:-1], depth))
-
-
-def ramp(start: Expr, lanes: int) -> Expr:
-    """The indices of a vector of neighbours."""
-    return tir.Ramp(start, tir.IntImm("int64", 1), tir.IntImm("int32", lanes))
 
 
 def even(dim: Dim) -> bool:

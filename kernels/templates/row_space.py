@@ -105,7 +105,7 @@ def row_space(group: Group, io: IO) -> RowSpace:
     order = _order(group, io, shape) or (0,)
     if groups is not None:
         order = tuple(j for i in order for j in ((1, 2) if i == 1 else (i + (i > 1),)))
-        if dims[2] == 1 and order[-1] == 2:  # a channel each: lanes are groups
+        if each == 1 and order[-1] == 2:  # a channel each: lanes are groups
             order = (2, *order[:-1])
     space = RowSpace(dims, axes, shape, groups is not None, order)
     bound = row_bound(group)

@@ -1,0 +1,29 @@
+"""Vectors of neighbouring elements as TIR expressions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm.tirx as tir
+from tvm.script.ir_builder import tirx as T
+
+from ..emit import Expr
+
+
+def ramp(start: Expr, lanes: int) -> Expr:
+    """The indices of a vector of neighbours."""
+    return tir.Ramp(start, tir.IntImm("int64", 1), tir.IntImm("int32", lanes))
+
+
+def transposed(rows: list[Any]) -> list[Expr]:
+    """The transpose of a square of vectors: log2(lanes) perfect shuffles of pairs of rows."""
+    lanes = len(rows)
+    half, rounds = lanes // 2, lanes.bit_length() - 1
+    for _ in range(rounds):
+        mixed = []
+        for row in range(lanes):
+            pair = [rows[row // 2], rows[row // 2 + half]]
+            order = [lanes * (i % 2) + i // 2 + half * (row % 2) for i in range(lanes)]
+            mixed.append(T.bind(tir.Shuffle(pair, [tir.IntImm("int32", i) for i in order])))
+        rows = mixed
+    return rows
