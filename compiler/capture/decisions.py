@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .losses import ctc_loss
+from .losses import FUNCTIONS, ctc_arguments, ctc_loss_of_numbers
 
 READS = frozenset(
     "item tolist numpy equal allclose is_nonzero __bool__ __int__ __float__ __index__ __complex__"
@@ -163,11 +162,8 @@ class Recording(TorchFunctionMode):
                 func, name = Tensor.__getitem__, "__getitem__"
         if name == "__getitem__":  # of masks it shall ask where they are set, not what is there
             args, kwargs = self._settled(name, args, kwargs)
-        if func is F.ctc_loss and len(args) >= 4 and args[0].dim() == 3:
-            autocast = torch._C._is_any_autocast_enabled()  # it does not reach into the operator
-            if not autocast and all(map(self._knows, args[2:4])):
-                lengths = (self._ask(Tensor.tolist, x) for x in args[2:4])
-                func, args = ctc_loss, (*args[:2], *lengths, *args[4:])
+        if func in FUNCTIONS and (given := self._loss(func, args, kwargs)):
+            func, args, kwargs = ctc_loss_of_numbers, given, {}
         inputs = [x for x in _walk((args, kwargs)) if isinstance(x, Tensor)]
         writes = _written(func, name, inputs, kwargs)
         known = all(id(x) in self._refs for x in inputs) and bool(inputs or name in MAKERS)
@@ -270,6 +266,18 @@ class Recording(TorchFunctionMode):
         if name in SIZED and args:
             args, kwargs = (args[0], *_map(self._number, args[1:])), _map(self._number, kwargs)
         return args, kwargs
+
+    def _loss(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+        """Arguments of a loss whose lengths are numbers; None where these are not known."""
+        given = ctc_arguments(func, args, kwargs)
+        if given is None or torch._C._is_any_autocast_enabled():  # it does not reach the operator
+            return None
+        for i in (2, 3):
+            if self._knows(given[i]):
+                given[i] = self._ask(Tensor.tolist, given[i])
+            elif any(isinstance(x, Tensor) or _symbolic(x) for x in _walk(given[i])):
+                return None
+        return tuple(given)
 
     def _index(self, tensor: Tensor, index: Sequence[Any]) -> Iterator[Any]:
         place: int | None = 0  # the dimension that the next part is for

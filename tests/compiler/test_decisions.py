@@ -304,3 +304,24 @@ def test_the_loss_of_sequences_of_several_lengths(reduction: str) -> None:
 
     calls = [[[1, 2], [3, -100]], [[2, 1], [2, -100]], [[1, -100], [3, 2]]]
     check(function, *map(torch.tensor, calls), programs=2)
+
+
+LOSSES: list[Callable[..., Tensor]] = [
+    torch.ctc_loss,
+    lambda x, labels, given, wanted: torch.ctc_loss(
+        log_probs=x, targets=labels, input_lengths=given, target_lengths=wanted, reduction=0
+    ),
+    lambda x, labels, given, wanted: F.ctc_loss(x, labels, given.tolist(), wanted.tolist()),
+    lambda x, labels, given, wanted: F.ctc_loss(
+        x[:, 1], labels[1, : wanted[1]], given[1], wanted[1], blank=3, reduction="none"
+    ),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_of_sequences_however_it_is_called(loss: Callable[..., Tensor]) -> None:
+    def function(x: Tensor, labels: Tensor) -> Tensor:
+        lengths = torch.full((2,), 3), (labels >= 0).sum(-1)
+        return loss(x.view(3, 2, 4).log_softmax(-1), labels.clamp(min=0), *lengths)
+
+    check(function, torch.tensor([[1, 2], [2, -1]]), torch.tensor([[2, 1], [1, 2]]), programs=2)
