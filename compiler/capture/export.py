@@ -8,6 +8,7 @@ kinds need no registration.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -93,7 +94,7 @@ def capture(
         return found, remarks
 
     try:
-        with EXCLUSIVE, quiet():
+        with EXCLUSIVE, quiet(), _mode_of(weights):
             found, remarks, occupied = _with_cells(program)
     except CaptureError:
         raise
@@ -106,6 +107,12 @@ def capture(
     if traced.recording is not None:
         captured.decisions = traced.recording.decisions()
     return captured
+
+
+def _mode_of(weights: Sequence[torch.Tensor]) -> Any:
+    """The mode to export in: outside of inference mode, weights made in it cannot be stood for."""
+    inference = not torch.is_grad_enabled() and any(t.is_inference() for t in weights)
+    return torch.inference_mode() if inference else contextlib.nullcontext()
 
 
 def _with_cells(program: Callable[[], tuple[Any, list[Remark]]]) -> tuple[Any, list[Remark], bool]:

@@ -396,6 +396,20 @@ def test_autocast_is_part_of_what_a_program_is_made_for() -> None:
     assert compiled(x).dtype == torch.float32
 
 
+@pytest.mark.parametrize("made", ["all", "some"])
+def test_weights_made_in_inference_mode_are_captured_in_any_mode(made: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4))
+    with torch.inference_mode():
+        model[0] = nn.Linear(4, 4)
+        if made == "all":
+            model[2] = nn.BatchNorm1d(4)
+    compiled, x = compile(model.eval()), torch.randn(3, 4)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(compiled(x), model(x))
+    assert [program.calls for program in compiled.programs] == [2]
+
+
 def test_inference_mode_and_ordinary_mode_share_programs() -> None:
     model, x = net(), torch.randn(3, 4)
     compiled = compile(model)
