@@ -13,8 +13,9 @@ import torch
 from .build import build
 from .capture.arguments import argument_names, positional, tensor_names
 from .capture.captured import Captured
-from .capture.dynamic import Declared, openings
+from .capture.dynamic import Declared, opening
 from .capture.export import capture
+from .capture.limits import SizeError
 from .capture.tree import flatten_call
 from .errors import CaptureError, ChangeError, PlaitError
 from .guards.quick import limits
@@ -42,6 +43,7 @@ class Bucket:
     programs: list[Program] = field(default_factory=list)
     seen: list[list[torch.Size]] = field(default_factory=list)
     closed: list[Any] = field(default_factory=list)  # dimensions that could not be left open
+    stuck: frozenset[tuple[int, int]] = frozenset()  # those that were to blame
     hopeless: bool = False
     decides: bool = False  # whether programs are for values of arguments
 
@@ -88,35 +90,35 @@ class Specialiser:
     ) -> Program | None:
         """Captures and compiles a call. Raises Refused; None means no code could be generated."""
         names = argument_names(flatten_call((args, kwargs))[1], positional(self.signature))
-        failure: CaptureError | None = None
-        for dims in openings(declared, automatic, bucket.closed):
+        while True:
+            dims = opening(declared, automatic, bucket.closed, bucket.stuck)
             try:
                 captured = _attempt(bucket, self.target, args, kwargs, dims or None)
-            except CaptureError as error:
-                failure = error
-                if dims and error.remark == "PLT-CAP-001":
-                    bucket.closed.append(dims)
-                    self.notes.add(
-                        "PLT-CAP-004", f"a dimension could not be left open: {error.reason}"
-                    )
-                    continue
                 break
-            if dims and any(automatic):
-                where = ", ".join(
-                    f"{n}[{d}]"
-                    for n, a in zip(tensor_names(names, args, kwargs), automatic, strict=True)
-                    for d in a
+            except CaptureError as error:
+                if not dims or error.remark != "PLT-CAP-001":
+                    raise Refused(error, bucket) from None
+                bucket.closed.append(dims)
+                if isinstance(cause := error.__cause__, SizeError):
+                    bucket.stuck |= cause.places
+                self.notes.add("PLT-CAP-004", f"a dimension could not be left open: {error.reason}")
+        if dims and any(automatic):
+            where = ", ".join(
+                f"{n}[{d}]"
+                for n, a, left in zip(
+                    tensor_names(names, args, kwargs), automatic, dims, strict=True
                 )
-                self.notes.add(
-                    "PLT-CAP-002", f"more than one size was seen of {where}", kind="done"
-                )
-            if captured.decisions is not None:
-                count = len(captured.decisions)
-                reason = f"{count} values that arguments tell decide; others get their own program"
-                self.notes.add("PLT-CAP-023", reason, kind="note")
-            return self._compile(captured)
-        assert failure is not None
-        raise Refused(failure, bucket)
+                for d in a
+                if d in left
+            )
+            if where:
+                reason = f"more than one size was seen of {where}"
+                self.notes.add("PLT-CAP-002", reason, kind="done")
+        if captured.decisions is not None:
+            count = len(captured.decisions)
+            reason = f"{count} values that arguments tell decide; others get their own program"
+            self.notes.add("PLT-CAP-023", reason, kind="note")
+        return self._compile(captured)
 
     def _compile(self, captured: Captured) -> Program | None:
         executable = self.build(captured)

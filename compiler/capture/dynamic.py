@@ -8,7 +8,7 @@ position; for a tensor a dictionary or sequence of `torch.export.Dim`, ``Dim.AUT
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,18 +153,22 @@ def varying(
     return out
 
 
-def openings(
+def opening(
     declared: Sequence[Declared],
     automatic: Sequence[dict[int, Any]],
     closed: Sequence[list[dict[int, Any]]],
-) -> list[list[dict[int, Any]]]:
-    """Dimensions to leave open, to be tried in turn: as declared, found by torch, none at all.
+    stuck: Collection[tuple[int, int]] = (),
+) -> list[dict[int, Any]]:
+    """Dimensions to leave open: as declared, found by torch, fewer, or none at all, the first of
+    these that is not in ``closed``, which could not be left open before.
 
-    Those in ``closed`` could not be left open before.
+    In ``stuck`` are those that were to blame, as numbers of a tensor and of a dimension.
     """
-    if not (any(declared) or any(automatic)):
-        return [[]]
-    exact = [{**a, **d.dims} for a, d in zip(automatic, declared, strict=True)]
+    able = [{d: v for d, v in x.items() if (i, d) not in stuck} for i, x in enumerate(automatic)]
+    exact = [{**a, **d.dims} for a, d in zip(able, declared, strict=True)]
     loose = [dict.fromkeys(dims, Dim.AUTO) for dims in exact]
-    attempts = [exact] if loose == exact else [exact, loose]
-    return [*(dims for dims in attempts if dims not in closed), []]
+    fewer = [{d: v for d, v in x.items() if (i, d) not in stuck} for i, x in enumerate(loose)]
+    for dims in (exact, loose, fewer):
+        if any(dims) and dims not in closed:
+            return dims
+    return []

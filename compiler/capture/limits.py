@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,25 @@ from torch.overrides import TorchFunctionMode
 from .. import sizes
 
 
-class CheckedSizes(TorchFunctionMode):
-    """Within it, a result of torch's functions whose size `sizes.check` refuses raises
-    NotImplementedError. Sizes that only data tell are not asked.
+class SizeError(NotImplementedError):
+    """A size that is not worth tracing on.
+
+    ``places``: the sizes that it comes from, as numbers of a tensor and of a dimension.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, text: str, places: Iterable[tuple[int, int]]) -> None:
+        super().__init__(text)
+        self.places = frozenset(places)
+
+
+class CheckedSizes(TorchFunctionMode):
+    """Within it, a result of torch's functions whose size `sizes.check` refuses raises SizeError.
+    ``given`` are the tensors that sizes come from. Sizes that only data tell are not asked.
+    """
+
+    def __init__(self, given: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()
+        self._given = given
         self._known: set[Any] = set()
 
     def __torch_function__(
@@ -33,8 +45,21 @@ class CheckedSizes(TorchFunctionMode):
                 if isinstance(size, torch.SymInt) and size.node.expr not in self._known:
                     self._known.add(size.node.expr)
                     if sizes.is_backed(size):
-                        sizes.check(size)
+                        self._check(size)
         return result
+
+    def _check(self, size: torch.SymInt) -> None:
+        try:
+            sizes.check(size)
+        except NotImplementedError as error:
+            symbols = size.node.expr.free_symbols
+            places = (
+                (i, d)
+                for i, tensor in enumerate(self._given)
+                for d, x in enumerate(tensor.shape)
+                if isinstance(x, torch.SymInt) and x.node.expr.free_symbols & symbols
+            )
+            raise SizeError(str(error), places) from None
 
 
 class Untouched(TorchFunctionMode):

@@ -177,6 +177,17 @@ def test_some_sizes_are_refused_and_become_constants(
     assert [bool(dims) for dims in asked] == [False, True, False, False], "it was tried once"
 
 
+@pytest.mark.parametrize("reason", SIZES)
+def test_sizes_beside_refused_ones_stay_open(reason: str) -> None:
+    compiled = plait.compile(SIZES[reason], tune="off")
+    for sizes, programs in {(2, 8): 1, (3, 9): 2, (4, 9): 2, (5, 10): 3, (2, 10): 3}.items():
+        x = torch.randn(*sizes, 6)
+        torch.testing.assert_close(compiled(x), SIZES[reason](x))
+        assert len(compiled.programs) == programs, sizes
+    (seen,) = (r.reason for r in compiled.remarks if r.id == "PLT-CAP-002")
+    assert seen == "more than one size was seen of x[0]"
+
+
 def halves(x: torch.Tensor) -> torch.Tensor:
     for _ in range(4):  # as the sizes of images that are pooled without padding
         x = x[:, : (x.shape[1] - 1) // 2]
