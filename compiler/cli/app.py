@@ -60,7 +60,7 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         raise typer.Exit(0) from None
     except Exception as error:
         if _debug:
@@ -84,8 +84,13 @@ def _is_user_error(error: Exception) -> bool:
     )
 
 
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str, code: int) -> None:
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # `main` tells of it
+        sys.stdout.flush()
     print(f"plait: {message}", file=sys.stderr)
     raise typer.Exit(code)
 
@@ -452,12 +457,32 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
             stream.reconfigure(errors="replace")  # ASCII lacks the lines of tables
+    code: str | int | None = 0
     try:
         app()
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            # TVM's threads may still run; destroying them at exit would end in an abort.
-            sys.stdout.flush()
+        code = end.code
+    except OSError as error:  # of help, which no command writes
+        code = _lost(error, 0)
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()  # the interpreter's own, later, ends in a traceback
+        except OSError as error:
+            code = _lost(error, code)
+    if code == INTERRUPTED:
+        # TVM's threads may still run; destroying them at exit would end in an abort.
+        with contextlib.suppress(OSError):
             sys.stderr.flush()
-            os._exit(INTERRUPTED)
-        raise
+        os._exit(INTERRUPTED)
+    sys.exit(code)
+
+
+def _lost(error: OSError, code: str | int | None) -> str | int | None:
+    """The exit code where the output could not be written, which it tells unless a fault has been
+    told already.
+    """
+    _discard_output()
+    if code or isinstance(error, BrokenPipeError):
+        return code
+    print(f"plait: the output cannot be written ({error})", file=sys.stderr)
+    return 1
