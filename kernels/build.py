@@ -186,7 +186,9 @@ def _link(compiler: Iterable[str], objects: list[Path], output: Path) -> bytes:
     command = [*compiler, *flags, "-o", str(output), *map(str, objects), "-lm"]
     if not objects:  # an empty batch still is a library
         command[-1:] = ["-x", "c", os.devnull]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Compilers have working files of their own, for which they know fewer places than Python.
+    surroundings = {**os.environ, "TMPDIR": str(output.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings)
     if done.returncode != 0:
         tail = done.stderr.strip()[-2000:]
         raise BuildError(f"the linker failed ({shlex.join(command[:3])} ...): {tail}")

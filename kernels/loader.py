@@ -66,7 +66,7 @@ def load(path: str | os.PathLike[str], sha256: str | None = None) -> Library:
             raise LoadError(f"kernel library {path} is damaged: compile again")
     try:
         # Unresolved symbols show here, not in the middle of a call: ctypes loads with RTLD_NOW.
-        return Library(ctypes.CDLL(os.fspath(path)), {})
+        return Library(shared_library(path), {})
     except OSError as error:
         raise LoadError(f"cannot load the kernel library {path}: {error}") from error
 
@@ -84,7 +84,39 @@ def load_bytes(data: bytes, sha256: str | None = None) -> Library:
         finally:
             os.unlink(path)  # the mapping outlives the name
     except OSError as error:
-        raise LoadError(f"cannot write a kernel library to load it: {error}") from error
+        try:
+            return Library(_unnamed(data), {})
+        except OSError:
+            raise LoadError(f"cannot write a kernel library to load it: {error}") from error
+
+
+def shared_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
+    """The library at ``path``, also on file systems where nothing is executed. Raises OSError."""
+    try:
+        return ctypes.CDLL(os.fspath(path))
+    except OSError as error:
+        try:
+            return _unnamed(Path(path).read_bytes())
+        except OSError:
+            raise error from None
+
+
+def _unnamed(data: bytes) -> ctypes.CDLL:
+    """A library from memory alone, which needs no folder. Raises OSError.
+
+    Its descriptor stays open, for the dynamic linker knows libraries by their names: one number
+    for two of them would make the second one the first.
+    """
+    if not hasattr(os, "memfd_create"):
+        raise OSError("this system has no files in memory")
+    descriptor = os.memfd_create("plait-kernels")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        os.close(descriptor)
+        raise
 
 
 def function(address: int, arguments: int) -> Any:

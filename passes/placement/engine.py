@@ -6,9 +6,11 @@ and of the compiler's name; building takes about a second.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import shlex
 import subprocess
 import tempfile
@@ -20,7 +22,7 @@ import numpy.typing as npt
 
 from ...kernels.c_compiler import c_compiler
 from ...kernels.files import replacing
-from ...kernels.loader import cache_directory
+from ...kernels.loader import cache_directory, shared_library
 from .errors import PlacementError
 from .problem import Arrays, Floats
 
@@ -286,16 +288,9 @@ def _library() -> ctypes.CDLL:
     parts = [Path(__file__).with_name(name).read_text("utf-8") for name in _SOURCES]
     source = "\n".join([_declarations(), *parts])
     digest = hashlib.sha256("\0".join([source, *compiler, *_FLAGS]).encode()).hexdigest()
-    folder = cache_directory() / "placement"
-    path = folder / f"engine-{digest[:32]}.so"
-    if not path.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:  # a cache that cannot be written: build for this process alone
-            folder = Path(tempfile.mkdtemp(prefix="plait-"))
-            path = folder / path.name
-        _build(compiler, source, path)
-    library = ctypes.CDLL(str(path))
+    library = _loaded(
+        cache_directory() / "placement" / f"engine-{digest[:32]}.so", compiler, source
+    )
     double, pointer = ctypes.c_double, ctypes.c_void_p
     library.plait_simulate.argtypes = [
         pointer, pointer, pointer, pointer, pointer, ctypes.c_int, double, double, pointer,
@@ -313,11 +308,41 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def _loaded(path: Path, compiler: tuple[str, ...], source: str) -> ctypes.CDLL:
+    """The library at ``path``, which is built first where there is none."""
+    if os.path.exists(path):
+        with contextlib.suppress(OSError):  # it is of another machine, say
+            return shared_library(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _build(compiler, source, path)
+        return shared_library(path)
+    except OSError:  # a cache that cannot be written: build for this process alone
+        pass
+    try:
+        with tempfile.TemporaryDirectory(prefix="plait-") as folder:
+            path = Path(folder) / path.name
+            _build(compiler, source, path)
+            return shared_library(path)  # the mapping outlives the name
+    except OSError as error:
+        raise PlacementError(
+            f"there is no place to build the planner in ({error}); set TMPDIR to a folder that can"
+            " be written"
+        ) from error
+
+
 def _build(compiler: tuple[str, ...], source: str, path: Path) -> None:
     """Compiles beside the place and renames, so that no other process loads half a library."""
     with replacing(path) as scratch:
         command = [*compiler, *_FLAGS, "-x", "c", "-", "-o", str(scratch), "-lm"]
-        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            input=source,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "TMPDIR": str(path.parent)},
+        )
         if done.returncode:
             tail = done.stderr.strip()[-500:]
             raise PlacementError(f"the C compiler failed ({shlex.join(command[:2])} ...): {tail}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +84,42 @@ def test_where_files_may_not_be_large_none_are_written() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not bundle.persistent
     check(bundle.address("a"), 2.0)
+
+
+def test_the_linker_works_where_files_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/proc")
+    bundle = build([scale("a", 2.0)], host())
+    assert bundle.persistent
+    check(bundle.address("a"), 2.0)
+
+
+def test_libraries_load_where_nothing_in_a_folder_is_executed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on file systems mounted with "noexec", or where there is no place for temporary files."""
+    bundles = [build([scale("a", factor)], host()) for factor in (2.0, 3.0)]
+    real = ctypes.CDLL
+
+    def refused(name: str) -> ctypes.CDLL:
+        if not name.startswith("/proc/self/fd/"):
+            raise OSError(f"{name}: failed to map segment from shared object")
+        return real(name)
+
+    def no_folder(**_: object) -> object:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(ctypes, "CDLL", refused)
+    for bundle, factor in zip(bundles, (2.0, 3.0), strict=True):
+        assert bundle.data is not None
+        path = tmp_path / f"{factor}.so"
+        path.write_bytes(bundle.data)
+        check(loader.load(path, bundle.sha256).address("a"), factor)
+        check(loader.load_bytes(bundle.data).address("a"), factor)
+    monkeypatch.setattr(loader.tempfile, "mkstemp", no_folder)
+    for bundle, factor in zip(bundles, (2.0, 3.0), strict=True):
+        check(bundle.address("a"), factor)
+    with pytest.raises(loader.LoadError, match="cannot write a kernel library"):
+        loader.load_bytes(b"no library")
 
 
 def test_cc_names_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plait.kernels.c_compiler import c_compiler
+from plait.passes.placement import engine as engine_module
 from plait.passes.placement.clusters import cluster_levels, linear_orders, regions
 from plait.passes.placement.engine import Engine
+from plait.passes.placement.errors import PlacementError
 from plait.passes.placement.problem_file import problem_from_dict
 
 from . import rules
@@ -58,3 +63,24 @@ def test_a_limit_cuts_what_is_above_it_and_nothing_else(
 def test_no_ops_are_no_moves(devices: int) -> None:
     engine = annealed(1, 1, devices, False, 5)
     assert engine.state.cost[1] <= engine.state.cost[0]
+
+
+def test_the_library_is_built_anew_where_the_kept_one_is_of_no_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = c_compiler()
+    assert compiler is not None
+    source = "int answer(void) { return 42; }"
+    kept = tmp_path / "kept.so"
+    kept.write_bytes(b"of another machine")
+    assert engine_module._loaded(kept, compiler, source).answer() == 42
+    (tmp_path / "file").touch()
+    nowhere = tmp_path / "file" / "engine.so"  # as in a folder that cannot be written
+    assert engine_module._loaded(nowhere, compiler, source).answer() == 42
+
+    def no_folder(**_: object) -> object:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", no_folder)
+    with pytest.raises(PlacementError, match="set TMPDIR"):
+        engine_module._loaded(nowhere, compiler, source)
