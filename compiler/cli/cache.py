@@ -31,7 +31,7 @@ def verify() -> None:
     database = Database()
     report = database.verify()
     for note in database.notes:
-        print(note)
+        print(f"{note.id}: {note.reason}; {note.hint}")
     print(f"{report.objects} libraries and {report.entries} kernels checked")
     for title, names in (
         ("damaged, removed", report.damaged),
@@ -53,6 +53,8 @@ def clear(yes: bool) -> None:
         if not Confirm.ask(f"Remove all kernels in {where}?", default=False):
             return
     database = Database()
+    if not database.persistent:
+        raise CliError(f"{where} cannot be written", "change its permissions, or remove it")
     before = database.stats()
     database.clear()
     size = before["bytes"] / 2**20

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...kernels.files import replacing
@@ -35,8 +37,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """`write_text` for bytes."""
+    with written(path) as scratch:
+        scratch.write_bytes(data)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """`replacing`, whose errors are those of the command line."""
     try:
         with replacing(path) as scratch:
-            scratch.write_bytes(data)
+            yield scratch
     except OSError as error:
         raise CliError(f"{path} cannot be written ({error})", "choose another place") from error

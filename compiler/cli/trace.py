@@ -20,7 +20,7 @@ from ...runtime.sizes import evaluate
 from ...runtime.trace import Event, typical
 from ..compiled import Compiled
 from .console import Console
-from .error import CliError, check_output, write_text
+from .error import CliError, check_output, write_text, written
 from .model import Loaded, compile_loaded, on_cpu
 
 PLANNED, MEASURED = 1, 2
@@ -57,7 +57,8 @@ def gantt(loaded: Loaded, compiled: Compiled, output: Path) -> None:
     plan, values, events = _ran(loaded, compiled, 15)
     if values:
         raise CliError("the workspace of a model of free sizes cannot be drawn", "use plait trace")
-    picture(plan, events, loaded.name, output)
+    with written(output) as scratch:
+        picture(plan, events, loaded.name, scratch)
 
 
 def _ran(

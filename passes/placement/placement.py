@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,15 @@ def json_text(value: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes beside the place, then renames. Raises PlacementError where it cannot."""
+    with written(path) as scratch:
+        scratch.write_text(text, "utf-8")
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """`replacing`, whose errors are PlacementErrors."""
     try:
         with replacing(path) as scratch:
-            scratch.write_text(text, "utf-8")
+            yield scratch
     except OSError as error:
         raise PlacementError(f"cannot write {path}: {error.strerror or error}") from error

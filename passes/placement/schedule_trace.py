@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...kernels.files import replacing
 from .errors import PlacementError
-from .placement import write_text
+from .placement import write_text, written
 from .problem import Problem
 from .simulator import Schedule
 
@@ -128,5 +127,5 @@ def write_gantt(problem: Problem, schedule: Schedule, path: Path) -> None:
     suffix = path.suffix or ".png"
     if suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
         raise PlacementError(f"{path}: pictures are written as .png, .svg or .pdf")
-    with replacing(path) as scratch:
+    with written(path) as scratch:
         figure.savefig(scratch, dpi=110, format=suffix[1:].lower())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -290,6 +291,14 @@ def test_cache_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert "removed 0 libraries" in plait("cache", "clear", "--yes").output
 
 
+def test_a_cache_that_cannot_be_written_is_not_said_to_be_cleared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PLAIT_CACHE_DIR", str(tmp_path / "file"))
+    assert "file cannot be written" in error_of("cache", "clear", "--yes")
+
+
 def test_cache_verify_removes_damage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PLAIT_CACHE_DIR", str(tmp_path))
     damaged = tmp_path / "objects" / "ab" / f"{'ab' * 16}.so"
@@ -366,3 +375,17 @@ def test_a_run_can_be_drawn(models: str, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "g.svg").read_text()
     assert ".svg" in error_of("run", f"{models}:small", "--gantt", tmp_path / "g.txt")
     assert not (tmp_path / "g.txt").exists()
+
+
+def test_a_picture_is_written_whole_or_not_at_all(
+    models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(figure: object, path: str | Path, **_: object) -> None:
+        Path(path).write_text("<svg")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
+    picture = tmp_path / "g.svg"
+    told = error_of("run", f"{models}:small", "--gantt", picture, "-n", 1, "--tune", "off")
+    assert "g.svg cannot be written" in told
+    assert not list(tmp_path.glob("*g.*"))
