@@ -54,6 +54,7 @@ class Fetching:
         self.sites: dict[str, Site] = {}
         self._unmade: dict[str, set[int]] = {}  # of a step the branches that are not compiled yet
         self._used: list[Site] = []
+        self._spent = _spent(plan)
         for step in plan.steps:
             if isinstance(step, BranchStep):
                 found = [w for own in self._wanted(step) for w in own]
@@ -96,6 +97,11 @@ class Fetching:
 
         ``offsets`` are as for kind "rows"; the side of a `torch.cond` that runs has one row.
         """
+        if step.name not in self.sites:
+            if step.name in self._spent:
+                self.tier.used()  # what the branches fetch has room in its place
+            run(0, len(step.plans))
+            return
         counts = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
         unmade = self._unmade[step.name]
         made = [b for b in unmade if counts[b]] if unmade else []
@@ -207,6 +213,22 @@ def resident(tier: Tier | None, banks: Sequence[Bank]) -> Iterator[None]:
             yield
     finally:
         tier.leave([site])
+
+
+def _spent(plan: Plan) -> frozenset[str]:
+    """Branch steps behind which nothing reads what was fetched before them."""
+    found: set[str] = set()
+    pending: list[str] = []
+    fetched: frozenset[str] = frozenset()
+    for step in plan.steps:
+        if isinstance(step, FetchStep):
+            found.update(pending)
+            pending, fetched = [], frozenset(step.banks)
+        elif isinstance(step, BranchStep):
+            pending.append(step.name)
+        elif isinstance(step, KernelStep) and any(a.buffer in fetched for a in step.args):
+            pending = []
+    return frozenset(found.union(pending))
 
 
 def _counts(offsets: NDArray[np.int64]) -> list[int]:

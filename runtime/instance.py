@@ -205,7 +205,7 @@ class Instance(Hosted):
                 self._run_side(step.plans[0 if choice else 1], operands, results)
 
         fetching = self.executor.fetching
-        if fetching is None or step.name not in fetching.sites:
+        if fetching is None:
             run(0, len(step.plans))
         else:
             fetching.run_branches(step, offsets, run)

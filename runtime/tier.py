@@ -222,6 +222,11 @@ class Tier:
             self._look_ahead()
         return True
 
+    def used(self) -> None:
+        """The caller does not need any more what it has fetched last; inside `using`."""
+        with self._state:
+            self._frames[-1] = None
+
     def within(self) -> Residency | None:
         """What a launch needs to fetch by itself until `fetched`; None where `fetch` has to. Inside
         `using`.

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import plait
-from plait.kernels.routing import gather, scatter
+from plait.kernels.routing import gather, route, routed_linear, scatter
 from plait.runtime.plan import BranchStep, Plan
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -455,3 +455,33 @@ def test_weights_that_cannot_be_read_back_are_one_error_and_read_again_later(
         inputs = example(9, seed=1)
         assert torch.equal(variants[name](*inputs), variants["resident"](*inputs))
         within_budget(variants[name])
+
+
+class Experts(nn.Module):
+    """Two experts for each row, of a choice that the first column makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, INNER, WIDTH) / 8)
+        self.down = nn.Parameter(torch.randn(4, WIDTH, INNER) / 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = (x[:, :1] > 0).long() + torch.arange(2)
+        offsets, order = route(index, 4)
+        hidden = routed_linear(x, offsets, order, self.up, None, False, 2, False).relu()
+        return routed_linear(hidden, offsets, order, self.down, None, False, 0, True)[::2]
+
+
+def test_what_one_stage_has_fetched_makes_room_for_the_next_ones_experts() -> None:
+    """Its branch fetches nothing as a whole, so no fetch of its own would let go of them."""
+    stages = [Experts(), Experts()]
+    heads = [nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4)]
+    net = plait.EarlyExit(stages, heads, lambda z: z[:, 0] > 9).eval()
+    unit = stages[0].up[0].nbytes + stages[0].down[0].nbytes
+    rest = sum(p.nbytes for p in net.parameters()) - 8 * unit
+    with torch.no_grad():
+        tiered = plait.compile(net, tune="off", weight_budget=rest + 3 * unit + unit // 2)
+        for rows in (8, 5):
+            x = torch.randn(rows, WIDTH)
+            torch.testing.assert_close(tiered(x), net(x), rtol=1e-4, atol=1e-4)
+    assert not within_budget(tiered).counters.waves
