@@ -27,6 +27,7 @@ from . import ops
 from .arguments import SCALARS, argument_names, distinct, is_plain
 from .captured import Captured
 from .decisions import Recording
+from .decompose import decomposed
 from .experts import routed_experts
 from .flat import Flat
 from .hooks import check_modules
@@ -90,7 +91,7 @@ def capture(
             found, remarks = _export(target, traced, tuple(tensors), shapes, roots)
         # Autocast's conversions appear only when the program is traced through again.
         if torch._C._is_any_autocast_enabled() or ops.needs_decomposition(found):
-            found = found.run_decompositions(ops.decompositions())
+            found = decomposed(found)
         return found, remarks
 
     try:

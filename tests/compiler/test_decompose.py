@@ -1,0 +1,119 @@
+"""Decomposing again and again gives what torch gives, without its preparations each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import exported_program
+
+from plait.compiler.capture import decompose, ops
+
+NAME = "plait_test_decompose"
+
+
+class Model(nn.Module):
+    """Operators that stay whole, that have parts, and that are composite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.linear = nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(self.norm(self.embed(x)))
+        return torch.nn.functional.softplus(x @ x.mT).logsumexp(-1).clone().add_(1)
+
+
+def exported() -> torch.export.ExportedProgram:
+    return torch.export.export(Model().eval(), (torch.arange(6).view(2, 3),))
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Gets an item whenever torch prepares a table."""
+    seen: list[Any] = []
+    split = getattr(exported_program, decompose.SPLIT)
+
+    def noted(table: Any) -> Any:
+        seen.append(table)
+        return split(table)
+
+    monkeypatch.setattr(exported_program, decompose.SPLIT, noted)
+    monkeypatch.setattr(decompose, "_latest", None)
+    yield seen
+
+
+def test_every_time_gives_what_torch_gives(prepared: list[Any]) -> None:
+    want = str(exported().run_decompositions(ops.decompositions()).graph)
+    prepared.clear()
+    for _ in range(3):
+        assert str(decompose.decomposed(exported()).graph) == want
+    assert len(prepared) == 1
+
+
+def test_operators_are_left_as_they_were() -> None:
+    found = [torch.ops.aten.linear.default, torch.ops.aten.matmul.default]
+    kernels = [dict(o.py_kernels) for o in found]
+    for _ in range(3):
+        decompose.decomposed(exported())
+        assert [o.py_kernels for o in found] == kernels
+        assert not any(o in decompose.fake_rules for o in found)
+    program = exported()
+    assert torch.ops.aten.matmul.default in [n.target for n in program.graph.nodes]
+
+
+def test_an_error_leaves_operators_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = exported()
+    kernels = dict(torch.ops.aten.matmul.default.py_kernels)
+    decompose.decomposed(program)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        assert torch.ops.aten.matmul.default.py_kernels != kernels
+        raise RuntimeError("within")
+
+    table = dict(ops.decompositions())
+    table[torch.ops.aten.logsumexp.default] = fail
+    monkeypatch.setattr(ops, "decompositions", lambda: table)
+    monkeypatch.setattr(decompose, "_latest", None)
+    for _ in range(2):  # the first prepares, the second takes what is kept
+        with pytest.raises(RuntimeError, match="within"):
+            decompose.decomposed(program)
+        assert torch.ops.aten.matmul.default.py_kernels == kernels
+
+
+def test_an_operator_registered_since_counts(prepared: list[Any]) -> None:
+    decompose.decomposed(exported())
+    library = torch.library.Library(NAME, "DEF")
+    try:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x + x, "CompositeImplicitAutograd")
+        operator = getattr(torch.ops, NAME).twice.default
+
+        class Twice(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return operator(x)
+
+        program = torch.export.export(Twice(), (torch.ones(3),))
+        graph = decompose.decomposed(program).graph
+        assert operator not in [n.target for n in graph.nodes]
+        assert len(prepared) == 2
+    finally:
+        library._destroy()
+
+
+def test_kernels_given_since_are_those_restored(prepared: list[Any]) -> None:
+    operator = torch.ops.aten.matmul.default
+    decompose.decomposed(exported())
+    key = torch._C.DispatchKey.SparseCPU
+    operator.py_impl(key)(lambda *args: NotImplemented)
+    try:
+        given = dict(operator.py_kernels)
+        for _ in range(2):
+            decompose.decomposed(exported())
+            assert operator.py_kernels == given
+    finally:
+        operator.py_kernels.pop(key)
+        operator._dispatch_cache.clear()
