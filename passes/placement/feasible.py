@@ -21,6 +21,9 @@ _SUBSETS = (10, 14, *[17] * 8)
 _HALVES = 8  # pairs of halves that are looked at to fill a device of few units
 _SUMS = 150_000  # subsets of a half, at most
 
+_FEW = 24  # units of middling size that fill a device, below which it is filled anew
+_SEVERAL = 6  # units that it is filled with at least, where enough are small enough
+
 _AGAIN = 300  # devices that could not be filled, in one search for what fills all of them
 
 
@@ -151,7 +154,7 @@ def exchange(
     that among some 17 units of each there are nearly always two subsets that differ by just what is
     too much (after Horowitz and Sahni, 1974). The last devices get what is left, and must have room
     for it; where they have few units, only other ones will do, so a device that is full is opened
-    again. ``deadline`` is of ``time.perf_counter()``.
+    again, and what both have is mixed. ``deadline`` is of ``time.perf_counter()``.
     """
     p = problem.arrays
     need, room = standing(problem), p.cap * share
@@ -168,12 +171,24 @@ def exchange(
         if _filled(need, room, p.allowed, device, a, left, rng, deadline):
             full.append(a)
             continue
-        if time.perf_counter() > deadline:
+        if time.perf_counter() > deadline or not (left or full):
             return None
-        left.add(a)
         if full:
-            left.add(full.pop(int(rng.integers(len(full)))))
+            other = full.pop(int(rng.integers(len(full))))
+        else:
+            other = int(rng.choice(sorted(left)))
+        left |= {a, other}
+        _mix(need, p.allowed, device, a, other, rng)
     return None
+
+
+def _mix(
+    need: Floats, allowed: Bools, device: Ints, a: int, b: int, rng: np.random.Generator
+) -> None:  # fmt: skip
+    """Shares units of two devices out at random: what they had could only fail again."""
+    both = np.isin(device, (a, b)) & allowed[:, a] & allowed[:, b] & (need > 0)
+    units = np.flatnonzero(both)
+    device[units] = rng.choice((a, b), len(units))
 
 
 def _filled(
@@ -192,7 +207,7 @@ def _filled(
     inside = np.isin(device, others) & allowed[:, a] & (need > 0)
     if over[a] <= 0 <= over[a] + spare / len(others):
         return True
-    if inside.any() and room[a] < _SUBSETS[1] * float(need[inside].mean()):
+    if inside.any() and room[a] < _FEW * float(need[inside].mean()):
         return _filled_anew(need, room, allowed, device, a, others, rng, spare, deadline)
     _level(need, allowed, device, over, a, others)
     inside = np.isin(device, others) & allowed[:, a] & (need > 0)
@@ -226,14 +241,19 @@ def _filled_anew(
                           & allowed[:, a] & (need > 0) & (need <= target))  # fmt: skip
     if target < 0 or not len(pool):
         return bool(over[a] <= 0 and -over[a] <= spare)
-    most = max(1, math.ceil(target / need[pool].mean() / 2))
+    # The largest, as long as it takes several: what is left for the last devices is then small, and
+    # there are more ways to fill these.
+    large = pool[need[pool] <= target / _SEVERAL]
+    pool = large if len(large) > 4 * _SEVERAL else pool
+    pool = pool[np.argsort(-need[pool], kind="stable")]
+    most = max(1, math.ceil(target / need[pool[: 8 * _SEVERAL]].mean() / 2))
     length = max(most, len(pool) // 2)
     while length > most and math.comb(length, most) > _SUMS:
         length -= 1 + length // 50
-    for _ in range(_HALVES):
+    for k in range(_HALVES):
         if time.perf_counter() > deadline:
             return False
-        halves = np.split(rng.permutation(pool)[: 2 * length], [length])
+        halves = np.split(rng.permutation(pool[: (2 + k) * length])[: 2 * length], [length])
         (one, first), (two, second) = (_small_subsets(need[half], most) for half in halves)
         order = np.argsort(two, kind="stable")
         at = np.searchsorted(two[order], target - one, "right") - 1

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from plait.passes.placement import feasible
 from plait.passes.placement.errors import InfeasibleError
 from plait.passes.placement.feasible import exchange, pack
 from plait.passes.placement.list_scheduling import Ledger
@@ -86,6 +87,28 @@ def test_sizes_that_hardly_repeat_fill_devices_exactly(units: int, devices: int)
     device = exchange(problem, near, 1.0, np.random.default_rng(0), deadline)
     assert device is not None and device[0] == home[0]
     assert np.bincount(device, sizes, devices).tolist() == rooms
+
+
+def test_large_sizes_fill_many_devices_in_a_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few units a device, of sizes below 1e10: the last devices must be left with small ones."""
+    monkeypatch.setattr(feasible, "_AGAIN", 20)
+    rng = random.Random(1)
+    sizes, rooms = [], [0.0] * 32
+    for _ in range(500):
+        sizes.append(rng.randint(1, 9_999_999_999))
+        rooms[rng.randrange(32)] += sizes[-1]
+    problem = chain(sizes, rooms)
+    deadline = time.perf_counter() + 60
+    tries = np.random.default_rng(0)
+    device = exchange(problem, np.zeros(500, np.int64), 1.0, tries, deadline)
+    assert device is not None
+    assert np.bincount(device, sizes, 32).tolist() == rooms
+
+
+def test_one_device_that_is_too_small_is_not_filled() -> None:
+    problem = chain([3, 3], [6.0])
+    near = np.zeros(2, np.int64)
+    assert exchange(problem, near, 0.9, np.random.default_rng(0), time.perf_counter() + 9) is None
 
 
 def test_what_cannot_be_exchanged_is_not_found() -> None:
