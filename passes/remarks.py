@@ -245,7 +245,6 @@ CATALOGUE: dict[str, str] = {
     "PLT-GEM-003": "alpha or beta of a matrix product depends on symbols.",
     "PLT-GEM-004": "The element type of a matrix product has no kernel.",
     "PLT-GEM-005": "The group has no matrix product to build on.",
-    "PLT-GEM-006": "What follows a matrix product in its group cannot be computed on its tiles.",
     "PLT-GPU-001": "Groups of this kind have no GPU kernel.",
     "PLT-GPU-002": "An operator of the group has no GPU kernel.",
     "PLT-GPU-003": "Products of so many FLOPs are left to the library.",
