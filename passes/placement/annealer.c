@@ -107,6 +107,17 @@ static int near_device(const Problem *p, State *s, int i) {
     return below(s, p->m);
 }
 
+/* Where devices differ in what they are good at, now and then the one that runs op i soonest;
+ * else the one given. */
+static int apt_device(const Problem *p, State *s, int i, int device) {
+    const double *time = p->time + (int64_t)i * p->m;
+    if (!p->uneven || uniform(s) < 0.7) return device;
+    device = 0;
+    for (int d = 1; d < p->m; d++)
+        if (time[d] < time[device]) device = d;
+    return device;
+}
+
 /* Puts a unit on a device if it may run there and does not yet; returns the count of moved. */
 static int shift(const Problem *p, State *s, int unit, int device, int count) {
     const int old = device_of(p, s, unit);
@@ -124,16 +135,16 @@ static int change_devices(const Problem *p, State *s) {
     const double kind = uniform(s);
     int moved = 0;
     if (kind < 0.15) { /* any unit */
-        const int u = below(s, p->units);
-        int d = near_device(p, s, random_op(p, s, u));
+        const int u = below(s, p->units), i = random_op(p, s, u);
+        int d = near_device(p, s, i);
         if (uniform(s) < 0.3) d = below(s, m);
-        return shift(p, s, u, d, 0);
+        return shift(p, s, u, apt_device(p, s, i, d), 0);
     }
     if (kind < 0.35) { /* a unit on the critical path */
         const int i = s->critical[below(s, s->counts[0])];
         int d = near_device(p, s, i);
         if (d == s->assign[i] || uniform(s) < 0.3) d = below(s, m);
-        return shift(p, s, p->unit[i], d, 0);
+        return shift(p, s, p->unit[i], apt_device(p, s, i, d), 0);
     }
     if (kind < 0.5 && p->pairs) { /* one end of a transfer to the other */
         int i = 0, j = 0;

@@ -30,7 +30,7 @@ DONE, STUCK, CUT = 0, 1, 2
 
 _SOURCES = ("simulator.c", "annealer.c")
 _FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
-_SCALARS = ("n", "m", "units", "tensors", "pairs", "regions", "orders", "is_static")
+_SCALARS = ("n", "m", "units", "tensors", "pairs", "regions", "orders", "is_static", "uneven")
 
 Index = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint8]
@@ -159,7 +159,7 @@ class Engine:
         )  # fmt: skip
         scalars = (
             n, m, units, len(p.tensor_src), pairs, len(self.view.region_ptr) - 1, len(order),
-            int(p.static),
+            int(p.static), int(_uneven(p.time)),
         )  # fmt: skip
         self._p = _pointer(_struct(View, _SCALARS), self.view, scalars)
         self._w = _pointer(_struct(Work, ()), self.work, ())
@@ -220,6 +220,13 @@ class Engine:
     def set_price(self, seconds: float) -> None:
         """Adds ``seconds`` to the cost for each transfer."""
         self.state.price[0] = seconds
+
+
+def _uneven(time: Floats) -> bool:
+    """Whether one op runs soonest on this device and another op on that, by more than rounding."""
+    some = time[np.where(np.isfinite(time), time, 0.0).any(1)]
+    soonest = some <= some.min(1, keepdims=True) * (1 + 1e-9)
+    return not soonest.all(0).any()
 
 
 def heads(

@@ -84,3 +84,24 @@ def test_the_library_is_built_anew_where_the_kept_one_is_of_no_use(
     monkeypatch.setattr(tempfile, "TemporaryDirectory", no_folder)
     with pytest.raises(PlacementError, match="set TMPDIR"):
         engine_module._loaded(nowhere, compiler, source)
+
+
+def test_ops_find_the_device_that_is_good_at_them() -> None:
+    """A chain over 64 devices, each op a thousand times as fast on one of them as elsewhere."""
+    rng = random.Random(3)
+    apt = [rng.randrange(64) for _ in range(60)]
+    problem: rules.Json = {
+        "format": "placement-problem v1",
+        "devices": [{"name": f"d{k}", "memory_bytes": 1} for k in range(64)],
+        "default_link": {"latency_s": 0, "bandwidth_Bps": 1e9},
+        "ops": [
+            {"name": f"o{k}", "time_s": [0.001 if d == a else 1.0 for d in range(64)]}
+            for k, a in enumerate(apt)
+        ],
+        "edges": [{"src": f"o{k}", "dst": f"o{k + 1}", "bytes": 0} for k in range(59)],
+    }
+    p = problem_from_dict(problem).arrays
+    engine = Engine(p, linear_orders(p), regions(cluster_levels(p)))
+    engine.settle(1.0)
+    engine.anneal(4000, 1e-3, 1e-5, 1.0, 0.1)
+    assert engine.state.assign.tolist() == apt
