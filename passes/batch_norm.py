@@ -110,7 +110,7 @@ def _match(rewriter: Rewriter, node: fx.Node, aliases: Aliases) -> _Norm | None:
         if arg is None:
             values[name] = None
             continue
-        value = _constant(rewriter, arg, aliases)
+        value = constant(rewriter, arg, aliases)
         if value is None:
             return None
         values[name] = value
@@ -131,7 +131,7 @@ def _match(rewriter: Rewriter, node: fx.Node, aliases: Aliases) -> _Norm | None:
     return _Norm(node, source, result, scale, shift)
 
 
-def _constant(rewriter: Rewriter, node: Any, aliases: Aliases) -> torch.Tensor | None:
+def constant(rewriter: Rewriter, node: Any, aliases: Aliases) -> torch.Tensor | None:
     """The value of a constant, if it is floating point and never written to."""
     if not isinstance(node, fx.Node) or aliases.is_mutated(node):
         return None
@@ -163,8 +163,8 @@ def _fold_into(rewriter: Rewriter, norm: _Norm, aliases: Aliases, keep: Keep | N
         return False
     weight_node = argument(source, weight_at, "weight")
     bias_node = argument(source, 2, "bias")
-    weight = _constant(rewriter, weight_node, aliases)
-    bias = None if bias_node is None else _constant(rewriter, bias_node, aliases)
+    weight = constant(rewriter, weight_node, aliases)
+    bias = None if bias_node is None else constant(rewriter, bias_node, aliases)
     if weight is None or (bias_node is not None and bias is None) or weight.dtype.itemsize < 4:
         return False
     column = norm.scale.reshape(-1, *[1] * (weight.dim() - 1))
@@ -212,14 +212,14 @@ def _scale_and_shift(rewriter: Rewriter, norm: _Norm) -> None:
     shape = [-1, *[1] * (value.dim() - 2)]
     stem = norm.node.name
 
-    def constant(tensor: torch.Tensor, name: str) -> fx.Node:
+    def column(tensor: torch.Tensor, name: str) -> fx.Node:
         return rewriter.constant(tensor.to(wide).reshape(shape), f"{stem}_{name}", norm.node)
 
     x = norm.source
     if wide != value.dtype:
         x = rewriter.call(aten._to_copy.default, (x,), {"dtype": wide}, like=norm.node)
-    x = rewriter.call(aten.mul.Tensor, (x, constant(norm.scale, "scale")), like=norm.node)
-    x = rewriter.call(aten.add.Tensor, (x, constant(norm.shift, "shift")), like=norm.node)
+    x = rewriter.call(aten.mul.Tensor, (x, column(norm.scale, "scale")), like=norm.node)
+    x = rewriter.call(aten.add.Tensor, (x, column(norm.shift, "shift")), like=norm.node)
     if wide != value.dtype:
         x = rewriter.call(aten._to_copy.default, (x,), {"dtype": value.dtype}, like=norm.node)
     rewriter.replace(norm.result, x)

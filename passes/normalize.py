@@ -8,13 +8,14 @@ step                                   before → after
 `passes.identities`                    ``dropout(x)`` in inference, ``x * 1``, copies → ``x``
 `passes.constants`                     operators on constants → constants; all-True masks → none
 `passes.batch_norm`                    ``batch_norm(conv(x))`` → ``conv(x)``, or scale and shift
+`passes.transposed`                    transposed convolutions → convolutions
 `passes.cse`                           equal computations → one; unread ones → none
 `passes.sides`                         operands of a `torch.cond` → constants of one side
 =====================================  ===========================================================
 
 All but the first repeat until none of them changes anything. Every rewrite is exact for every
 input, NaN, infinities and -0 included, except that folding a batch normalisation rounds differently
-(and no worse: factors are combined in float64).
+(and no worse: factors are combined in float64), and that sums of convolutions have another order.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .ir import Rewriter, attribute
 from .remarks import Remark
 from .sides import own_constants
 from .strided import number_elements
+from .transposed import convolve_transposed
 
 _MAX_ROUNDS = 8
 _SUMMARIES = {
@@ -43,6 +45,7 @@ _SUMMARIES = {
     "PLT-NRM-006": "merged with equal computations",
     "PLT-NRM-008": "unread operators removed",
     "PLT-NRM-010": "given to the one side of a torch.cond that reads them",
+    "PLT-NRM-011": "transposed convolutions became convolutions",
 }
 
 
@@ -110,6 +113,7 @@ class Normalize(Pass):
             found += notes
         if self.fold_batch_norm:
             found += fold_batch_norm(rewriter, keep)
+        done["PLT-NRM-011"] += convolve_transposed(rewriter, keep)
         if self.merge_equal:
             done["PLT-NRM-006"] += merge_equal(rewriter)
         done["PLT-NRM-010"] += own_constants(rewriter)

@@ -288,6 +288,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-NRM-008": "Dead code was removed.",
     "PLT-NRM-009": "Operators were rewritten in a canonical form.",
     "PLT-NRM-010": "Constants that only one side of a torch.cond reads became that side's own.",
+    "PLT-NRM-011": "A transposed convolution became a convolution, whose results are interleaved.",
     "PLT-OPT-001": "The tune option is unknown.",
     "PLT-OPT-002": "The pipeline option is not a pipeline.",
     "PLT-OPT-003": "What was given cannot be compiled.",

@@ -74,9 +74,9 @@ def normalized(graph_module, **options):
     return result
 
 
-def captured(module, x, decompose=True):
+def captured(module, x, decompose=True, dynamic_shapes=None):
     """The flat graph that torch.export makes of a module."""
-    program = torch.export.export(module, (x,), strict=False)
+    program = torch.export.export(module, (x,), dynamic_shapes=dynamic_shapes, strict=False)
     program = program.run_decompositions({}) if decompose else program
     graph_module = program.module()
     for node in list(graph_module.graph.nodes):
