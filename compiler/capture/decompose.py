@@ -9,6 +9,7 @@ is registered, so it is kept. Where torch's own functions are not found, nothing
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,19 +55,23 @@ class _Kept:
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """Within it, torch takes what is kept."""
-        names = vars(exported_program)
+        """Within it, torch takes what is kept, in this thread: others may have tables of theirs."""
+        names, here = vars(exported_program), threading.get_ident()
         split, override = names.get(SPLIT), names.get(OVERRIDE)
         if split is None or override is None:
             yield
             return
 
         def parts(table: Any) -> tuple[Table, Table]:
+            if threading.get_ident() != here:
+                return split(table)
             composites, others = self.parts or split(table)
             self.parts = composites, others
             return composites, dict(others)
 
         def overridden(composites: Table) -> Any:
+            if threading.get_ident() != here:
+                return override(composites)
             return self._overridden(composites, override)
 
         names.update({SPLIT: parts, OVERRIDE: overridden})

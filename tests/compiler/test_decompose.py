@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,3 +118,28 @@ def test_kernels_given_since_are_those_restored(prepared: list[Any]) -> None:
     finally:
         operator.py_kernels.pop(key)
         operator._dispatch_cache.clear()
+
+
+def test_another_thread_keeps_its_own_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, other = exported(), exported()
+    table = {torch.ops.aten.embedding.default: lambda w, i, *rest: w[i] * 1}
+    want = str(other.run_decompositions(table).graph)
+    found: list[str] = []
+
+    def meanwhile() -> None:
+        # Once what is kept is in use, on a thread of its own, before the kernels are given.
+        found.append(str(other.run_decompositions(table).graph))
+
+    give = decompose._give
+
+    def given(*args: Any) -> None:
+        if not found:
+            thread = threading.Thread(target=meanwhile)
+            thread.start()
+            thread.join()
+        give(*args)
+
+    decompose.decomposed(program)
+    monkeypatch.setattr(decompose, "_give", given)
+    decompose.decomposed(program)
+    assert found == [want]
