@@ -121,6 +121,10 @@ class Emitter:
                 finally:
                     _open.pop()
 
+    def is_size(self, var: Expr) -> bool:
+        """Whether a variable is one of the symbols."""
+        return any(var.same_as(v) for v in self._vars.values())
+
     def finish(self) -> Any:
         """The PrimFunc; call it once, after the ``function`` context has ended."""
         func = self._builder.get()

@@ -19,6 +19,8 @@ import tvm.tirx as tir
 import tvm_ffi
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+from tvm.tirx.analysis import undefined_vars
+from tvm.tirx.buffer import BufferType
 from tvm.tirx.script.builder.frame import ForFrame
 
 from ..emit import Emitter, Expr, expr_dtype, plain
@@ -51,8 +53,10 @@ _named = define_operator("plait.named", _fence, pure=False)
 class _Scope:
     """What is bound so far: by statements, or (``lets`` given) by a chain of Let expressions."""
 
-    def __init__(self, outer: _Scope | None, lets: list[tuple[Expr, Expr]] | None) -> None:
-        self.outer, self.lets = outer, lets
+    def __init__(
+        self, outer: _Scope | None, lets: list[tuple[Expr, Expr]] | None, same: Sequence[Expr] = ()
+    ) -> None:
+        self.outer, self.lets, self.same = outer, lets, set(same)
         self.memo: dict[tuple[Any, int], list[tuple[list[Expr], Expr]]] = {}
 
     def find(self, key: tuple[Any, int], index: list[Expr]) -> Expr | None:
@@ -63,6 +67,17 @@ class _Scope:
                     return value
             scope = scope.outer
         return None
+
+    def is_same(self, value: Expr, emitter: Emitter) -> bool:
+        """Whether ``value`` is known to be the same in all lanes.
+
+        Its variables then are those told to be, sizes, and buffers: the index of one that differs
+        between lanes mentions the lane.
+        """
+        return bool(self.same) and all(
+            v in self.same or isinstance(v.ty, BufferType) or emitter.is_size(v)
+            for v in undefined_vars(value)
+        )
 
 
 _stack: list[_Scope] = []
@@ -86,9 +101,11 @@ _BITS = {"float32": "int32", "float64": "int64", "float16": "int16", "bfloat16":
 def bind(value: Expr) -> Expr:
     """A cheap expression equal to ``value``, which is evaluated once, here.
 
-    It is kept in memory on the stack, one element per lane of the innermost loop, which LLVM turns
-    into registers. (Variables would do, but TVM's analyzers write their values out in full, which
-    takes exponential time in a long chain, and fail on vectors of truth values.)
+    It is kept in memory on the stack, which LLVM turns into registers: one element per lane of the
+    innermost loop, or a single one that is known to be the same in all of them, so that addresses
+    computed from it stay those of neighbours. (Variables would do, but TVM's analyzers write their
+    values out in full, which takes exponential time in a long chain, and fail on vectors of truth
+    values.)
     """
     value = plain(value)
     if _stack and _stack[-1].lets is not None:
@@ -97,6 +114,8 @@ def bind(value: Expr) -> Expr:
     if emitter is None:
         return _bind_below(value, None)
     lanes, lane = _innermost()
+    if lanes > 1 and _stack and _stack[-1].is_same(value, emitter):
+        lanes, lane = 1, tir.IntImm("int64", 0)
     dtype = expr_dtype(value)
     if dtype == "bfloat16":  # TVM's lowering fails on temporaries of this type
         buffer = emitter.scratch(lanes, "uint16")
@@ -150,9 +169,11 @@ def _cast(dtype: str, value: Expr) -> Expr:
 
 
 @contextlib.contextmanager
-def sharing() -> Iterator[None]:
-    """Within it, shared values are bound once per index, in the innermost open loop."""
-    _stack.append(_Scope(None, None))
+def sharing(same: Sequence[Expr] = ()) -> Iterator[None]:
+    """Within it, shared values are bound once per index, in the innermost open loop. Variables
+    ``same`` do not differ between its lanes.
+    """
+    _stack.append(_Scope(None, None, same))
     try:
         yield
     finally:
@@ -171,16 +192,17 @@ def guarded(condition: Expr, then: Callable[[], Expr], otherwise: Callable[[], E
 
 
 @contextlib.contextmanager
-def rehearsal() -> Iterator[list[Expr]]:
+def rehearsal() -> Iterator[tuple[list[Expr], list[tuple[Expr, Expr]]]]:
     """Lets values be loaded only to look at them: nothing is emitted.
 
-    Yields the list that receives the conditions of `guarded` loads.
+    Yields the lists that receive the conditions of `guarded` loads, and what is bound.
     """
     seen: list[Expr] = []
-    _stack.append(_Scope(None, []))
+    lets: list[tuple[Expr, Expr]] = []
+    _stack.append(_Scope(None, lets))
     _conditions.append(seen)
     try:
-        yield seen
+        yield seen, lets
     finally:
         _conditions.pop()
         _stack.pop()

@@ -27,7 +27,7 @@ from ..ops.common import cast, dims_of, i64, linear, unravel
 from ..ops.scope import rehearsal, sharing
 from ..target import Target
 from ..value import Context, Value
-from .pointwise_axes import Axis, Probe, initial_axes, output_index
+from .pointwise_axes import Accesses, Axis, Probe, initial_axes, output_index
 
 _GRAIN = 32768
 _ABREAST = 4
@@ -225,14 +225,14 @@ class _Builder:
         """The axes of a region and what is known of accesses along them."""
         rank = len(region.arg.shape)
 
-        def accesses(index: Sequence[Expr]) -> tuple[list[Expr], list[Expr]]:
+        def accesses(index: Sequence[Expr]) -> Accesses:
             full = [*index, *[i64(0)] * (rank - len(index))]
             self.loads.clear()
-            with rehearsal() as conditions:
+            with rehearsal() as (conditions, bound):
                 for output, store in region.stores:
                     _, own = store(full)
                     self.loads.append(output.ref.offset(own))
-            return list(self.loads), conditions
+            return Accesses(list(self.loads), conditions, [value for _, value in bound])
 
         probe = Probe(emitter, accesses)
         axes = probe.merged(initial_axes(self.group, region.arg))
@@ -258,7 +258,7 @@ class _Builder:
             index = output_index(axes, variables, emitter)
             full = [*index, *[i64(0)] * (rank - len(index))]
             self.loads.clear()
-            with sharing():
+            with sharing(same=variables[:-1]):
                 for output, store in region.stores:
                     value, own = store(full)
                     output.store(plain(value), own)

@@ -81,24 +81,31 @@ def _node_splits(node: fx.Node) -> list[tuple[Dim, tuple[Dim, ...]]]:
     return []
 
 
+@dataclass(frozen=True)
+class Accesses:
+    """What a group does at an index: the offsets of all loads and stores, the conditions of guarded
+    loads, and the values that are bound, positions among them.
+    """
+
+    offsets: list[Any]
+    conditions: list[Any]
+    bound: list[Any]
+
+
 class Probe:
     """Looks at the memory accesses of a group for given index expressions.
 
-    ``accesses(index)`` returns the offsets of all loads and stores, and the conditions of guarded
-    loads, at an index of the output.
+    ``accesses(index)`` tells them for an index of the output.
     """
 
-    def __init__(
-        self,
-        emitter: Emitter,
-        accesses: Callable[[Sequence[Expr]], tuple[list[Expr], list[Expr]]],
-    ) -> None:
+    def __init__(self, emitter: Emitter, accesses: Callable[[Sequence[Expr]], Accesses]) -> None:
         self._emitter, self._accesses = emitter, accesses
         self._analyzer: Any = tvm.sym.Analyzer()
 
-    def _at(self, axes: Sequence[Axis], variables: Sequence[Expr]) -> tuple[list[Any], list[Any]]:
-        offsets, conditions = self._accesses(output_index(axes, variables, self._emitter))
-        return [self.simplify(o) for o in offsets], [self.simplify(c) for c in conditions]
+    def _at(self, axes: Sequence[Axis], variables: Sequence[Expr]) -> Accesses:
+        found = self._accesses(output_index(axes, variables, self._emitter))
+        offsets = [self.simplify(o) for o in found.offsets]
+        return Accesses(offsets, [self.simplify(c) for c in found.conditions], found.bound)
 
     def simplify(self, offset: Expr) -> Expr:
         """``offset`` as simple as the ranges of the `variables` made so far allow."""
@@ -119,13 +126,13 @@ class Probe:
         done = False
         while not done:
             done = True
-            plain = _complexity(self._at(axes, self.variables(axes))[0])
+            plain = _complexity(self._at(axes, self.variables(axes)))
             for i in reversed(range(len(axes) - 1)):
                 joined = _join(axes, i)
                 variables = self.variables(joined)
-                offsets, conditions = self._at(joined, variables)
-                depends = any(_mentions(c, variables[i]) for c in conditions)
-                if not depends and _complexity(offsets) <= plain:
+                found = self._at(joined, variables)
+                depends = any(_mentions(c, variables[i]) for c in found.conditions)
+                if not depends and _complexity(found) <= plain:
                     axes, done = joined, False
                     break
         return axes
@@ -133,7 +140,7 @@ class Probe:
     def lanes_differ(self, axes: Sequence[Axis]) -> bool:
         """Whether a guarded load's condition depends on the innermost axis."""
         variables = self.variables(axes)
-        return any(_mentions(c, variables[-1]) for c in self._at(axes, variables)[1])
+        return any(_mentions(c, variables[-1]) for c in self._at(axes, variables).conditions)
 
 
 def _join(axes: Sequence[Axis], i: int) -> list[Axis]:
@@ -142,9 +149,10 @@ def _join(axes: Sequence[Axis], i: int) -> list[Axis]:
     return [*axes[:i], both, *axes[i + 2 :]]
 
 
-def _complexity(offsets: Sequence[Expr]) -> int:
-    """How many divisions and remainders the offsets contain."""
-    return sum(str(o).count("//") + str(o).count("%") for o in offsets)
+def _complexity(found: Accesses) -> int:
+    """How many divisions and remainders the offsets and what they come from contain."""
+    texts = map(str, (*found.offsets, *found.bound))
+    return sum(text.count("//") + text.count("%") for text in texts)
 
 
 def _mentions(expr: Expr, var: Expr) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,28 @@ def compare(function, tensors, kernel, symbols=None) -> None:
     want = function(*tensors)
     for a, b in zip(got, want if isinstance(want, (tuple, list)) else [want], strict=True):
         torch.testing.assert_close(a, b, equal_nan=True, check_stride=False)
+
+
+def test_positions_are_found_once_for_all_channels() -> None:
+    """Where the lanes are channels, each tap is a vector of neighbours; in a plain image the rows
+    stay rows.
+    """
+
+    def enlarged(x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.interpolate(x, size=(9, 31), mode="bilinear", align_corners=False)
+        return y * 2 + y
+
+    for shape in ((2, 32, 5, 7), (1, 37, 20, 3), (2, 3, 40, 50)):
+        x = torch.randn(shape)
+        compare(enlarged, [x], plain := lower(enlarged, [x]))
+        last = {"memory_format": torch.channels_last}
+        out = tensor_arg(torch.empty(shape[:2] + (9, 31)).contiguous(**last))
+        x = x.contiguous(**last)
+        kernel = lower(enlarged, [x], {0: out})
+        compare(enlarged, [x], kernel)
+        assert re.search(r"scratch\w*: T\.int64", str(plain.func)), "rows of each lane"
+        if shape[1] > 3:
+            assert '"int64", annotations' not in str(kernel.func), "places of each lane"
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 15, 16, 17, 31, 100, 1000, 5001, 70000])
