@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import plait
-from plait.runtime.plan import KernelStep
+from plait.runtime.plan import KernelStep, Plan
 
 C = 24
 
@@ -49,6 +49,17 @@ class Heads(nn.Module):
         return self.depthwise(torch.relu(self.mix(x) + x))
 
 
+def compiled(model: nn.Module) -> tuple[Plan, list[KernelStep]]:
+    """The plan of a model of images, whose answer is right, and its kernels."""
+    torch.manual_seed(0)
+    x = torch.randn(2, C, 10, 12)
+    found = plait.compile(model, tune="off")
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), model(x), rtol=1e-5, atol=1e-5)
+    assert found.plan is not None
+    return found.plan, [s for s in found.plan.steps if isinstance(s, KernelStep)]
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -61,18 +72,11 @@ class Heads(nn.Module):
     ids=["tokens", "one group", "groups", "pooled groups", "heads"],
 )
 def test_convolutions_and_poolings_read_neighbouring_channels(model: nn.Module) -> None:
-    torch.manual_seed(0)
-    model.eval()
-    x = torch.randn(2, C, 10, 12)
-    compiled = plait.compile(model, tune="off")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
-    plan = compiled.plan
-    assert plan is not None
+    plan, steps = compiled(model.eval())
     images = [
         ref
-        for step in plan.steps
-        if isinstance(step, KernelStep) and ("conv" in step.name or "pool" in step.name)
+        for step in steps
+        if "conv" in step.name or "pool" in step.name
         for ref in step.args[: step.reads]
         if len(ref.shape) == 4 and plan.buffers[ref.buffer].kind in ("arena", "static")
     ]
@@ -94,18 +98,11 @@ class Block(nn.Module):
 
 
 def test_what_follows_a_permuted_image_keeps_its_memory() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(), Block()).eval()
-    x = torch.randn(2, C, 10, 12)
-    compiled = plait.compile(model, tune="off")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
-    plan = compiled.plan
-    assert plan is not None
+    _, steps = compiled(nn.Sequential(Block(), Block()).eval())
     rows = [
         ref
-        for step in plan.steps
-        if isinstance(step, KernelStep) and "linear" in step.name
+        for step in steps
+        if "linear" in step.name
         for ref in step.args
         if ref.shape[-1] == C and len(ref.shape) == 4
     ]
