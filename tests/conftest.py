@@ -12,12 +12,24 @@ import pytest
 # Before torch starts: idle OpenMP threads of parallel test processes must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import torch
+
 
 def pytest_collection_finish() -> None:
     """What was imported until now is no garbage: searching it took a tenth of the tests' time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
+
+
+@pytest.fixture(autouse=True)
+def torch_functions() -> Iterator[None]:
+    """No test leaves torch's functions without modes and overrides, for those after it."""
+    yield
+    enabled = torch._C._TorchFunctionState.ENABLED
+    if (state := torch._C._get_torch_function_state()) != enabled:
+        torch._C._set_torch_function_state(enabled)
+        pytest.fail(f"torch functions are left {state}")
 
 
 @pytest.fixture(scope="session", autouse=True)
