@@ -32,7 +32,7 @@ from .experts import routed_experts
 from .flat import Flat
 from .hooks import check_modules
 from .masks import MaskError
-from .quiet import quiet
+from .quiet import functions_kept, quiet
 from .traced import Traced
 from .tree import Tree, flatten_call
 
@@ -95,7 +95,7 @@ def capture(
         return found, remarks
 
     try:
-        with EXCLUSIVE, quiet(), _mode_of(weights):
+        with EXCLUSIVE, quiet(), functions_kept(), _mode_of(weights):
             found, remarks, occupied = _with_cells(program)
     except CaptureError:
         raise

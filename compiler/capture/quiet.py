@@ -1,4 +1,4 @@
-"""Silence around `torch.export`, for the thread that captures only."""
+"""Around `torch.export`: silence, for the thread that captures only, and no state left behind."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ def quiet() -> Iterator[None]:
         sys.stderr = before
         for handler in handlers:
             handler.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def functions_kept() -> Iterator[None]:
+    """Leaves torch's functions with the modes and overrides that they had.
+
+    Dynamo takes these off while it checks guards, and where a guard raises, leaves them so.
+    """
+    state = torch._C._get_torch_function_state()
+    try:
+        yield
+    finally:
+        torch._C._set_torch_function_state(state)
 
 
 class _Muted(io.TextIOBase):

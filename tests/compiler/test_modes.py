@@ -50,3 +50,19 @@ def test_results_on_the_meta_device_are_the_originals() -> None:
     compiled = compile(lambda x: (x * 2, torch.ones(x.shape, device="meta") + 1))
     with pytest.warns(UserWarning, match="PLT-CAP-008: .*meta"):
         assert compiled(torch.randn(3))[1].is_meta
+
+
+@pytest.mark.filterwarnings("ignore:plait")
+def test_a_trace_that_ends_in_the_midst_leaves_functions_as_they_were() -> None:
+    """As Dynamo does by a guard that raises."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            torch._C._set_torch_function_state(torch._C._TorchFunctionState.ALL_DISABLED)
+            raise RuntimeError("a guard")
+        return torch.sin(x)
+
+    compiled, x = compile(function), torch.randn(3)
+    torch.testing.assert_close(compiled(x), torch.sin(x))
+    assert not compiled.programs
+    assert torch._C._get_torch_function_state() == torch._C._TorchFunctionState.ENABLED
