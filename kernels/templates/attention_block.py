@@ -27,7 +27,6 @@ from .attention_spec import (
     Mask,
     Operand,
     lane_loop,
-    masked,
     task_index,
     vector_starts,
 )
@@ -203,8 +202,7 @@ class Block:
 
             def apply(i: Expr) -> None:
                 row = i64(0) if mask.rows_broadcast else tir.min(first + i, self.queries - 1)
-                x = self.scores[t * self.bq + i]
-                x = masked(x, mask.load(base, row, start + t), mask.dtype)
+                x = self.scores[t * self.bq + i] + mask.addend(base, row, start + t)
                 T.buffer_store(self.scores, x, [t * self.bq + i])
 
             self._vectors(apply)

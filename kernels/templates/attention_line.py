@@ -24,7 +24,6 @@ from .attention_spec import (
     Mask,
     Operand,
     lane_loop,
-    masked,
     task_index,
     vector_starts,
 )
@@ -119,7 +118,7 @@ class Line:
 
         def apply(t: Expr) -> None:
             column = tir.min(start + t, self.keys - 1)
-            x = masked(self.scores[t], mask.load(base, self.row, column), mask.dtype)
+            x = self.scores[t] + mask.addend(base, self.row, column)
             # Past the last key scores stay what they are, whatever the mask says.
             x = tir.Select(start + t < self.keys, x, self.scores[t])
             T.buffer_store(self.scores, x, [t])

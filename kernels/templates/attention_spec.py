@@ -174,21 +174,22 @@ class Mask(Operand):
         """Whether each query has a row of neighbours of its own, for `addends`."""
         return self._wide is not None
 
+    def addend(self, base: Expr, row: Expr, column: Expr) -> Expr:
+        """An element as what is added to a score."""
+        seen = self.load(base, row, column)
+        if self.dtype != torch.bool:
+            return convert_expr(seen, self.dtype, torch.float32)
+        zero, hidden = tir.FloatImm("float32", 0.0), tir.FloatImm("float32", -math.inf)
+        return tir.Select(seen, zero, hidden)
+
     def addends(self, offset: Expr, lanes: int) -> Expr:
-        """A vector of a mask's neighbours as what is added to scores."""
+        """`addend` of a vector of neighbours."""
         assert self._wide is not None
         if self.dtype != torch.bool:
             return self._wide.vector(offset, lanes)
         zero, hidden = tir.FloatImm("float32", 0.0), tir.FloatImm("float32", -math.inf)
         seen = self.ref.buffer[ramp(offset, lanes)] != tir.Broadcast(tir.IntImm("int8", 0), lanes)
         return tir.Select(seen, tir.Broadcast(zero, lanes), tir.Broadcast(hidden, lanes))
-
-
-def masked(score: Expr, mask: Expr, dtype: torch.dtype) -> Expr:
-    """A score with one element of a mask of ``dtype`` applied."""
-    if dtype == torch.bool:
-        return tir.Select(mask, score, tir.FloatImm("float32", -math.inf))
-    return score + convert_expr(mask, dtype, torch.float32)
 
 
 def task_index(em: Emitter, spec: AttentionSpec, task: Expr, blocks: Dim) -> list[Expr]:

@@ -100,6 +100,12 @@ def test_masks_broadcast_and_hide() -> None:
                 attend(f"flags{s}_{i}", with_mask, q, k, v, flags),
                 attend(f"added{s}_{i}", with_mask, q, k, v, added),
             ]
+        q, k, v = operands((2, 3), s, 70, 16)
+        k[0, 0, 5], k[0, 1, 69] = float("nan"), INF  # hidden keys count, as in torch
+        flags = torch.ones(s, 70, dtype=torch.bool)
+        flags[:, [5, 69]] = False
+        cases.append(attend(f"strange{s}", with_mask, q, k, v, flags))
+        q, k, v = operands((2, 3), s, 70, 16)
         strided = torch.randn(s, 140)[:, ::2]
         cases.append(attend(f"strided{s}", with_mask, q, k, v, strided))
     check(cases, atol=2e-6, rtol=2e-5)
