@@ -256,6 +256,10 @@ class _BlockRows:
         del value, largest
         raise Unsupported("PLT-DEF-009", "positions of extremes are left to the library")
 
+    def scan(self, monoid: Monoid, value: Value) -> Value:
+        del monoid, value
+        raise Unsupported("PLT-DEF-011", "running totals are left to the library")
+
     def keep(self, value: Value) -> Value:
         return value
 

@@ -10,7 +10,7 @@ experts        routed product's columns may be two operands of a gate, one besid
 rows           normalisations and reductions over the trailing dimensions of one space, with the
                pointwise operators before, between and after them
 reduce         one reduction, the pointwise operators before it that nobody else reads, and those
-               after it
+               after it; scans are the same, but of the kind rows
 pointwise      pointwise operators over equally many elements, with views between them
 view           one view that is only another address: free where the layout permits
 concat         one concatenation that its producers write in place
@@ -115,7 +115,7 @@ class _Fuser:
         self.space = [space_of(n) for n in self.nodes]
         self.contraction = Contraction([self._before(n) for n in self.nodes])
         self.members: dict[int, list[int]] = {i: [i] for i in range(len(self.nodes))}
-        self.kind = list(self.category)
+        self.kind = ["rows" if kind == "scan" else kind for kind in self.category]
         self.bent: set[int] = set()  # members whose elements are read in another order
         self.misses: dict[tuple[int, ...], str] = {}
 
@@ -178,7 +178,7 @@ class _Fuser:
         if self.options.epilogues:
             for i, node in enumerate(self.nodes):
                 if self.category[i] in _ANCHORS and node.target is not operator.getitem:
-                    self._epilogue(i)
+                    self._epilogue(i, self.category[i])
         if self.options.concat:
             self._concats()
         if self.options.rows:
@@ -219,7 +219,7 @@ class _Fuser:
                 if not is_strided_view(node, mode):
                     self.kind[self.group(i)] = "pointwise"
 
-    def _epilogue(self, anchor: int) -> None:
+    def _epilogue(self, anchor: int, kind: str) -> None:
         """Absorb pointwise followers as long as the group ends in a single value."""
         node = self.nodes[anchor]
         held = parts(node)
@@ -231,7 +231,7 @@ class _Fuser:
         while (step := self._next_step(*tips)) is not None:
             if not self.fits(anchor, *tips, *step) or not self.allow("epilogue", step[-1]):
                 return
-            self.merge(self.category[anchor], anchor, *tips, *step)
+            self.merge(kind, anchor, *tips, *step)
             tips = step[-1:]
 
     def _next_step(self, *tips: int) -> list[int] | None:
@@ -334,13 +334,18 @@ class _Fuser:
         self.kind[group] = "reduce" if single and not whole else "rows"
 
     def _reductions(self) -> None:
-        """Every other reduction absorbs what only it reads, and what follows on its shape."""
-        for i in range(len(self.nodes)):
-            if self.category[i] == "reduce" and self.space[i] is not None and self.is_alone(i):
-                self._epilogue(i)
-                self._prologue(i)
+        """Scans and every other reduction absorb what only they read, and what follows on their
+        shape.
+        """
+        for i, category in enumerate(self.category):
+            if category not in ("reduce", "rows", "scan") or not self.is_alone(i):
+                continue
+            kind = self.kind[self.group(i)]
+            self._epilogue(i, kind)
+            if category != "rows" and self.space[i] is not None:  # those read it several times
+                self._prologue(i, kind)
 
-    def _prologue(self, reduction: int) -> None:
+    def _prologue(self, reduction: int, kind: str) -> None:
         """Absorb pointwise producers that are read inside the group alone, nearest first."""
         source = self.nodes[reduction].args[0]
         space = space_of(source) if isinstance(source, fx.Node) else None
@@ -356,7 +361,7 @@ class _Fuser:
                 continue
             if not self.fits(reduction, i) or not self.allow("prologue", i):
                 continue
-            self.merge("reduce", reduction, i)
+            self.merge(kind, reduction, i)
             for s in self.sources(i):
                 if -s not in seen:
                     seen.add(-s)

@@ -209,6 +209,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-DEF-008": "A searched convolution needs an input with zeros around it.",
     "PLT-DEF-009": "Positions of extremes have no kernel to search or to run on a GPU.",
     "PLT-DEF-010": "A product in 16 bits has no kernel to search or to run on this target.",
+    "PLT-DEF-011": "Running totals have no kernel to search or to run on a GPU.",
     "PLT-BRN-001": "The branches of a router became graphs with kernels of their own.",
     "PLT-BRN-002": "It is not clear which gather belongs to a scatter.",
     "PLT-BRN-003": "A branch does not depend on its cells.",

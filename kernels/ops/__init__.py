@@ -38,7 +38,8 @@ __all__ = [
 Converter = Callable[[fx.Node, "Context"], Any]
 
 _MODULES = (
-    "unary", "binary", "choose", "create", "views", "move", "index", "reductions", "norms"
+    "unary", "binary", "choose", "create", "views", "move", "index", "reductions", "norms",
+    "scans",
 )  # fmt: skip
 _registry: dict[str, Converter] = {}
 

@@ -61,6 +61,10 @@ class Rows(Protocol):
         """
         ...
 
+    def scan(self, monoid: Monoid, value: Value) -> Value:
+        """Each element combined with those before it; ``value`` has the monoid's dtype."""
+        ...
+
     def keep(self, value: Value) -> Value:
         """``value``, computed once per element and remembered where there is room for it."""
         ...

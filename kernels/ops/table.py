@@ -71,6 +71,8 @@ softmax.int _softmax log_softmax.int _log_softmax layer_norm native_layer_norm r
 _fused_rms_norm group_norm native_group_norm logsumexp instance_norm _safe_softmax
 """.split()
 
+SCAN = "cumsum cumprod".split()
+
 GEMM = "mm addmm bmm baddbmm linear matmul".split()
 
 CONV = "convolution conv1d conv2d conv1d.padding conv2d.padding _convolution".split()
@@ -97,6 +99,7 @@ CATEGORIES = (
     "view",
     "reduce",
     "rows",
+    "scan",
     "gemm",
     "conv",
     "pool",
@@ -122,6 +125,7 @@ CATEGORY: dict[str, str] = {
         ("view", VIEW),
         ("reduce", REDUCE),
         ("rows", ROWS),
+        ("scan", SCAN),
         ("gemm", GEMM),
         ("conv", CONV),
         ("pool", POOL),
@@ -133,7 +137,6 @@ CATEGORY: dict[str, str] = {
 } | {
     "plait.route.default": "route",
     "plait.places.default": "route",
-    "aten.cumsum.default": "route",
     "plait.routed_linear.default": "experts",
     "plait.take.default": "view",
     "plait.combine.default": "view",
@@ -364,12 +367,9 @@ def _check_scalars(node: fx.Node) -> str | None:
     return None
 
 
-@check("cumsum")
-def _check_cumsum(node: fx.Node) -> str | None:
-    result, source = node.meta["val"], *_input_tensors(node)
-    if result.dtype != torch.int64 or source.is_floating_point():
-        return "running totals of whole numbers only"  # elsewhere torch's order of adding counts
-    return None if result.dim() else "a tensor without dimensions"
+@check(*SCAN)
+def _check_scan(node: fx.Node) -> str | None:
+    return None if node.meta["val"].dim() else "a tensor without dimensions"
 
 
 @check("plait.combine.default")

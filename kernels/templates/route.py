@@ -1,7 +1,4 @@
-"""Sorting slots by branch: a counting sort of a few thousand numbers, in one task.
-
-Running totals of counts, which tell a slot's place within its branch, are here too.
-"""
+"""Sorting slots by branch: a counting sort of a few thousand numbers, in one task."""
 
 from __future__ import annotations
 
@@ -12,15 +9,12 @@ import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..abi import Kernel, ceil_div, product
+from ..abi import Kernel, product
 from ..emit import Emitter, Expr, Ref
 from ..group import IO, Group, Unsupported, symbols_of
 from ..ops import argument
-from ..ops.common import convert_expr, unravel
 from ..target import Target
 from .conv_common import name_index
-
-ROWS_WORK = 1 << 12  # elements that one task adds up
 
 
 def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
@@ -32,7 +26,7 @@ def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
 def lower(
     group: Group, io: IO, target: Target, config: dict[str, Any], name: str = "kernel"
 ) -> Kernel:
-    """Lowers ``plait.route`` and the parts of its result, ``plait.places``, or ``cumsum``.
+    """Lowers ``plait.route`` and the parts of its result, or ``plait.places``.
 
     Raises `Unsupported` for other types.
     """
@@ -40,8 +34,6 @@ def lower(
     head = group.nodes[0]
     if str(head.target).startswith("plait.places"):
         return _places(group, io, config, name)
-    if str(head.target).startswith("aten.cumsum"):
-        return _totals(group, io, config, name)
     branches = int(argument(head, "branches"))
     inputs = tuple(io[n] for n in group.inputs)
     outputs = tuple(io[n] for n in group.outputs)
@@ -87,30 +79,6 @@ def _places(group: Group, io: IO, config: dict[str, Any], name: str) -> Kernel:
     return em.kernel(1, config)
 
 
-def _totals(group: Group, io: IO, config: dict[str, Any], name: str) -> Kernel:
-    source, result = io[group.inputs[0]], io[group.outputs[0]]
-    em = Emitter(name, (source,), (result,), symbols_of(group, (source, result)))
-    dim = int(argument(group.nodes[0], "dim")) % len(source.shape)
-    rows = product(d for k, d in enumerate(source.shape) if k != dim)
-    size = source.shape[dim]
-    chunk = max(1, ROWS_WORK // size) if isinstance(size, int) and size else 16
-    with em.function() as task:
-        (x,), (y,) = em.inputs, em.outputs
-        outer = [d for k, d in enumerate(x.shape) if k != dim]
-        total = em.local(1, "int64")
-        first = name_index(task * chunk)
-        last = tir.min(em.i64(chunk), em.dim(rows) - first)
-        with T.serial(em.i64(0), last) as r:
-            at = [name_index(i) for i in unravel(name_index(first + r), outer)]
-            T.buffer_store(total, em.i64(0), [em.i64(0)])
-            with T.serial(em.i64(0), x.shape[dim]) as k:
-                index = [*at[:dim], k, *at[dim:]]
-                value = convert_expr(x.load(index), source.dtype, torch.int64)
-                T.buffer_store(total, total[em.i64(0)] + value, [em.i64(0)])
-                y.store(total[em.i64(0)], index)
-    return em.kernel(ceil_div(rows, chunk), config, flops=product([rows, size]))
-
-
 def _branch(index: Ref, shape: list[Expr], slot: Expr, branches: int) -> Expr:
     place: list[Expr] = []
     for extent in reversed(shape[1:]):
@@ -129,6 +97,5 @@ def _check(group: Group, io: IO, target: Target) -> None:
     parts = str(head.target).startswith("plait.route")
     if any(n.target is not operator.getitem for n in rest) or (parts and head in group.outputs):
         raise Unsupported("PLT-RTE-002", "the routes are read as a whole")
-    counts = str(head.target).startswith("aten.cumsum")
-    if not counts and any(io[n].dtype != torch.int64 for n in group.inputs):
+    if any(io[n].dtype != torch.int64 for n in group.inputs):
         raise Unsupported("PLT-RTE-003", "branches are numbered in int64 only")

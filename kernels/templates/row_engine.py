@@ -1,10 +1,8 @@
-"""The loops of groups with reductions: lanes along the row, or lanes across rows.
+"""The loops of groups with reductions: what all have in common, and lanes along the row.
 
 `AlongRow` puts the lanes of a vector on neighbouring elements of one row: several vectors of
-partial
-results hide the latency of additions and are combined at the row's end. `AcrossRows` puts them on
-neighbouring rows, for tensors whose folded axes are not the contiguous one: each lane folds a row
-of its own. Both implement `ops.rows.Rows`.
+partial results hide the latency of additions and are combined at the row's end. `row_across` has
+loops with lanes on neighbouring rows. All implement `ops.rows.Rows`.
 
 What is left of a row after the last whole vector is covered by one more vector that ends at the
 row's end; lanes it has in common with its neighbour count once.
@@ -77,6 +75,7 @@ class Engine:
         self.dims = [em.dim(d) for d in space.dims]
         self.site: Site | None = None
         self.number = 0  # of the sweep under way, or last done
+        self._scans: list[Callable[[bool], None]] = []
         self._long = not isinstance(self.count, int) or self.count > 4 * STRETCH * self.slots
 
     # -- to be provided -----------------------------------------------------------------------
@@ -118,9 +117,13 @@ class Engine:
     def sweep(self, body: Body, flush: Body | None = None) -> None:
         """Runs ``body`` for the whole row with shared values evaluated once per element."""
         self.number += 1
+        for step in self._scans:
+            step(False)
 
         def shared() -> None:
             with sharing():
+                for step in self._scans:  # here, for what reads them may be guarded
+                    step(True)
                 body()
 
         self.walk(shared, flush)
@@ -144,10 +147,14 @@ class Engine:
     def partial(self, dtype: torch.dtype, value: Expr) -> Expr:
         """A buffer of partial results, filled with ``value``."""
         buffer = self.em.local(self.slots, tvm_dtype(dtype))
+        self.fill(buffer, value)
+        return buffer
+
+    def fill(self, buffer: Any, value: Expr) -> None:
+        """Sets all of a buffer of partial results."""
         for u in range(self.unroll):
             with self.vector(self.width) as j:
                 T.buffer_store(buffer, value, [u * self.width + j])
-        return buffer
 
     def fold(self, monoid: Monoid, value: Value) -> Value:
         """See `Rows.fold`."""
@@ -203,6 +210,26 @@ class Engine:
         self.sweep(body)
         found, position = self.finish_fold([best, where], combine)
         return found, position
+
+    def scan(self, monoid: Monoid, value: Value) -> Value:
+        """See `Rows.scan`: every sweep from here on starts anew. For one axis, walked in order."""
+        total = self.em.local(self.slots, tvm_dtype(monoid.dtype))
+
+        def step(within: bool) -> None:
+            if not within:
+                self.fill(total, monoid.neutral())
+                return
+            assert self.site is not None
+            slot = self.site.slot
+            x = monoid.combine(total[slot], value.load(self.here()))
+            T.buffer_store(total, x, [slot])
+
+        def load(_: Any) -> Expr:
+            assert self.site is not None
+            return total[self.site.slot]
+
+        self._scans.append(step)
+        return Value(value.shape, monoid.dtype, load)
 
     def keep(self, value: Value) -> Value:
         """See `Rows.keep`: the first sweep that reads the value fills a buffer on the stack."""
@@ -348,80 +375,3 @@ class AlongRow(Engine):
     def each_row(self, body: Callable[[], None]) -> None:
         with self.vector(1), sharing():
             body()
-
-
-class AcrossRows(Engine):
-    """Lanes across ``width * unroll`` neighbouring rows along axis ``lane``, from ``start`` on.
-
-    ``outer`` gives the index in the other kept axes.
-    """
-
-    def __init__(
-        self, em: Emitter, space: RowSpace, outer: dict[int, Expr], lane: int, start: Expr,
-        width: int, unroll: int,
-    ) -> None:  # fmt: skip
-        super().__init__(em, space, width, unroll)
-        self._long = not isinstance(self.count, int) or self.count > 2 * STRETCH
-        self.outer, self.lane, self.start = outer, lane, start
-        self.slot: Expr = i64(0)
-
-    def room(self) -> int | None:
-        if not isinstance(self.count, int) or self.count * self.slots > KEEP_ELEMENTS:
-            return None
-        return max(1, self.count * self.slots)
-
-    def buffer_index(self, site: Site) -> Expr:
-        return site.position * self.slots + site.slot
-
-    def _lanes(self, body: Callable[[Expr, Expr], None]) -> None:
-        """Runs ``body(slot, index along the lane's axis)`` for all rows in flight."""
-        for u in range(self.unroll):
-            with self.vector(self.width) as j:
-                self.slot = u * self.width + j
-                body(self.slot, self.start + u * self.width + j)
-
-    def walk(self, body: Body, flush: Body | None) -> None:
-        axes = [a for a in self.space.order if a in self.space.axes]
-        folded: dict[int, Expr] = {}
-
-        def point(slot: Expr, lane: Expr) -> None:
-            where = {**self.outer, **folded, self.lane: lane}
-            own = self.space.axes
-            position = linear([where[a] for a in own], [self.dims[a] for a in own])
-            self.site = Site([where[a] for a in range(len(self.dims))], position, slot)
-            body()
-
-        with contextlib.ExitStack() as loops:
-            for a in axes[:-1]:
-                folded[a] = loops.enter_context(T.serial(i64(0), self.dims[a]))
-
-            def innermost(i: Expr) -> None:
-                folded[axes[-1]] = i
-                self._lanes(point)
-
-            if axes:
-                self.stretches(self.dims[axes[-1]], innermost, flush)
-            else:
-                self._lanes(point)
-
-    def finish_fold(self, parts: list[Any], combine: Callable[..., list[Expr]]) -> list[Value]:
-        return [
-            Value((), getattr(torch, expr_dtype(p[i64(0)])), lambda _, p=p: p[self.slot])
-            for p in parts
-        ]
-
-    def define(self, dtype: torch.dtype, compute: Callable[[], Expr]) -> Value:
-        buffer = self.em.local(self.slots, held_dtype(dtype))
-        self._lanes(lambda slot, _: T.buffer_store(buffer, to_held(compute(), dtype), [slot]))
-        return Value((), dtype, lambda _: from_held(buffer[self.slot], dtype))
-
-    def row_here(self) -> list[Expr]:
-        where = {**self.outer, self.lane: self.start + self.slot}
-        return [where.get(a, i64(0)) for a in range(len(self.dims))]
-
-    def each_row(self, body: Callable[[], None]) -> None:
-        def one(_slot: Expr, _lane: Expr) -> None:
-            with sharing():
-                body()
-
-        self._lanes(one)

@@ -23,7 +23,7 @@ from ..ops.common import dims_of, i64
 from ..ops.norms import groups_of
 from ..ops.reductions import reduced_axes
 
-HEAVY = ("rows", "reduce")
+HEAVY = ("rows", "reduce", "scan")
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,6 @@ def row_space(group: Group, io: IO) -> RowSpace:
     order = _order(group, io, shape) or (0,)
     if groups is not None:
         order = tuple(j for i in order for j in ((1, 2) if i == 1 else (i + (i > 1),)))
-        if each == 1 and order[-1] == 2:  # a channel each: lanes are groups
-            order = (2, *order[:-1])
     space = RowSpace(dims, axes, shape, groups is not None, order)
     bound = row_bound(group)
     for node in group.nodes:
@@ -168,7 +166,7 @@ def _order(group: Group, io: IO, shape: tuple[Dim, ...]) -> tuple[int, ...]:
     args: list[TensorArg] = [io[n] for n in (*group.inputs, *group.outputs) if n in io]
     for arg in args:
         if arg.shape == shape and all(isinstance(s, int) for s in arg.strides):
-            sizes = [_size(d) for d in shape]
+            sizes = [size(d) for d in shape]
             key: Any = [
                 (0 if sizes[i] == 1 else -abs(arg.strides[i]), i)  # type: ignore[arg-type]
                 for i in range(len(shape))
@@ -178,5 +176,6 @@ def _order(group: Group, io: IO, shape: tuple[Dim, ...]) -> tuple[int, ...]:
     return tuple(range(len(shape)))
 
 
-def _size(dim: Dim) -> int:
+def size(dim: Dim) -> int:
+    """A dimension's size, or a large one where it is not known."""
     return dim if isinstance(dim, int) else 1 << 20

@@ -9,6 +9,7 @@ hold and `row_engine` for the loops; `reduce` uses the same code.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -27,11 +28,16 @@ from ..ops.common import dims_of, i64, unravel
 from ..ops.rows import RowContext
 from ..target import Target
 from ..value import Value
-from .row_engine import AcrossRows, AlongRow, Engine
-from .row_space import RowSpace, is_heavy, row_bound, row_space
+from .row_across import AcrossGroups, AcrossRows
+from .row_engine import AlongRow, Engine
+from .row_space import RowSpace, is_heavy, row_bound, row_space, size
 
 TASK_ELEMENTS = 8192
 MIN_TASKS = 16  # enough to balance a few workers, while a task still is a row or more
+SCANNED = 8  # rows apart in memory that are scanned at a time
+CHANNELS = -1  # as the axis of the lanes: channels of whole groups
+MOST_VECTORS = 12  # of them, in flight
+FEW_TASKS = 4
 MIN_RUN = 64  # shorter runs are merged with the folded axis before them
 
 # Folded results that need a second sweep over their operand, or that are as large as it.
@@ -47,16 +53,48 @@ def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
     space = row_space(group, io)
     lane = space.order[-1]
     lanes = max(1, target.vector_bytes // 4)
+    in_turn = lane in space.axes and any(category(n) == "scan" for n in group.nodes)
+    if in_turn:
+        lane = _lane_of_scan(space)
+    if space.grouped and lane == 2 and (block := _block_of_groups(space, lanes)):
+        return [{"lane": CHANNELS, **block, "grain": 1, "merged": 0}]
     if lane not in space.axes:
-        width, unroll = _fit(space.dims[lane], lanes, 4)
+        width, unroll = _fit(space.dims[lane], *((SCANNED, 1) if in_turn else (lanes, 4)))
         return [{"lane": lane, "width": width, "unroll": unroll, "grain": 1, "merged": 0}]
-    run, merged = _merge(space, lane, group, io)
+    run, merged = (1, 0) if in_turn else _merge(space, lane, group, io)
     width, unroll = _fit(run, lanes, 4)
     count, rows = space.count, space.rows
     grain = max(1, TASK_ELEMENTS // max(1, count if isinstance(count, int) else 1024))
     if isinstance(rows, int):
         grain = max(1, min(grain, -(-rows // MIN_TASKS)))
     return [{"lane": lane, "width": width, "unroll": unroll, "grain": grain, "merged": merged}]
+
+
+def _block_of_groups(space: RowSpace, lanes: int) -> dict[str, int] | None:
+    """Vectors that cover the channels of whole groups; None where these are too few or too many."""
+    images, groups, each = space.dims[:3]
+    if not isinstance(groups, int) or not isinstance(each, int):
+        return None
+    while lanes > 1:
+        block = math.lcm(lanes, each)
+        if block <= min(groups * each, MOST_VECTORS * lanes):
+            wider = 2 * block  # whose vectors hide each other's latency
+            tasks = groups * each // wider * (images if isinstance(images, int) else 1)
+            if tasks >= FEW_TASKS and wider <= 4 * lanes:
+                block = wider
+            return {"width": lanes, "unroll": block // lanes}
+        lanes //= 2
+    return None
+
+
+def _lane_of_scan(space: RowSpace) -> int:
+    """An axis for lanes that run along rows side by side, for the elements of a row come in turns;
+    the rows' own where no other is long enough.
+    """
+    for axis in reversed(space.order):
+        if axis not in space.axes and size(space.dims[axis]) >= SCANNED:
+            return axis
+    return space.order[-1]
 
 
 def _merge(space: RowSpace, lane: int, group: Group, io: IO) -> tuple[Dim, int]:
@@ -142,20 +180,25 @@ def _across(em: Emitter, group: Group, space: RowSpace, config: dict[str, Any], 
     """Emits tasks that are some vectors of rows; returns how many there are."""
     lane, width, unroll = config["lane"], config["width"], config["unroll"]
     block = width * unroll
-    extent = em.dim(space.dims[lane])
-    blocks = ceil_div(space.dims[lane], block)
-    others = [a for a in space.kept if a != lane]
+    taken = (1, 2) if lane == CHANNELS else (lane,)
+    length = product([space.dims[a] for a in taken])
+    extent, blocks = em.dim(length), ceil_div(length, block)
+    others = [a for a in space.kept if a not in taken]
     parts = unravel(task, [*(em.dim(space.dims[a]) for a in others), em.dim(blocks)])
     *outer, number = [T.bind(p) for p in parts]
     where = dict(zip(others, outer, strict=True))
 
     def emit(start: Expr, width: int, unroll: int) -> None:
-        engine = AcrossRows(em, space, where, lane, start, width, unroll)
+        engine: Engine
+        if lane == CHANNELS:
+            engine = AcrossGroups(em, space, where, start, width, unroll)
+        else:
+            engine = AcrossRows(em, space, where, lane, start, width, unroll)
         _Body(em, group, space, engine).emit()
 
     # The last block is moved back to end where the axis ends: some rows are computed twice.
     start = tir.min(number * block, extent - block)
-    if isinstance(space.dims[lane], int):
+    if isinstance(length, int):
         emit(T.bind(start), width, unroll)
     else:
         with T.If(extent >= i64(block)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -131,12 +132,29 @@ def test_group_norm_in_both_memory_orders() -> None:
     check(cases, atol=2e-5, rtol=2e-5)
 
 
-def test_lanes_are_groups_where_each_is_one_channel_next_to_the_others() -> None:
-    x = torch.randn(1, 64, 9, 9)
-    for memory, lane in ((torch.channels_last, 1), (torch.contiguous_format, 4)):
-        group, io = traced(lambda x: F.group_norm(x, 64), [x.to(memory_format=memory)])
-        (config,) = rows.candidates(group, io, host())
-        assert config["lane"] == lane and config["width"] > 1
+@pytest.mark.parametrize("each", [1, 2, 3, 8, 10, 24])
+def test_lanes_are_channels_of_whole_groups_where_these_are_neighbours(each: int) -> None:
+    lanes = host().vector_bytes // 4
+    block = math.lcm(lanes, each)
+    cases = []
+    for groups in (block // each, 2 * block // each + 1):
+        x = torch.randn(2, groups * each, 5, 41) * (torch.rand(groups * each, 1, 1) + 0.5) + 3
+        w, b = torch.randn(groups * each), torch.randn(groups * each)
+        for memory, lane in ((torch.channels_last, rows.CHANNELS), (torch.contiguous_format, 4)):
+            given = x.to(memory_format=memory)
+            group, io = traced(lambda x: F.group_norm(x, groups), [given])  # noqa: B023
+            (config,) = rows.candidates(group, io, host())
+            assert config["lane"] == lane and config["width"] > 1
+            name = f"{'last' if lane < 0 else 'first'}_{groups}"
+            cases.append(case(rows, name, group_norm(groups), given, w, b))
+    check(cases, atol=2e-5, rtol=2e-5)
+
+
+def test_groups_of_more_channels_than_lanes_take_have_a_row_each() -> None:
+    x = torch.randn(1, 42, 3, 3).to(memory_format=torch.channels_last)
+    for groups in (1, 2):  # 42 and 21 channels
+        group, io = traced(lambda x: F.group_norm(x, groups), [x])  # noqa: B023
+        assert rows.candidates(group, io, host())[0]["lane"] == 2
 
 
 def test_instance_norm_and_operators_of_decompositions() -> None:

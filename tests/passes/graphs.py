@@ -151,7 +151,7 @@ ROWS = (
     lambda b, x: b.call(aten.sum.dim_IntList, x, [0]),
     lambda b, x: b.call(aten.amax.default, x, [-1], False),
     lambda b, x: b.call(aten.layer_norm.default, x, [x.meta["val"].shape[-1]]),
-    lambda b, x: b.call(aten.cumsum.default, x, 0),
+    lambda b, x: b.call(aten.logcumsumexp.default, x, 0),
 )
 
 

@@ -7,7 +7,10 @@ import torch
 import torch.fx as fx
 from hypothesis import HealthCheck, given, settings
 
-from plait.kernels import ops
+from plait.kernels import (
+    ops,
+    routing,  # noqa: F401 - defines the operators
+)
 from plait.passes.annotations import annotation
 from plait.passes.base import Counter, counting
 from plait.passes.fuse_vertical import FuseVertical, groups_of
@@ -91,7 +94,14 @@ def test_each_kernel_template_gets_the_group_it_was_promised(graph_module):
             assert len(group.nodes) == 1
         if group.kind not in ("library", "view"):
             for node in group.nodes:
-                assert ops.category(node) in (group.kind, "pointwise", "view", "reduce", "rows")
+                assert ops.category(node) in (
+                    group.kind,
+                    "pointwise",
+                    "view",
+                    "reduce",
+                    "rows",
+                    "scan",
+                )
 
 
 @CONFIG
@@ -268,12 +278,37 @@ def test_a_value_read_in_two_orders_is_computed_once():
     assert summary(graph)[0] == "pointwise: exp_default"
 
 
+def test_norms_of_other_dimensions_take_what_follows_them():
+    b = Builder()
+    x = b.call(aten.exp.default, b.input(2, 6, 4, 4))
+    y = b.call(aten.group_norm.default, x, 3)
+    z = b.call(aten._softmax.default, b.call(aten.silu.default, y), 1, False)
+    graph = b.finish(b.call(aten.mul.Tensor, z, b.input(2, 6, 4, 4)))
+    assert summary(graph) == [
+        "pointwise: exp_default",
+        "rows: group_norm_default silu_default",
+        "rows: _softmax_default mul_tensor",
+    ]
+
+
+def test_scans_take_what_is_around_them_and_no_other_rows():
+    b = Builder()
+    x = b.call(aten.exp.default, b.input(2, 6, 4))
+    y = b.call(aten.neg.default, b.call(aten.cumsum.default, x, 1))
+    graph = b.finish(b.call(aten._softmax.default, b.call(aten.cumsum.default, y, -1), -1, False))
+    assert summary(graph) == [
+        "rows: exp_default cumsum_default neg_default",
+        "rows: cumsum_default_1",
+        "rows: _softmax_default",
+    ]
+
+
 def test_views_of_memory_are_free_and_views_that_copy_are_kernels():
     b = Builder()
     x = b.call(aten.permute.default, b.input(2, 3, 4), [0, 2, 1])
     flat = b.call(aten.reshape.default, x, [2, 12])
     rows = b.call(aten.reshape.default, x, [2, 2, 2, 3])
-    result = summary(b.finish(*(b.call(aten.cumsum.default, y, 0) for y in (flat, rows))))
+    result = summary(b.finish(*(b.call(aten.logcumsumexp.default, y, 0) for y in (flat, rows))))
     assert "pointwise: reshape_default" in result
     assert "view: reshape_default_1" in result
     assert "view: permute_default" in result
