@@ -159,16 +159,15 @@ def opening(
     closed: Sequence[list[dict[int, Any]]],
     stuck: Collection[tuple[int, int]] = (),
 ) -> list[dict[int, Any]]:
-    """Dimensions to leave open: as declared, found by torch, fewer, or none at all, the first of
-    these that is not in ``closed``, which could not be left open before.
+    """Dimensions to leave open: as declared, found by torch, or none at all, the first of these
+    that is not in ``closed``, which could not be left open before.
 
     In ``stuck`` are those that were to blame, as numbers of a tensor and of a dimension.
     """
     able = [{d: v for d, v in x.items() if (i, d) not in stuck} for i, x in enumerate(automatic)]
     exact = [{**a, **d.dims} for a, d in zip(able, declared, strict=True)]
-    loose = [dict.fromkeys(dims, Dim.AUTO) for dims in exact]
-    fewer = [{d: v for d, v in x.items() if (i, d) not in stuck} for i, x in enumerate(loose)]
-    for dims in (exact, loose, fewer):
+    loose = [{d: Dim.AUTO for d in x if (i, d) not in stuck} for i, x in enumerate(exact)]
+    for dims in (exact, loose):
         if any(dims) and dims not in closed:
             return dims
     return []

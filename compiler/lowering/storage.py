@@ -181,7 +181,7 @@ class Storage:
                 rank = fake(node).dim()
                 order = None
                 if group.kind in ("conv", "pool"):
-                    if node in group.outputs and (rank == 4 or group.kind == "conv"):
+                    if rank == 4 or group.kind == "conv":
                         order = channels_last(rank)
                 elif node in read and rank == 4 and group.kind in ("pointwise", "concat"):
                     order = channels_last(rank)

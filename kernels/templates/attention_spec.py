@@ -165,9 +165,8 @@ class Mask(Operand):
 
     def __init__(self, em: Emitter, spec: AttentionSpec, ref: Ref) -> None:
         super().__init__(em, spec, ref)
-        known = self.dtype in (*DTYPES, torch.bool)
         apart = not (self.rows_broadcast or self.columns_broadcast) and ref.arg.strides[-1] == 1
-        self._wide = Wide(ref) if known and apart else None
+        self._wide = Wide(ref) if apart else None
 
     @property
     def has_rows(self) -> bool:
