@@ -162,10 +162,12 @@ class Storage:
     # -- decisions ------------------------------------------------------------------------
 
     def _find_orders(self) -> dict[fx.Node, Order]:
-        """Orders of values of rank 3 or 4 that are not contiguous.
+        """Orders of values that are not contiguous.
 
-        Channels are last in what convolutions and poolings produce and in what is computed for them
-        to read; what follows a value keeps the order of its memory, through permutations too.
+        Of images, which are of rank 3 or 4: channels are last in what convolutions and poolings
+        produce and in what is computed for them to read; what follows a value keeps the order of
+        its memory, through permutations too. Of others: what is computed from turned tensors alone
+        stays turned.
         """
         found: dict[fx.Node, Order] = {}
         spatial = [g for g in self.groups if g.kind in ("conv", "pool") and not self.library(g)]
@@ -174,22 +176,43 @@ class Storage:
             if self.library(group):
                 continue
             for node in group.nodes:
-                if not is_tensor(node) or fake(node).dim() not in (3, 4):
-                    continue
-                if any(map(runs_parts, node.users)):
+                if not is_tensor(node) or any(map(runs_parts, node.users)):
                     continue  # plans of their own take their inputs contiguous
                 rank = fake(node).dim()
                 order = None
-                if group.kind in ("conv", "pool"):
+                if rank not in (3, 4):
+                    pass
+                elif group.kind in ("conv", "pool"):
                     if rank == 4 or group.kind == "conv":
                         order = channels_last(rank)
                 elif node in read and rank == 4 and group.kind in ("pointwise", "concat"):
                     order = channels_last(rank)
                 elif group.kind in ("pointwise", "concat", "view", "reduce", "rows"):
                     order = _followed(node, found)
+                if order is None and group.kind == "pointwise":
+                    order = self._turned(node, group, found)
                 if order is not None and order != tuple(range(rank)):
                     found[node] = order
         return found
+
+    def _turned(self, node: fx.Node, group: Group, orders: Mapping[fx.Node, Order]) -> Order | None:
+        """The order that torch gives ``node``, if that of all that is read of its size is the same
+        and has another innermost dimension than the last: a kernel that turns it would read or
+        write every element in a cache line of its own.
+        """
+        order = _torchs_order(fake(node))
+        if order is None or order[-1] == _natural(fake(node))[-1]:
+            return None
+        whole = [x for x in group.inputs if fake(x).numel() == fake(node).numel()]
+        for x in whole:
+            if fake(x).shape != fake(node).shape or _torchs_order(fake(x)) != order:
+                return None
+            base = x
+            while (owner := self.owner.get(base)) is not None and owner.kind == "view":
+                base = base.all_input_nodes[0]
+            if orders.get(base, _natural(fake(base))) != _torchs_order(fake(base)):
+                return None  # it does not lie as torch would have it
+        return order if whole else None
 
     def _find_halos(self, halo_of: Callable[[fx.Node], Halo]) -> dict[fx.Node, Halo]:
         halos: dict[fx.Node, Halo] = {}
@@ -407,6 +430,18 @@ def spread(shape: Sequence[Int], halo: Halo, order: Order) -> tuple[tuple[Int, .
         offset = offset + halo[axis][0] * reach
         reach = reach * (shape[axis] + sum(halo[axis]))
     return tuple(strides), offset, reach
+
+
+def _natural(value: torch.Tensor) -> Order:
+    """The order of a contiguous tensor; dimensions of 1 are first, for they have no stride."""
+    return tuple(sorted(range(value.dim()), key=lambda d: value.shape[d] != 1))
+
+
+def _torchs_order(value: torch.Tensor) -> Order | None:
+    """`_natural` of a tensor that torch lays out; None if it has gaps or its sizes are open."""
+    if not _dense(value):
+        return None
+    return tuple(sorted(_natural(value), key=lambda d: (value.shape[d] != 1, -value.stride(d))))
 
 
 def _followed(node: fx.Node, orders: Mapping[fx.Node, Order]) -> Order | None:

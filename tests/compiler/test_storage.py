@@ -107,3 +107,18 @@ def test_what_follows_a_permuted_image_keeps_its_memory() -> None:
         if ref.shape[-1] == C and len(ref.shape) == 4
     ]
     assert rows and all(ref.strides[-1] == 1 for ref in rows)
+
+
+class Turned(nn.Module):
+    """Weights of heads are multiplied with the heads last, and used with the heads first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[0]
+        product = torch.softmax(x, -1).permute(1, 2, 0) * torch.softmax(-x, 1).permute(1, 2, 0)
+        return torch.bmm(product.permute(2, 0, 1), x.transpose(1, 2))
+
+
+def test_what_is_computed_from_turned_tensors_alone_stays_turned() -> None:
+    _, steps = compiled(Turned().eval())
+    (step,) = (s for s in steps if s.name.startswith("mul"))
+    assert [arg.strides for arg in step.args] == [(12, 1, 120)] * 3
