@@ -13,7 +13,7 @@ from torch import nn
 from .build import build
 from .capture.arguments import as_call
 from .compiled import Compiled
-from .errors import OptionError, PlaitError
+from .errors import BudgetError, OptionError, PlaitError
 from .modes import plain_modes
 from .options import Options
 from .program import Program
@@ -230,9 +230,16 @@ def _loaded(path: Path, weight_budget: int | str | None) -> Compiled:
         dispatcher = compiled._dispatcher
         dispatcher.notes.remarks += saved.remarks
         dispatcher.specialiser.store = saved.store
+        refusals: list[BudgetError] = []
         for captured in saved.programs:
-            executable = build(captured, saved.options, saved.store)
+            try:
+                executable = build(captured, saved.options, saved.store)
+            except BudgetError as error:
+                refusals.append(error)
+                continue
             dispatcher.adopt(Program(captured, executable, [saved.shell]))
+        if refusals:
+            raise max(refusals, key=lambda error: error.least)
         if saved.store is not None:
             saved.store.settle()
     except PlaitError:

@@ -35,5 +35,23 @@ class OptionError(PlaitError, ValueError):
     """An option of `plait.compile` has no meaning."""
 
 
+class BudgetError(OptionError):
+    """A budget that cannot be kept. ``least`` are the bytes that could be."""
+
+    def __init__(self, remark: str, reason: str, hint: str = "", least: int = 0) -> None:
+        super().__init__(remark, reason, hint)
+        self.least = least
+
+
 class FileError(PlaitError, OSError):
     """A saved program cannot be written or read."""
+
+
+def interrupted(error: BaseException) -> bool:
+    """Whether ``error`` is what became of Ctrl-C: up to CPython 3.11 one while a class is made, as
+    in the first import of a module, is the cause of a RuntimeError.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__
+    return cause is not None

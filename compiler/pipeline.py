@@ -331,11 +331,11 @@ def _make(
             store.open(tiered)
             trial.enter_context(store.trying())
         lowered = lower.lower(graph, groups_of(graph), kernels, captured.symbols, store=store)
-        capacity = math.inf
-        if store is not None and tiered is not None:
-            capacity = store.close(tiered, least(lowered), lowered.stayed)
-        lap("lower")
+        capacity, largest = math.inf, least(lowered)
         bets: list[Remark] = []
+        if store is not None and tiered is not None:
+            capacity = store.close(tiered, largest, lowered.stayed, bets)
+        lap("lower")
         if routes is not None:
             values = _sizes_of(captured)
             build = functools.partial(_executor, kernels=kernels, store=store)
@@ -353,8 +353,8 @@ def _make(
             groups = groups_of(other)
             special = lower.lower(other, groups, kernels, captured.symbols, "likely", store)
             held: Tiered | None = other.meta.get(TIERED)
-            largest = max(least(lowered), least(special))
-            beside = _room_beside(likely, special, held, largest, store, bets)
+            both = max(largest, least(special))
+            beside = _room_beside(likely, special, held, both, store, bets)
             if beside is not None:
                 quick = _scheduled(other, special, kernels, store)
                 sample = Sample(made_up(lowered.plan, values), routes)
@@ -362,10 +362,10 @@ def _make(
                 if verdict is quick:  # right for every route: nothing has to stand behind it
                     graph, lowered = other, special
                 if verdict is not None:
-                    engine, capacity = verdict, min(capacity, beside)
+                    engine, capacity, largest = verdict, min(capacity, beside), both
             lap("bets on likely routes")
         if store is not None and tiered is not None:
-            store.serve(engine, int(capacity))
+            store.serve(engine, int(capacity), largest, tiered.tiered - lowered.stayed)
     seconds = {name: end - begin for (_, begin), (name, end) in zip(clock, clock[1:], strict=False)}
     remarks = (*captured.remarks, *result.remarks, *told, *lowered.remarks, *bets, *_cache_notes())
     return _Made(graph, lowered, kernels, remarks, seconds, engine)

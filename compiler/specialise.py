@@ -17,7 +17,7 @@ from .capture.dynamic import Declared, opening
 from .capture.export import capture
 from .capture.limits import SizeError
 from .capture.tree import flatten_call
-from .errors import CaptureError, ChangeError, PlaitError
+from .errors import BudgetError, CaptureError, ChangeError, PlaitError, interrupted
 from .guards.quick import limits
 from .modes import plain_modes
 from .notes import Notes
@@ -143,10 +143,19 @@ class Specialiser:
                         "model's own copy stays in memory, beside the budget",
                         "make or load the model outside of torch.inference_mode()",
                     )
-                return build(captured, self.options, self.store)
+                made = build(captured, self.options, self.store)
+                self.store.lenient = True  # a call must not end because of the next program
+                return made
+        except BudgetError as error:
+            if self.target is None or self.store is None or not self.store.lenient:
+                raise
+            self.notes.say("PLT-PRE-009", f"{error.reason}; the original runs", error.hint)
+            return None
         except PlaitError:
             raise
         except Exception as error:
+            if interrupted(error):
+                raise KeyboardInterrupt from error
             if os.environ.get(DEBUG):
                 raise
             text = " ".join(str(error).split("\n")[:2]).strip()

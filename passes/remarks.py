@@ -326,6 +326,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-PRE-006": "Weights of a branch stay resident, for what is no branch reads them, too.",
     "PLT-PRE-007": "Weights that a torch.cond is given from outside of its sides stay resident.",
     "PLT-PRE-008": "The model's own weights were made in inference mode, so they stay in memory.",
+    "PLT-PRE-009": "A program for another call needs more than the budget that was enough so far.",
     "PLT-PRF-001": "There are no batches to profile a model with, or it fails on one.",
     "PLT-PRF-002": "A profile is of another model.",
     "PLT-PRF-003": "The file to save a profile to cannot be written.",

@@ -32,11 +32,12 @@ from ...kernels.ops import argument
 from ...passes.ir import COND, attribute
 from ...passes.outline_branches import between
 from ...passes.prefetch_weights import LEAST, Tiered
+from ...passes.remarks import Remark
 from ...passes.sides import own_operands
 from ...runtime.bank import Bank, BankError, Mapped, PrivateFile, raw_bytes, release
 from ...runtime.tier import Tier
 from ..capture.captured import Captured
-from ..errors import FileError, OptionError
+from ..errors import BudgetError, FileError
 
 if TYPE_CHECKING:
     from ...runtime.executor import Executor
@@ -56,6 +57,18 @@ class _Filed:
     digests: dict[Any, bytes] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Served:
+    """What runs a program, the bytes that the tier may hold beside it, those of the largest unit
+    that it fetches, and of all that it leaves in files.
+    """
+
+    engine: weakref.ref[Any]
+    room: int
+    largest: int
+    filed: int
+
+
 _FILES: dict[int, _Filed] = {}
 """By address, tensors of all models: where two share weights, they must not move them in turns."""
 
@@ -68,7 +81,10 @@ class WeightStore:
         self.tier: Tier | None = None
         self._cached = True
         self._banks: weakref.WeakValueDictionary[Any, Bank] = weakref.WeakValueDictionary()
-        self._served: list[tuple[weakref.ref[Any], int]] = []
+        self._served: list[_Served] = []
+        self.lenient = False
+        """Whether a program that needs more than the budget may have it: there are others, and a
+        call is under way. Else that is an error."""
         folder = os.environ.get("PLAIT_CACHE_DIR") or platformdirs.user_cache_dir("plait")
         self._folder = Path(folder)
 
@@ -80,36 +96,50 @@ class WeightStore:
         if self.tier is None:
             self.tier = Tier(tiered.budget, tiered.ahead, tiered.evict)  # type: ignore[arg-type]
 
-    def close(self, tiered: Tiered, largest: int, stayed: int) -> int:
+    def close(
+        self, tiered: Tiered, largest: int, stayed: int, remarks: list[Remark] | None = None
+    ) -> int:
         """The bytes that the tier may hold beside a plan: the budget less what is always resident.
         It holds no more from now on, until `settle`.
 
         ``largest`` are the bytes that must be resident at once at least, ``stayed`` those that were
-        meant for the tier, but could not go there. Raises OptionError where there is no room.
+        meant for the tier, but could not go there. Raises OptionError where there is no room. If
+        `lenient`, a plan that leaves in files what others do goes beyond the budget instead, by
+        what it makes of sizes, and ``remarks`` gets one.
         """
         always = tiered.total - tiered.tiered + stayed
         capacity = tiered.budget - always
-        if tiered.total > tiered.budget and (capacity < largest or not largest):
+        others = self._living()
+        needed = max([largest, *(other.largest for other in others)])
+        beyond = tiered.total > tiered.budget
+        if capacity < needed or (beyond and not largest):
             detail = (
                 f"{_mib(always)} outside of routed products and branches are always resident, the "
-                f"largest expert's or branch's weights are {_mib(largest)}"
-                if largest
+                f"largest expert's or branch's weights are {_mib(needed)}"
+                if needed
                 else "there are no routed products with kernels, and no branches with large "
                 "weights, that could lie in a file"
             )
-            least = (always + largest) if largest else tiered.total
-            raise OptionError(
-                "PLT-OPT-006",
-                f"weight_budget={self.budget!r} is {_mib(tiered.budget)}: {detail}",
-                f"give at least {least} bytes",
-            )
+            least = (always + needed) if needed else tiered.total
+            text = f"weight_budget={self.budget!r} is {_mib(tiered.budget)}: {detail}"
+            hint = f"give at least {least} bytes"
+            less = any(other.filed > tiered.tiered - stayed for other in others)
+            if remarks is None or not self.lenient or (beyond and less):
+                raise BudgetError("PLT-OPT-006", text, hint, least)
+            over = f"{least - tiered.budget} bytes more than the budget are resident"
+            remarks.append(Remark("PLT-PRE-009", "missed", "weights", (), f"{over}: {text}", hint))
         if self.tier is not None:
-            self.tier.limit(min(self.tier.capacity, capacity))
+            self.tier.limit(max(min(self.tier.capacity, capacity), needed))
         return capacity
 
-    def serve(self, engine: object, capacity: int) -> None:
-        """The tier may hold so many bytes as long as there is ``engine``, what runs a program."""
-        self._served.append((weakref.ref(engine), capacity))
+    def serve(self, engine: object, capacity: int, largest: int, filed: int) -> None:
+        """The tier may hold ``capacity`` bytes as long as there is ``engine``, what runs a program;
+        for the rest see `_Served`.
+        """
+        self._served.append(_Served(weakref.ref(engine), capacity, largest, filed))
+
+    def _living(self) -> list[_Served]:
+        return [served for served in self._served if served.engine() is not None]
 
     def trying(self) -> AbstractContextManager[None]:
         """What is fetched within it, to time plans, counts for nothing."""
@@ -260,9 +290,10 @@ class WeightStore:
             if filed.space() is None and _FILES.get(address) is filed:
                 del _FILES[address]
         gc.collect()  # graphs are cycles, and hold tensors
-        self._served = [(engine, room) for engine, room in self._served if engine() is not None]
+        self._served = self._living()
         if self.tier is not None and self._served:
-            self.tier.limit(min(room for _, room in self._served))
+            room = min(served.room for served in self._served)
+            self.tier.limit(max([room, *(served.largest for served in self._served)]))
         _trim()
 
     def forget(self) -> None:

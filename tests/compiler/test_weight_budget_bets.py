@@ -132,9 +132,11 @@ def test_a_bet_that_the_budget_has_no_room_for_is_refused(
     asked: list[int] = []
     close = WeightStore.close
 
-    def second_has_no_room(self: WeightStore, tiered: Any, banks: Any, stayed: int) -> int:
+    def second_has_no_room(
+        self: WeightStore, tiered: Any, least: Any, stayed: int, *to: Any
+    ) -> int:
         asked.append(stayed)
-        return close(self, tiered, banks, stayed if len(asked) == 1 else 1 << 30)
+        return close(self, tiered, least, stayed if len(asked) == 1 else 1 << 30, *to)
 
     monkeypatch.setattr(WeightStore, "close", second_has_no_room)
     mine, alone = pair(model, "sized=false,min_cells=1000")
