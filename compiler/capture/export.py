@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from ...kernels.routing_cells import Taken
 from ...passes.remarks import Remark
 from ...runtime import forked
-from ..errors import CaptureError
+from ..errors import CaptureError, interrupted
 from ..guards.watch import Attributes, modules_of
 from . import ops
 from .arguments import SCALARS, argument_names, distinct, is_plain
@@ -100,6 +100,8 @@ def capture(
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many kinds, all of them mean the same here
+        if interrupted(error):
+            raise KeyboardInterrupt from error
         raise CaptureError("PLT-CAP-001", _first_line(error), _hint(error)) from error
     captured = Flat(found, traced, tree, leaves).captured()
     captured.remarks += remarks
@@ -156,6 +158,8 @@ def _export(
         except CaptureError:
             raise  # the model's way is refused, too
         except Exception as error:
+            if interrupted(error):
+                raise
             reason = f"{count} modules keep the model's way: {_first_line(error)}"
     hint = "their experts_implementation then decides how they run"
     return export(), [Remark("PLT-CAP-021", "missed", "capture", (), reason, hint)]

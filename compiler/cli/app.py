@@ -6,17 +6,15 @@ model and its example inputs; the model itself will do, too), or a file that `Co
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ... import __version__
+from .ending import reported, run_app, show_tracebacks
 from .error import CliError
 
 app = typer.Typer(
@@ -28,10 +26,6 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Look after the kernel database.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
-
-_debug = False
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="module:function, file.py:function or a saved file.")
@@ -50,51 +44,6 @@ Threads = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
 
 
-@contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """Turns errors into one message and an exit code: 2 for the user's, 1 for plait's own."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
-        _discard_output()
-        raise typer.Exit(0) from None
-    except Exception as error:
-        if _debug:
-            raise
-        if isinstance(error, CliError) or _is_user_error(error):
-            _fail(str(error), 2)
-        _fail(f"{type(error).__name__}: {error}; --debug before the command shows where", 1)
-
-
-def _is_user_error(error: Exception) -> bool:
-    # By module, for the classes themselves cannot be imported without importing torch.
-    kinds = {f"{k.__module__.rpartition('.')[2]}.{k.__name__}" for k in type(error).__mro__}
-    return bool(
-        kinds
-        & {
-            "errors.PlaitError",
-            "errors.PlacementError",
-            "pipeline_text.PipelineError",
-            "plan.PlanError",
-        }
-    )
-
-
-def _discard_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str, code: int) -> None:
-    with contextlib.suppress(OSError):  # `main` tells of it
-        sys.stdout.flush()
-    print(f"plait: {message}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         print(__version__)
@@ -109,8 +58,7 @@ def common(
     ] = False,
 ) -> None:
     del version  # its callback has answered
-    global _debug
-    _debug = debug
+    show_tracebacks(debug)
 
 
 @app.command()
@@ -457,32 +405,4 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
             stream.reconfigure(errors="replace")  # ASCII lacks the lines of tables
-    code: str | int | None = 0
-    try:
-        app()
-    except SystemExit as end:
-        code = end.code
-    except OSError as error:  # of help, which no command writes
-        code = _lost(error, 0)
-    if sys.stdout is not None:
-        try:
-            sys.stdout.flush()  # the interpreter's own, later, ends in a traceback
-        except OSError as error:
-            code = _lost(error, code)
-    if code == INTERRUPTED:
-        # TVM's threads may still run; destroying them at exit would end in an abort.
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-        os._exit(INTERRUPTED)
-    sys.exit(code)
-
-
-def _lost(error: OSError, code: str | int | None) -> str | int | None:
-    """The exit code where the output could not be written, which it tells unless a fault has been
-    told already.
-    """
-    _discard_output()
-    if code or isinstance(error, BrokenPipeError):
-        return code
-    print(f"plait: the output cannot be written ({error})", file=sys.stderr)
-    return 1
+    run_app(app)
