@@ -22,6 +22,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from . import loader
-from .index import TABLES, Index, Note
+from .index import AGAIN, TABLES, Index, Note
 from .loader import cache_directory
 
 FAST, FRUGAL = "fast", "frugal"
@@ -97,11 +98,12 @@ class Report:
     damaged: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
     dangling: list[str] = field(default_factory=list)
+    malformed: int = 0
 
     @property
     def ok(self) -> bool:
         """Whether everything that entries refer to was sound."""
-        return not (self.damaged or self.dangling)
+        return not (self.damaged or self.dangling or self.malformed)
 
 
 class Database:
@@ -141,14 +143,11 @@ class Database:
         for start in range(0, len(missing), 500):
             part = missing[start : start + 500]
             marks = ",".join("?" * len(part))
-            rows = self.index.read(
-                "SELECT key, symbol, record, role, seconds, effort, object, checksum FROM entries"
-                f" WHERE role = ? AND version = ? AND key IN ({marks})",
-                (role, self.version, *part),
-            )
-            for key, symbol, record, _, seconds, effort, name, checksum in rows:
+            condition = f"role = ? AND version = ? AND key IN ({marks})"
+            rows = self.index.rows("entries", condition, (role, self.version, *part))
+            for key, _, _, name, symbol, record, seconds, effort, checksum in rows:
                 if checksum != _checksum(key, role, name, symbol, record):
-                    self.index.say("PLT-CAC-004", f"the cached kernel {key} was damaged", _AGAIN)
+                    self.index.say("PLT-CAC-004", f"the cached kernel {key} was damaged", AGAIN)
                     continue
                 entry = Entry(key, symbol, json.loads(record), role, seconds, effort, name)
                 if self._is_sound(entry):
@@ -217,7 +216,7 @@ class Database:
             self.address(entry)
             return True
         except loader.LoadError as error:
-            self.index.say("PLT-CAC-003", f"a cached kernel library is unusable: {error}", _AGAIN)
+            self.index.say("PLT-CAC-003", f"a cached kernel library is unusable: {error}", AGAIN)
             self._drop_object(entry.object)
             return False
 
@@ -229,12 +228,9 @@ class Database:
 
     def measurements(self, key: str) -> list[Measured]:
         """Everything measured for ``key``, the fastest first, failures last."""
-        rows = self.index.read(
-            "SELECT key, config, seconds, error, note FROM measurements"
-            " WHERE key = ? AND version = ? ORDER BY seconds IS NULL, seconds, config",
-            (key, self.version),
-        )
-        return [Measured(k, json.loads(c), s, e, n) for k, c, s, e, n in rows]
+        rows = self.index.rows("measurements", "key = ? AND version = ?", (key, self.version))
+        found = [Measured(k, json.loads(c), s, e, n) for k, c, _, s, e, n in rows]
+        return sorted(found, key=lambda m: math.inf if m.seconds is None else m.seconds)
 
     def _measurement_rows(self, measured: Iterable[Measured]) -> list[tuple[str, tuple[Any, ...]]]:
         return [
@@ -254,10 +250,8 @@ class Database:
 
     def progress(self, task: str) -> dict[str, Any] | None:
         """The state that `set_progress` kept for a long-running task, or None."""
-        rows = self.index.read(
-            "SELECT state FROM progress WHERE task = ? AND version = ?", (task, self.version)
-        )
-        return json.loads(rows[0][0]) if rows else None
+        rows = self.index.rows("progress", "task = ? AND version = ?", (task, self.version))
+        return json.loads(rows[0][-1]) if rows else None
 
     def set_progress(self, task: str, state: dict[str, Any]) -> None:
         """Keeps where a long-running task is, so that an interrupted one can go on."""
@@ -301,7 +295,7 @@ class Database:
             except OSError:
                 return None
             if loader.digest(data) != name:
-                self.index.say("PLT-CAC-003", f"the kernel library {name[:12]} is damaged", _AGAIN)
+                self.index.say("PLT-CAC-003", f"the kernel library {name[:12]} is damaged", AGAIN)
                 self._drop_object(name)
                 return None
         return data
@@ -345,6 +339,7 @@ class Database:
         report = Report()
         with self.index.exclusive():
             self.index.check()
+            report.malformed = self.index.drop_malformed()
             self._drop_abandoned()
             objects = self._objects()
             for name, path in objects.items():
@@ -424,9 +419,6 @@ class Database:
     def close(self) -> None:
         """Closes the index; the next use opens it again (a database in memory is lost)."""
         self.index.close()
-
-
-_AGAIN = "nothing to do: it is compiled again"
 
 
 def _checksum(*texts: str) -> str:

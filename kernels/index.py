@@ -42,6 +42,7 @@ CREATE TABLE IF NOT EXISTS progress (
     task TEXT, version TEXT, state TEXT, PRIMARY KEY (task, version)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS entries_by_object ON entries (object);
 """
+AGAIN = "nothing to do: it is made again"
 # sqlite's errors that say something of the surroundings and not of the file's contents.
 _SURROUNDINGS = frozenset(
     {
@@ -108,6 +109,29 @@ class Index:
     def read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         """The rows of a query."""
         return self._run(lambda c: c.execute(query, tuple(values)).fetchall())
+
+    def rows(self, table: str, condition: str = "1", values: Sequence[Any] = ()) -> list[Any]:
+        """The whole rows of a table that fulfil a condition. Malformed ones are told and left out,
+        as if they had never been.
+        """
+        columns = ", ".join(TABLES[table])
+        found = self.read(f"SELECT {columns} FROM {table} WHERE {condition}", values)
+        sound = [row for row in found if _is_well_formed(table, row)]
+        if len(sound) < len(found):
+            reason = f"{len(found) - len(sound)} rows of {table} were damaged"
+            self.say("PLT-CAC-004", reason, AGAIN)
+        return sound
+
+    def drop_malformed(self) -> int:
+        """Removes all malformed rows; returns how many there were."""
+        dropped = 0
+        for table, columns in TABLES.items():
+            for row in self.read(f"SELECT {', '.join(columns)} FROM {table}"):
+                if not _is_well_formed(table, row):
+                    same = " AND ".join(f"{column} IS ?" for column in columns)
+                    self.execute([(f"DELETE FROM {table} WHERE {same}", row)])
+                    dropped += 1
+        return dropped
 
     def write(self, rows: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
         """Inserts or replaces rows, given with their tables' names, in one transaction."""

@@ -33,6 +33,8 @@ def verify() -> None:
     for note in database.notes:
         print(f"{note.id}: {note.reason}; {note.hint}")
     print(f"{report.objects} libraries and {report.entries} kernels checked")
+    if report.malformed:
+        print(f"damaged rows, removed: {report.malformed}")
     for title, names in (
         ("damaged, removed", report.damaged),
         ("entry without library, removed", report.dangling),

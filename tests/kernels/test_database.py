@@ -159,6 +159,37 @@ def test_an_altered_row_is_a_miss(tmp_path: Path, library) -> None:
     assert [n.id for n in database.notes] == ["PLT-CAC-004"]
 
 
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("entries", "record = x'ff00'"),
+        ("entries", "effort = 'z'"),
+        ("measurements", "config = '{x'"),
+        ("measurements", "seconds = 'abc'"),
+        ("progress", "state = '[1'"),
+        ("progress", "state = '[1]'"),
+    ],
+)
+def test_malformed_rows_are_as_if_they_had_never_been(
+    tmp_path: Path, library, table: str, change: str
+) -> None:
+    database = Database(tmp_path)
+    database.store([entry()], library, measured=[Measured("k", {"ri": 6}, 1.0)])
+    database.set_progress("task", {"done": 3})
+    database.index.execute([(f"UPDATE {table} SET {change}", ())])
+    found = {
+        "entries": database.lookup("k") is not None,
+        "measurements": bool(database.measurements("k")),
+        "progress": database.progress("task") is not None,
+    }
+    assert found == {name: name != table for name in found}
+    assert [n.id for n in database.notes] == ["PLT-CAC-004"]
+    report = database.verify()
+    assert report.malformed == 1 and not report.ok and database.verify().ok
+    database.set_progress("task", {"done": 4})
+    assert database.progress("task") == {"done": 4}
+
+
 @pytest.mark.parametrize("damage", ["text", "empty page", "truncated", "foreign tables"])
 def test_a_damaged_index_is_set_aside_and_rebuilt(tmp_path: Path, library, damage: str) -> None:
     first = Database(tmp_path)
