@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch._subclasses.fake_impls import op_implementations_dict as fake_rules
 from torch.export import ExportedProgram, exported_program
 
@@ -117,8 +118,28 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
     state = _registered()
     if _latest is None or _latest.state != state:
         _latest = _Kept(state)
-    with _latest.used():
+    with _latest.used(), _plain_constants(program):
         return program.run_decompositions(_latest.table)
+
+
+@contextlib.contextmanager
+def _plain_constants(program: ExportedProgram) -> Iterator[None]:
+    """Within it, tensors that the sides of a `torch.cond` make of numbers are plain attributes of
+    their graphs: torch puts others in the place of buffers, which a second trace cannot read.
+    """
+    root = program.graph_module
+    inner = [m for m in root.modules() if m is not root and isinstance(m, fx.GraphModule)]
+    moved = [(m, m._buffers.copy()) for m in inner if m._buffers]
+    for module, buffers in moved:
+        module._buffers.clear()
+        module.__dict__.update(buffers)
+    try:
+        yield
+    finally:
+        for module, buffers in moved:
+            for name in buffers:
+                module.__dict__.pop(name, None)
+            module._buffers.update(buffers)
 
 
 def _registered() -> Any:

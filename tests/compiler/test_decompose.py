@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.export import exported_program
 
+import plait
 from plait.compiler.capture import decompose, ops
 
 NAME = "plait_test_decompose"
@@ -143,3 +144,25 @@ def test_another_thread_keeps_its_own_table(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(decompose, "_give", given)
     decompose.decomposed(program)
     assert found == [want]
+
+
+class Numbers(nn.Module):
+    """Sides of a `torch.cond`, one within the other, that make tensors of numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def inner(x: torch.Tensor) -> torch.Tensor:
+            return x * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+        def positive(x: torch.Tensor) -> torch.Tensor:
+            y = x + torch.tensor(2.0)
+            return torch.cond(y.sum() > 20, inner, torch.clone, (y,))
+
+        return torch.cond(x.sum() > 0, positive, inner, (x,))
+
+
+@pytest.mark.parametrize("value", [-1.0, 1.0, 5.0])
+def test_sides_of_a_cond_make_tensors_of_numbers(value: float) -> None:
+    x = torch.full((2, 4), value)
+    with torch.no_grad():
+        model = plait.compile(Numbers().eval(), tune="off", example_inputs=torch.ones(2, 4))
+        assert torch.equal(model(x), Numbers()(x)) and len(model.programs) == 1
