@@ -1,19 +1,26 @@
-"""Choices that transformers makes otherwise while a model is exported, made as in eager mode.
+"""Choices that are made otherwise while a model is exported, made as in eager mode.
 
-An exported program is taken for one that runs with other sizes and by other engines. So masks are
-made even where nothing is hidden, or where the sizes tell that a causal attention needs none; some
-models make them for other sizes than their attention's and work only because eager mode does not.
-Triangular systems of linear attention become a program for each row of a chunk. Here sizes are
-guarded and every operator runs: what eager mode chooses is right, shorter, and what results are
-compared with. Of what depends on a mask's values, see `masks`.
+torch takes a dropout that is switched off for a copy, though it returns the tensor it is given:
+what is then written to one is written to the other.
+
+To transformers, an exported program is one that runs with other sizes and by other engines. So
+masks are made even where nothing is hidden, or where the sizes tell that a causal attention needs
+none; some models make them for other sizes than their attention's and work only because eager mode
+does not. Triangular systems of linear attention become a program for each row of a chunk. Here
+sizes are guarded and every operator runs: what eager mode chooses is right, shorter, and what
+results are compared with. Of what depends on a mask's values, see `masks`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 QUESTION = "is_torchdynamo_exporting"
 """The library's name of the question whether a model is being exported."""
@@ -38,7 +45,31 @@ def as_eager() -> Iterator[None]:
             if QUESTION in names:
                 placed.append((names, names[QUESTION]))
                 names[QUESTION] = lambda: False
-        yield
+        with _SwitchedOff():
+            yield
     finally:
         for names, original in placed:
             names[QUESTION] = original
+
+
+class _SwitchedOff(TorchFunctionMode):
+    """Within it, a dropout that drops nothing returns what it is given."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.dropout, torch.dropout) and _kept(*args, **kwargs):
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
+
+
+def _kept(
+    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True
+) -> bool:
+    """Whether a dropout drops nothing; no where it is refused. Parameters are torch's."""
+    return not isinstance(p, torch.Tensor) and (p == 0 or (0 < p <= 1 and not (training and train)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
@@ -117,6 +119,36 @@ def test_mutated_buffers_and_inputs_are_results_to_copy_back() -> None:
     assert torch.equal(values[1], torch.full((3,), 2.0))
     assert torch.equal(values[2], torch.ones(1))
     assert model.count.item() == 0, "capture itself changes nothing"
+
+
+@pytest.mark.parametrize(
+    "dropout",
+    [
+        nn.Dropout(0.5).eval(),
+        lambda x: F.dropout(input=x, p=0.3, training=False, inplace=True),
+        lambda x: torch.dropout(x, 0.0, True),
+        lambda x: torch.dropout(x, 0.5, train=False),
+    ],
+)
+def test_what_is_written_to_a_dropout_that_is_off_is_written_to_its_input(
+    dropout: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        dropout(y).relu_()
+        return y + 1
+
+    x = torch.randn(2, 4)
+    assert torch.equal(capture(function, (x,), {}).graph_module(x)[0], function(x))
+
+
+def test_a_dropout_that_is_on_or_refused_is_neither_left_out() -> None:
+    names = [
+        n.name for n in capture(nn.Dropout(0.5), (torch.ones(3),), {}).graph_module.graph.nodes
+    ]
+    assert any("dropout" in name for name in names)
+    with pytest.raises(CaptureError, match="dropout probability"):
+        capture(lambda x: F.dropout(x, 1.5, training=False), (torch.ones(3),), {})
 
 
 def test_symbols_ranges_and_guards() -> None:
