@@ -112,14 +112,41 @@ def _give(operator: Any, kernels: dict[Any, Any]) -> None:
 _latest: _Kept | None = None
 
 
-def decomposed(program: ExportedProgram) -> ExportedProgram:
+def decomposed_anew(program: ExportedProgram) -> ExportedProgram:
     """``program`` in the operators that a captured graph may hold. For one thread at a time."""
+    kept = _current()
+    with kept.used(), _plain_constants(program):
+        return program.run_decompositions(kept.table)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The table of decompositions, and what torch makes of it."""
+
+    all: Table
+    composites: Table
+    """Of composite operators, those that stay whole included."""
+    others: Table
+    used: Callable[[], contextlib.AbstractContextManager[None]]
+    """The context in which composite operators have their kernels of the table."""
+
+
+def tables() -> Tables | None:
+    """What programs are decomposed by; None where torch has no such functions."""
+    names, kept = vars(exported_program), _current()
+    split, override = names.get(SPLIT), names.get(OVERRIDE)
+    if split is None or override is None:
+        return None
+    composites, others = kept.parts = kept.parts or split(dict(kept.table))
+    return Tables(kept.table, composites, others, lambda: kept._overridden(composites, override))
+
+
+def _current() -> _Kept:
     global _latest
     state = _registered()
     if _latest is None or _latest.state != state:
         _latest = _Kept(state)
-    with _latest.used(), _plain_constants(program):
-        return program.run_decompositions(_latest.table)
+    return _latest
 
 
 @contextlib.contextmanager

@@ -23,15 +23,14 @@ from ...passes.remarks import Remark
 from ...runtime import forked
 from ..errors import CaptureError, interrupted
 from ..guards.watch import Attributes, modules_of
-from . import ops
 from .arguments import SCALARS, argument_names, distinct, is_plain
 from .captured import Captured
 from .decisions import Recording
-from .decompose import decomposed
 from .experts import routed_experts
 from .flat import Flat
 from .hooks import check_modules
 from .masks import MaskError
+from .piecewise import decomposed
 from .quiet import functions_kept, quiet
 from .traced import Traced
 from .tree import Tree, flatten_call
@@ -89,10 +88,7 @@ def capture(
                 raise
             traced.reads_masks = True
             found, remarks = _export(target, traced, tuple(tensors), shapes, roots)
-        # Autocast's conversions appear only when the program is traced through again.
-        if torch._C._is_any_autocast_enabled() or ops.needs_decomposition(found):
-            found = decomposed(found)
-        return found, remarks
+        return decomposed(found), remarks
 
     try:
         with EXCLUSIVE, quiet(), functions_kept(), _mode_of(weights):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx as fx
 
 KEEP = (
     # products
@@ -108,23 +109,16 @@ WHOLE = frozenset(
 """Operators as export writes them that are as good as what decomposing would make of them."""
 
 
-def needs_decomposition(program: torch.export.ExportedProgram) -> bool:
-    """Whether ``program`` must be traced again to be functional and in the operators we know.
+SIZED = ("aten.adaptive_avg_pool2d.default", "aten.flatten.using_ints")
+"""Those of `WHOLE` whose parts say how they depend on sizes that are open."""
 
-    Tracing costs as much as the export. A program of static sizes whose operators are all in
-    `WHOLE` (none of them mutates or depends on the mode) is what decomposing would return.
-    """
-    signature = program.graph_signature
-    if program.range_constraints or signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        return True
-    for node in program.graph.nodes:
-        if node.op == "call_function" and str(node.target) not in WHOLE:
-            return True
-        if str(node.target) == "aten.batch_norm.default" and node.args[5]:
-            return True
-        if str(node.target) == "aten.dropout.default" and node.args[2]:
-            return True
-    return False
+
+def trains(node: fx.Node) -> bool:
+    """Whether an operator does what it does in training only."""
+    name = str(node.target)
+    if name == "aten.batch_norm.default":
+        return bool(node.args[5])
+    return name == "aten.dropout.default" and bool(node.args[2])
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

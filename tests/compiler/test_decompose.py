@@ -52,7 +52,7 @@ def test_every_time_gives_what_torch_gives(prepared: list[Any]) -> None:
     want = str(exported().run_decompositions(ops.decompositions()).graph)
     prepared.clear()
     for _ in range(3):
-        assert str(decompose.decomposed(exported()).graph) == want
+        assert str(decompose.decomposed_anew(exported()).graph) == want
     assert len(prepared) == 1
 
 
@@ -60,7 +60,7 @@ def test_operators_are_left_as_they_were() -> None:
     found = [torch.ops.aten.linear.default, torch.ops.aten.matmul.default]
     kernels = [dict(o.py_kernels) for o in found]
     for _ in range(3):
-        decompose.decomposed(exported())
+        decompose.decomposed_anew(exported())
         assert [o.py_kernels for o in found] == kernels
         assert not any(o in decompose.fake_rules for o in found)
     program = exported()
@@ -70,7 +70,7 @@ def test_operators_are_left_as_they_were() -> None:
 def test_an_error_leaves_operators_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     program = exported()
     kernels = dict(torch.ops.aten.matmul.default.py_kernels)
-    decompose.decomposed(program)
+    decompose.decomposed_anew(program)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         assert torch.ops.aten.matmul.default.py_kernels != kernels
@@ -82,12 +82,12 @@ def test_an_error_leaves_operators_as_they_were(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(decompose, "_latest", None)
     for _ in range(2):  # the first prepares, the second takes what is kept
         with pytest.raises(RuntimeError, match="within"):
-            decompose.decomposed(program)
+            decompose.decomposed_anew(program)
         assert torch.ops.aten.matmul.default.py_kernels == kernels
 
 
 def test_an_operator_registered_since_counts(prepared: list[Any]) -> None:
-    decompose.decomposed(exported())
+    decompose.decomposed_anew(exported())
     library = torch.library.Library(NAME, "DEF")
     try:
         library.define("twice(Tensor x) -> Tensor")
@@ -99,7 +99,7 @@ def test_an_operator_registered_since_counts(prepared: list[Any]) -> None:
                 return operator(x)
 
         program = torch.export.export(Twice(), (torch.ones(3),))
-        graph = decompose.decomposed(program).graph
+        graph = decompose.decomposed_anew(program).graph
         assert operator not in [n.target for n in graph.nodes]
         assert len(prepared) == 2
     finally:
@@ -108,13 +108,13 @@ def test_an_operator_registered_since_counts(prepared: list[Any]) -> None:
 
 def test_kernels_given_since_are_those_restored(prepared: list[Any]) -> None:
     operator = torch.ops.aten.matmul.default
-    decompose.decomposed(exported())
+    decompose.decomposed_anew(exported())
     key = torch._C.DispatchKey.SparseCPU
     operator.py_impl(key)(lambda *args: NotImplemented)
     try:
         given = dict(operator.py_kernels)
         for _ in range(2):
-            decompose.decomposed(exported())
+            decompose.decomposed_anew(exported())
             assert operator.py_kernels == given
     finally:
         operator.py_kernels.pop(key)
@@ -140,9 +140,9 @@ def test_another_thread_keeps_its_own_table(monkeypatch: pytest.MonkeyPatch) -> 
             thread.join()
         give(*args)
 
-    decompose.decomposed(program)
+    decompose.decomposed_anew(program)
     monkeypatch.setattr(decompose, "_give", given)
-    decompose.decomposed(program)
+    decompose.decomposed_anew(program)
     assert found == [want]
 
 

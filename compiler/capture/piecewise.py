@@ -1,0 +1,185 @@
+"""Decomposes exported programs operator by operator, where tracing them anew would give the same.
+
+`torch.export.ExportedProgram.run_decompositions` traces the whole program once more, which takes
+longer than the export did, though most operators stay as they are. Here only operators that have
+parts are traced, each alone, and writing in place becomes an ordinary operator where nobody looks
+at what was there before. What is not certain to come out the same is left to torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ...passes.ir import fake_mode_of, is_mutating, is_random
+from . import ops
+from .decompose import Tables, decomposed_anew, tables
+
+_NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "seq_nr")
+
+
+def decomposed(program: ExportedProgram) -> ExportedProgram:
+    """``program``, which is changed, in the operators that a captured graph may hold. For one
+    thread at a time.
+    """
+    found = tables()
+    # Autocast's conversions appear only when the program is traced through again.
+    if found is not None and not torch._C._is_any_autocast_enabled():
+        with contextlib.suppress(_Uncertain):
+            program.graph_module.graph = _Pieces(program, found).graph()
+            return program
+    return decomposed_anew(program)
+
+
+class _Uncertain(Exception):
+    """Whether tracing anew would give the same is not known."""
+
+
+class _Pieces:
+    """Makes the new graph. ``env`` has what stands for the nodes of the program's: a node, or, for
+    operators with several results, nodes in the containers that the results came in.
+    """
+
+    def __init__(self, program: ExportedProgram, found: Tables) -> None:
+        signature = program.graph_signature
+        if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+            raise _Uncertain
+        self.source, self.tables = program.graph, found
+        self.mode = fake_mode_of(self.source)
+        self.new = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.order = {node: i for i, node in enumerate(self.source.nodes)}
+        self.sharing: dict[int, list[fx.Node]] = {}
+        for node in self.source.nodes:
+            for storage in _storages(node):
+                self.sharing.setdefault(storage, []).append(node)
+
+    def graph(self) -> fx.Graph:
+        with contextlib.ExitStack() as self.within:
+            self.ready = False
+            for node in self.source.nodes:
+                self.env[node] = self._made(node)
+        return self.new
+
+    def _made(self, node: fx.Node) -> Any:
+        if node.op != "call_function":
+            return self.new.node_copy(node, self.env.__getitem__)
+        if node.meta.get("unbacked_bindings") or is_random(node):
+            raise _Uncertain
+        if node.target is operator.getitem:
+            made = self.env[node.args[0]]  # type: ignore[index]
+            if not isinstance(made, fx.Node):
+                return made[node.args[1]]
+        elif not isinstance(node.target, OpOverload):
+            if not isinstance(node.meta.get("val"), _NUMBERS):
+                raise _Uncertain  # such as an operator on graphs
+        elif ops.trains(node):
+            raise _Uncertain
+        elif is_mutating(node):
+            return self._functional(node)
+        return self._called(node, node.target)
+
+    def _called(self, node: fx.Node, target: Any) -> Any:
+        """What becomes of a call of ``target`` in the place of ``node``."""
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.env.__getitem__)
+        computes = isinstance(target, OpOverload) and not isinstance(node.meta["val"], _NUMBERS)
+        if computes and self._has_parts(node, target):
+            return self._parts(node, target, args, kwargs)
+        new = self.new.create_node("call_function", target, args, kwargs, node.name)
+        new.meta = dict(node.meta)
+        return new
+
+    def _has_parts(self, node: fx.Node, target: OpOverload) -> bool:
+        if str(target) in ops.WHOLE:
+            return str(target) in ops.SIZED and _is_open(node.args[0])
+        if target in self.tables.all:
+            return True
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+            target.name(), "CompositeImplicitAutograd"
+        )
+        return composite and target not in self.tables.composites
+
+    def _parts(self, node: fx.Node, target: OpOverload, args: Any, kwargs: Any) -> Any:
+        """What is traced of a call, in the new graph."""
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, fx.Node)]
+        places = {x: i for i, x in enumerate(dict.fromkeys(leaves))}
+
+        def call(*values: Any) -> Any:
+            given = tree_map_only(fx.Node, lambda x: values[places[x]], (args, kwargs))
+            return target(*given[0], **given[1])
+
+        if not self.ready:
+            self.within.enter_context(self.tables.used())
+            self.within.enter_context(enable_python_dispatcher())
+            self.within.enter_context(self.mode)
+            self.within.enter_context(torch.no_grad())
+            self.ready = True
+        traced = make_fx(call, decomposition_table=dict(self.tables.others))
+        inner: dict[fx.Node, Any] = {}
+        given = iter(places)
+        for part in traced(*(x.meta["val"] for x in places)).graph.nodes:
+            if part.op == "placeholder":
+                inner[part] = next(given)
+            elif part.op == "output":
+                return fx.map_arg(part.args[0], inner.__getitem__)
+            elif part.op != "call_function" or is_mutating(part) or is_random(part):
+                raise _Uncertain
+            else:
+                inner[part] = new = self.new.node_copy(part, inner.__getitem__)
+                new.meta.update((k, node.meta[k]) for k in _ORIGIN if k in node.meta)
+        raise _Uncertain
+
+    def _functional(self, node: fx.Node) -> Any:
+        """An ordinary call for one that writes to its first argument, where that is not seen."""
+        written, now = node.args[0], self.order[node]
+        plain = _plain(node.target)
+        if plain is None or not isinstance(written, fx.Node):
+            raise _Uncertain
+        for other in {n for s in _storages(written) for n in self.sharing[s]}:
+            if other.op != "call_function":
+                raise _Uncertain
+            earlier = other is not written and self.order[other] < now
+            if earlier and any(self.order[user] > now for user in other.users):
+                raise _Uncertain
+        made = self._called(node, plain)
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        with self.mode, torch.no_grad():
+            value = plain(*args, **kwargs)
+        if not _same_layout(value, node.meta["val"]):
+            raise _Uncertain  # promoted, broadcast or dense where writing in place is not
+        self.env[written] = made
+        return made
+
+
+def _plain(target: Any) -> OpOverload | None:
+    """The pointwise operator that computes what ``target`` writes to its first argument."""
+    namespace, _, name = target._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    plain = getattr(packet, target._overloadname, None)
+    if not name.endswith("_") or plain is None or plain._schema.is_mutable:
+        return None
+    return plain if torch.Tag.pointwise in plain.tags else None
+
+
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _is_open(node: Any) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in node.meta["val"].shape)
+
+
+def _storages(node: fx.Node) -> set[int]:
+    """The memory of a node's results: those of views of one tensor are the same."""
+    found = tree_leaves(node.meta.get("val"))
+    return {x.untyped_storage()._cdata for x in found if isinstance(x, torch.Tensor)}

@@ -1,0 +1,159 @@
+"""Programs are decomposed operator by operator where that gives what tracing them anew gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plait.compiler.capture import piecewise
+from plait.compiler.capture.export import capture
+
+
+class Parts(nn.Module):
+    """Composites, operators with a decomposition, and writing in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.5)
+        )
+        self.linear = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.convs(F.pad(x, (1, 1, 1, 1)))
+        y = F.silu(x.mean((2, 3)), inplace=True)
+        q, k, v = self.linear(x.flatten(2).mT).reshape(x.shape[0], -1, 3, 4).unbind(2)
+        scores = (q @ k.transpose(1, 2)).softmax(-1).logsumexp(-1)
+        a, b = v.contiguous().split([1, 3], -1)
+        total = scores[..., None] + b.sum(-1, keepdim=True)
+        total += a
+        return y, total.permute(2, 0, 1).contiguous()
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Gets an item whenever a program is traced anew."""
+    seen: list[Any] = []
+    whole = piecewise.decomposed_anew
+
+    def noted(program: Any) -> Any:
+        seen.append(program)
+        return whole(program)
+
+    monkeypatch.setattr(piecewise, "decomposed_anew", noted)
+    return seen
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@torch.no_grad()
+def test_nothing_is_traced_anew(anew: list[Any], is_open: bool) -> None:
+    model, x = Parts().eval(), torch.randn(2, 3, 8, 9)
+    sizes = torch.export.Dim.AUTO
+    captured = capture(model, (x,), {}, [{0: sizes, 2: sizes, 3: sizes}] if is_open else None)
+    assert not anew
+    names = Counter(str(n.target) for n in captured.graph_module.graph.nodes)
+    assert not {n for n in names if n.partition(".")[2].split(".")[0].endswith("_")}
+    assert not {"aten.pad.default", "aten.matmul.default", "aten.logsumexp.default"} & set(names)
+    for given in (x, torch.randn(5, 3, 12, 7)) if is_open else (x,):
+        for got, want in zip(captured.graph_module(given), model(given), strict=True):
+            assert torch.equal(got, want)
+
+
+def _by_a_view(x: Tensor) -> Tensor:
+    y = x * 2
+    z = y.view(-1)
+    y.relu_()
+    return z + 1
+
+
+def _of_a_view(x: Tensor) -> Tensor:
+    y = x * 2
+    y.view(-1).relu_()
+    return y + 1
+
+
+def _of_a_strided_view(x: Tensor) -> Tensor:
+    y = (x * 2)[:, :1]
+    y += x[:, 1:2]
+    return y.contiguous()
+
+
+def _of_an_item(x: Tensor) -> Tensor:
+    y = x * 2
+    y.unbind()[0].relu_()
+    return y + 1
+
+
+def _of_an_input(x: Tensor) -> Tensor:
+    x.mT.relu_()
+    return x + 1
+
+
+def _of_a_copy_that_is_none(x: Tensor) -> Tensor:
+    y = x * 2
+    y.contiguous().to(torch.float32).reshape(4, 2).sigmoid_()
+    return y + 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _by_a_view,
+        _of_a_view,
+        _of_a_strided_view,
+        _of_an_item,
+        _of_an_input,
+        _of_a_copy_that_is_none,
+    ],
+)
+def test_writing_to_what_is_not_its_own_is_left_to_torch(
+    function: Callable[[Tensor], Tensor], anew: list[Any]
+) -> None:
+    x = torch.randn(2, 4)
+    captured = capture(function, (x,), {})
+    assert len(anew) == 1
+    results = captured.graph_module(x.clone())
+    assert torch.equal(results[0], function(x))
+    assert len(results) == 1 + len(captured.mutations)
+
+
+def test_writing_keeps_what_it_writes_to(anew: list[Any]) -> None:
+    """Where the ordinary operator gives another dtype, writing in place does not."""
+
+    def function(x: Tensor) -> Tensor:
+        y = x.half() + 1
+        y *= x.sum(1, keepdim=True)
+        return y
+
+    x = torch.randn(2, 4)
+    (got,) = capture(function, (x,), {}).graph_module(x)
+    assert len(anew) == 1
+    assert got.dtype == torch.float16
+    assert torch.equal(got, function(x))
+
+
+def test_written_twice(anew: list[Any]) -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2
+        z = y + 1
+        y.add_(z).relu_()
+        return y.view(-1) + 3, z
+
+    x = torch.randn(2, 4)
+    got = capture(function, (x,), {}).graph_module(x)
+    assert not anew
+    for a, b in zip(got, function(x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_is_traced_anew(anew: list[Any]) -> None:
+    x = torch.randn(4, 3)
+    for module in (nn.Dropout(0.5), nn.BatchNorm1d(3), nn.RReLU()):
+        capture(module.train(), (x,), {})
+    assert len(anew) == 3
