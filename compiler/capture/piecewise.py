@@ -85,6 +85,8 @@ class _Pieces:
                 raise _Uncertain  # such as an operator on graphs
         elif ops.trains(node):
             raise _Uncertain
+        elif node.target is torch.ops.aten.detach_.default:  # of constants that are made
+            return self.env[node.args[0]]  # type: ignore[index]
         elif is_mutating(node):
             return self._functional(node)
         return self._called(node, node.target)

@@ -152,6 +152,16 @@ def test_written_twice(anew: list[Any]) -> None:
         assert torch.equal(a, b)
 
 
+def test_constants_that_are_made(anew: list[Any]) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x * torch.tensor([1.0, 2.0]) + torch.arange(2)
+
+    x = torch.randn(3, 2)
+    (got,) = capture(function, (x,), {}).graph_module(x)
+    assert not anew
+    assert torch.equal(got, function(x))
+
+
 def test_training_is_traced_anew(anew: list[Any]) -> None:
     x = torch.randn(4, 3)
     for module in (nn.Dropout(0.5), nn.BatchNorm1d(3), nn.RReLU()):
