@@ -27,6 +27,7 @@ from .arguments import SCALARS, argument_names, distinct, is_plain
 from .captured import Captured
 from .decisions import Recording
 from .experts import routed_experts
+from .finite import chosen
 from .flat import Flat
 from .hooks import check_modules
 from .masks import MaskError
@@ -146,7 +147,7 @@ def _export(
         finally:
             attributes.restore()
 
-    with routed_experts(target) as count:
+    with chosen(roots), routed_experts(target) as count:
         if not count:
             return export(), []
         try:
