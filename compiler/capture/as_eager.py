@@ -8,7 +8,8 @@ masks are made even where nothing is hidden, or where the sizes tell that a caus
 none; some models make them for other sizes than their attention's and work only because eager mode
 does not. Triangular systems of linear attention become a program for each row of a chunk. Here
 sizes are guarded and every operator runs: what eager mode chooses is right, shorter, and what
-results are compared with. Of what depends on a mask's values, see `masks`.
+results are compared with. Of what depends on a mask's values, see `masks`. Outputs that parts
+record are kept in one place for all models, where a model within another one ends the other's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 QUESTION = "is_torchdynamo_exporting"
 """The library's name of the question whether a model is being exported."""
+RECORDS = "utils.output_capturing", "is_torchdynamo_compiling"
+"""Where outputs are recorded, and the question that it asks."""
 MODULES = (
     "masking_utils",
     *(
@@ -38,18 +41,18 @@ that only run compiled, such as an associative scan."""
 @contextlib.contextmanager
 def as_eager() -> Iterator[None]:
     """Within it, `MODULES` choose as in eager mode. Those that are not loaded stay so."""
-    placed: list[tuple[dict[str, Any], Any]] = []
+    placed: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for name in MODULES:
+        for name, question in (*((name, QUESTION) for name in MODULES), RECORDS):
             names = vars(sys.modules.get(f"transformers.{name}", object))
-            if QUESTION in names:
-                placed.append((names, names[QUESTION]))
-                names[QUESTION] = lambda: False
+            if question in names:
+                placed.append((names, question, names[question]))
+                names[question] = lambda: False
         with _SwitchedOff():
             yield
     finally:
-        for names, original in placed:
-            names[QUESTION] = original
+        for names, question, original in placed:
+            names[question] = original
 
 
 class _SwitchedOff(TorchFunctionMode):
