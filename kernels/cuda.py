@@ -316,7 +316,7 @@ def _split(
     """Separates what the host does, as data, from the device's functions."""
     _register()
     # With a C calling convention TVM leaves the host's part as it is: a list of launches.
-    function = function.with_attr("global_symbol", name).with_attr("calling_conv", 1)
+    function = _wide(function).with_attr("global_symbol", name).with_attr("calling_conv", 1)
     bound = target.tvm()
     module = tvm.tirx.transform.BindTarget(bound)(tvm.IRModule({name: function}))
     pipeline: Any = tvm.tirx.get_default_tir_pipeline(bound)
@@ -327,7 +327,47 @@ def _split(
     arguments = (*definition.inputs, *definition.outputs)
     reader = _HostReader(host, [p.arg.dtype.itemsize * p.offset for p in arguments])
     # Variants of one definition share variables, which one source may not bind twice.
-    return reader.kernel(name), {v: s_tir.renew_defs(f) for v, f in device.functions_items()}
+    functions = {v: s_tir.renew_defs(_exact(f)) for v, f in device.functions_items()}
+    return reader.kernel(name), functions
+
+
+def _exact(function: Any) -> Any:
+    """``function`` with extremes of 64-bit integers whose operands have exactly that type in C.
+
+    TVM writes its constants as ``long long``, its types as ``int64_t``, which is ``long``: C++ has
+    an overload of ``min`` for either, and for a pair of both no reason to prefer one.
+    """
+
+    def extreme(value: Any, mutator: Any) -> Any:
+        value = mutator.default_mutate(value)
+        dtype = str(value.ty.dtype)
+        if dtype not in ("int64", "uint64"):
+            return value
+        return type(value)(_typed(value.a, dtype), _typed(value.b, dtype))
+
+    body = tvm_ffi.structural_mutate(function.body, ((tir.Min, extreme), (tir.Max, extreme)))
+    return function.with_body(body)
+
+
+def _wide(function: Any) -> Any:
+    """``function`` where integers whose bits are read as a double keep their 64 bits.
+
+    TVM narrows what it finds to fit 32 bits, such as a widened int32, and looks at the types of
+    integers only to know whether it may.
+    """
+
+    def call(value: Any, mutator: Any) -> Any:
+        value = mutator.default_mutate(value)
+        if getattr(value.op, "name", "") != "tirx.reinterpret" or str(value.ty.dtype) != "float64":
+            return value
+        return tir.reinterpret("float64", _typed(value.args[0], "int64"))
+
+    return function.with_body(tvm_ffi.structural_mutate(function.body, ((tvm.ir.Call, call),)))
+
+
+def _typed(value: Any, dtype: str) -> Any:
+    """``value`` converted to a type of C by a call, about which TVM makes no assumptions."""
+    return tir.call_pure_extern(dtype, f"{dtype}_t", value)
 
 
 class _HostReader:

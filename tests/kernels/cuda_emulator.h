@@ -173,6 +173,8 @@ To bits_as(From value) {
 }
 static inline int __float_as_int(float v) { return bits_as<int>(v); }
 static inline float __int_as_float(int v) { return bits_as<float>(v); }
+static inline long long __double_as_longlong(double v) { return bits_as<long long>(v); }
+static inline double __longlong_as_double(long long v) { return bits_as<double>(v); }
 template <class T>
 T max(T a, T b) {
   return a != a || a > b ? a : b;

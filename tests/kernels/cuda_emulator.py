@@ -10,7 +10,11 @@ from pathlib import Path
 
 import torch
 
+from plait.kernels.abi import contiguous_strides
 from plait.kernels.cuda_loader import GpuKernel
+from plait.kernels.definition import Definition, Physical
+
+from .search_check import Problem
 
 _HEADER = Path(__file__).with_name("cuda_emulator.h")
 _ERRORS = {1: "threads wait for each other", 2: "threads left before a barrier of theirs"}
@@ -75,3 +79,15 @@ class Emulator:
             status = run(arguments, grid, block, ctypes.c_int(backwards))
             if status:
                 raise EmulationError(f"{launch.function}: {_ERRORS[status]}")
+
+
+def buffer(tensor: torch.Tensor, physical: Physical) -> torch.Tensor:
+    """The dense buffer behind a tensor."""
+    strides = contiguous_strides(physical.shape)
+    return tensor.as_strided(physical.shape, strides, tensor.storage_offset() - physical.offset)
+
+
+def buffers(made: Problem, definition: Definition) -> list[torch.Tensor]:
+    """The dense buffers of a problem's tensors, as a definition sees them."""
+    physical = (*definition.inputs, *definition.outputs)
+    return [buffer(t, p) for t, p in zip((*made.inputs, *made.outputs), physical, strict=True)]

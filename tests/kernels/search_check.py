@@ -87,10 +87,12 @@ def problem(
     inputs = tuple(n for n in graph.nodes if n.op == "placeholder")
     outputs = tuple(graph.find_nodes(op="output")[0].args[0])
     anchor = next((n for n in nodes if n.target in ANCHORS), None)
-    expected = function(*(t.double() for t in tensors))
+    expected = function(*(t.double() if t.is_floating_point() else t for t in tensors))
     expected = list(expected) if isinstance(expected, (tuple, list)) else [expected]
     dtype = tensors[0].dtype
-    results = [torch.empty(e.shape, dtype=dtype) for e in expected]
+    results = [
+        torch.empty(e.shape, dtype=dtype if e.is_floating_point() else e.dtype) for e in expected
+    ]
     io: dict[fx.Node, TensorArg] = {}
     if nhwc:
         n, c, h, w = tensors[0].shape

@@ -14,15 +14,14 @@ import torch
 import tvm
 
 from plait.kernels import cuda
-from plait.kernels.abi import contiguous_strides
 from plait.kernels.build import BuildError
 from plait.kernels.cuda_loader import GpuKernel, GpuLibrary
-from plait.kernels.definition import Definition, Physical
+from plait.kernels.definition import Definition
 from plait.kernels.group import Group, Unsupported
 from plait.kernels.loader import LoadError
 from plait.kernels.target import host
 
-from .cuda_emulator import Emulator
+from .cuda_emulator import Emulator, buffers
 from .search_check import Problem, linear, problem
 
 aten = torch.ops.aten
@@ -97,9 +96,7 @@ def test_definitions_compute_the_right_thing(
     module = tvm.compile(tvm.IRModule(functions), target=host().tvm())
     for name, made in problems.items():
         made.reset()
-        physical = (*definitions[name].inputs, *definitions[name].outputs)
-        tensors = (*made.inputs, *made.outputs)
-        module[name](*(_buffer(t, p) for t, p in zip(tensors, physical, strict=True)))
+        module[name](*buffers(made, definitions[name]))
         assert made.check() < 1e-5, name
 
 
@@ -128,11 +125,8 @@ def test_generated_code_computes_the_right_thing(
     source = cuda.generate([d.functions for d in devices.values()], TARGET)
     emulator = Emulator(source, [d.kernel for d in devices.values()], tmp_path)
     for name, made in problems.items():
-        definition = definitions[name]
-        physical = (*definition.inputs, *definition.outputs)
-        tensors = zip((*made.inputs, *made.outputs), physical, strict=True)
         made.reset()
-        emulator.run(devices[name].kernel, [_buffer(t, p) for t, p in tensors])
+        emulator.run(devices[name].kernel, buffers(made, definitions[name]))
         assert made.check() < 1e-5, name
 
 
@@ -185,8 +179,7 @@ def test_kernels_run_on_a_gpu(
     for name, made in problems.items():
         kernel, definition = bundle.kernels[name], definitions[name]
         made.reset()
-        physical = (*definition.inputs, *definition.outputs)
-        here = [_buffer(t, p) for t, p in zip((*made.inputs, *made.outputs), physical, strict=True)]
+        here = buffers(made, definition)
         there = [t.cuda() for t in here]
         first = [t.data_ptr() + o for t, o in zip(there, kernel.offsets, strict=True)]
         shared = [torch.empty(n, dtype=torch.uint8, device="cuda") for n in kernel.temporaries]
@@ -196,12 +189,6 @@ def test_kernels_run_on_a_gpu(
         for tensor, result in zip(here, there, strict=True):
             tensor.copy_(result)
         assert made.check() < 1e-5, name
-
-
-def _buffer(tensor: torch.Tensor, physical: Physical) -> torch.Tensor:
-    """The dense buffer behind a tensor."""
-    strides = contiguous_strides(physical.shape)
-    return tensor.as_strided(physical.shape, strides, tensor.storage_offset() - physical.offset)
 
 
 def test_pointers_are_numbered_and_shifted() -> None:
