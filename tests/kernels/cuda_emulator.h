@@ -4,6 +4,7 @@
 // block can no longer reach, or that only some of them wait at while others wait elsewhere, ends
 // the run with an error instead of passing unnoticed. Shared memory holds NaN before every block.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -35,8 +36,11 @@ namespace emulator {
 enum State { READY, AT_BLOCK, AT_WARP, DONE };
 enum Result { FINE = 0, STUCK = 1, LEFT_BEFORE_BARRIER = 2 };
 
+// A fiber begins by its context; from then on jumps go to it and back, which need no system call.
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;
+  bool begun;
   std::unique_ptr<char[]> stack;
   State state;
   Index index;
@@ -44,7 +48,7 @@ struct Fiber {
 
 static std::vector<Fiber> fibers;
 static std::vector<uint64_t> lanes;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static int current;
 static std::function<void()> body;
 static const size_t STACK = 256 << 10;
@@ -52,13 +56,19 @@ static const size_t STACK = 256 << 10;
 static void enter() {
   body();
   fibers[current].state = DONE;
-  swapcontext(&fibers[current].context, &scheduler);
+  _longjmp(scheduler, 1);
 }
 
-static void wait(State state) {
-  Fiber& self = fibers[current];
-  self.state = state;
-  swapcontext(&self.context, &scheduler);
+static void __attribute__((noinline)) resume(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
+
+static void __attribute__((noinline)) wait(State state) {
+  fibers[current].state = state;
+  if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
 }
 
 // Releases the fibers [low, high) that wait in `state` if every one that is not done does.
@@ -88,6 +98,7 @@ static int run_block(int threads, bool backwards) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
     fiber.state = READY;
+    fiber.begun = false;
   }
   for (;;) {
     bool ran = false, all_done = true, left = false;
@@ -96,7 +107,7 @@ static int run_block(int threads, bool backwards) {
       if (fibers[current].state == READY) {
         ran = true;
         threadIdx = fibers[current].index;
-        swapcontext(&scheduler, &fibers[current].context);
+        resume(fibers[current]);
       }
       all_done &= fibers[current].state == DONE;
     }
