@@ -34,12 +34,11 @@ from . import loader
 from .build import BuildError
 from .cuda_loader import GpuKernel, Launch
 from .database import Database
-from .definition import Definition
+from .definition import THREADS, Definition
 from .definitions import DEFINITIONS
 from .group import IO, Group, Unsupported
 from .target import Target
 
-THREADS = 256  # of a block in a plain schedule
 _AXES = ("x", "y", "z")
 
 
@@ -126,6 +125,8 @@ def schedule(definition: Definition, target: Target, *, plain: bool = False) -> 
 
     ``plain`` gives every element of every stage a thread, which always works.
     """
+    if definition.bound:
+        return definition.bound[plain]
     if not plain:
         gpu = dlight.gpu
         rules = [gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction()]

@@ -11,6 +11,7 @@ Sizes must be known; everything else raises `group.Unsupported`.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,6 +30,9 @@ from .ops import evaluate
 from .ops.scope import _nested as nested
 from .target import Target
 from .value import Context, Value
+
+THREADS = 256
+"""Of a block of a GPU, where the kernel does not need another number."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Definition:
 
     ``func`` is a schedulable PrimFunc named "main" whose parameters are the physical buffers of
     ``inputs`` (packed ones in their packed shape) and then ``outputs``; ``blocks`` are the names
-    of its stages in order.
+    of its stages in order. Kernels for GPUs that are written thread by thread are ``bound``, and
+    have no stages: one function that reads aligned vectors, and one that reads single elements.
     """
 
     func: Any
@@ -101,6 +106,7 @@ class Definition:
     flops: int
     bytes: int
     input_args: tuple[TensorArg, ...]
+    bound: tuple[Any, ...] = ()
 
 
 class _Sizes:
@@ -199,8 +205,19 @@ class Writer:
         identity: float | int = 0,
         combine: Callable[[Expr, Expr], Expr] = lambda a, b: a + b,
     ) -> Any:
-        """A reduction into a new buffer of shape ``spatial``, which is returned."""
+        """A reduction into a new buffer of shape ``spatial``, which is returned.
+
+        One of a single term is no reduction to TVM: its rules would inline it, and end the process.
+        """
         result = T.sblock_alloc_buffer(list(exprs(spatial or (1,))), dtype)
+        if math.prod(reduced) == 1:
+
+            def single(s: list[Expr], _: list[Expr]) -> None:
+                value = self._expr(lambda: term(s, [zero() for _ in reduced]))
+                T.buffer_store(result, combine(tir.const(identity, dtype), value), s or [zero()])
+
+            self.block(name, spatial, [], single)
+            return result
 
         def body(s: list[Expr], r: list[Expr]) -> None:
             at = s or [zero()]

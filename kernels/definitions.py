@@ -26,6 +26,9 @@ from .ops.rows import Monoid, RowContext
 from .target import Target
 from .templates import conv_spec, gemm_spec
 from .templates.row_space import RowSpace, row_space
+from .threaded.experts import experts
+from .threaded.route import route
+from .threaded.topk import topk
 from .value import Value, cast_expr
 
 
@@ -329,5 +332,8 @@ DEFINITIONS: dict[str, Callable[..., Definition]] = {
     "rows": rows,
     "gemm": gemm,
     "conv": conv,
+    "topk": topk,
+    "route": route,
+    "experts": experts,
 }
 """How a group of each kind is defined."""

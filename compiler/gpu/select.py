@@ -123,7 +123,9 @@ class GpuKernels:
                     why = f"{type(error).__name__}: {error}".splitlines()[0]
                     raise Unsupported("PLT-KER-003", f"code generation failed: {why}") from error
                 continue
-            variants = [v for v in variants if not _same_launches(device, v)] + [device]
+            if not definition.bound:
+                variants = [v for v in variants if not _same_launches(device, v)]
+            variants.append(device)
         return Made(describe(group), definition, variants)
 
     def finish(self) -> bool:

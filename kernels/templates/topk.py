@@ -29,7 +29,7 @@ ROWS_WORK = 1 << 12  # element visits of one task
 
 def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
     """The one configuration."""
-    _Spec(group, io, target)
+    _order(group, io, target)
     return [{}]
 
 
@@ -37,7 +37,7 @@ def lower(
     group: Group, io: IO, target: Target, config: dict[str, Any], name: str = "kernel"
 ) -> Kernel:
     """Lowers ``topk``, ``sort`` or ``argsort``. Raises `Unsupported` as `candidates` does."""
-    spec = _Spec(group, io, target)
+    spec = _order(group, io, target)
     inputs = tuple(io[n] for n in group.inputs)
     outputs = tuple(io[n] for n in group.outputs)
     em = Emitter(name, inputs, outputs, symbols_of(group, (*inputs, *outputs)))
@@ -53,15 +53,11 @@ def lower(
     return em.kernel(ceil_div(rows, chunk), config, flops=product([rows, size]))
 
 
-class _Spec:
+class Order:
     """What a group asks for. ``values`` and ``indices`` are positions among its outputs."""
 
-    def __init__(self, group: Group, io: IO, target: Target) -> None:
+    def __init__(self, group: Group, io: IO) -> None:
         head, *rest = group.nodes
-        if target.kind != "cpu":
-            raise Unsupported(
-                "PLT-TOP-001", f"this template does not generate code for {target.kind}"
-            )
         if any(n.target is not operator.getitem for n in rest) or (rest and head in group.outputs):
             raise Unsupported("PLT-TOP-002", "the results are read as a whole")
         source = io[group.inputs[0]]
@@ -78,8 +74,6 @@ class _Spec:
             self.largest = bool(argument(head, "largest"))
         else:
             self.count, self.largest = size, bool(argument(head, "descending"))
-        if not isinstance(self.count, int) or self.count > MOST:
-            raise Unsupported("PLT-TOP-004", f"more than {MOST} elements of a row are put in order")
         if name.startswith("aten.argsort"):
             self.values, self.indices = None, 0
         else:
@@ -87,10 +81,19 @@ class _Spec:
             self.values, self.indices = parts.get(0), parts.get(1)
 
 
+def _order(group: Group, io: IO, target: Target) -> Order:
+    if target.kind != "cpu":
+        raise Unsupported("PLT-TOP-001", f"this template does not generate code for {target.kind}")
+    order = Order(group, io)
+    if not isinstance(order.count, int) or order.count > MOST:
+        raise Unsupported("PLT-TOP-004", f"more than {MOST} elements of a row are put in order")
+    return order
+
+
 class _Body:
     """Emits the work on one row."""
 
-    def __init__(self, em: Emitter, spec: _Spec, group: Group) -> None:
+    def __init__(self, em: Emitter, spec: Order, group: Group) -> None:
         self.em, self.spec = em, spec
         self.source = em.inputs[0]
         self.best = em.local(max(1, spec.count), compute_dtype(spec.held))

@@ -28,6 +28,7 @@ class Problem:
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
     expected: list[torch.Tensor]
+    function: Callable[..., Any]
 
     def candidate(self, kernel: Kernel, address: int) -> Candidate:
         packs = kernel.packs or (None,) * len(self.inputs)
@@ -113,7 +114,8 @@ def problem(
         io.setdefault(node, arg)
     for node, t in zip(outputs, results, strict=True):
         io[node] = TensorArg(t.dtype, tuple(t.shape), tuple(t.stride()))
-    return Problem(Group(kind, nodes, inputs, outputs, anchor), io, tensors, results, expected)
+    group = Group(kind, nodes, inputs, outputs, anchor)
+    return Problem(group, io, tensors, results, expected, function)
 
 
 def linear(m: int = 32, k: int = 64, n: int = 128, dtype: torch.dtype = torch.float32) -> Problem:

@@ -69,6 +69,11 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "amax": lambda: problem(
         "reduce", lambda x: aten.amax.default(x, [1], True), [torch.randn(9, 70)]
     ),
+    "rows of one": lambda: problem(
+        "rows",
+        lambda x: aten.div.Tensor(x, aten.sum.dim_IntList(x, [1], True)),
+        [torch.rand(40, 1)],
+    ),
     "sum of all": lambda: problem("reduce", aten.sum.default, [torch.randn(20, 30) + 1.0]),
     "linear": lambda: linear(40, 128, 96),
     "vector": lambda: linear(1, 128, 96),
