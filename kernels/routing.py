@@ -24,6 +24,9 @@ from .routing_cells import gather, scatter
 
 __all__ = ["gather", "route", "routed_linear", "scatter"]
 
+WAITING = frozenset({"plait.routed_linear.default", "plait.routed_outer.default"})
+"""Operators whose references read on the host how many rows each branch has."""
+
 
 @torch.library.custom_op("plait::route", mutates_args=())
 def route(index: Tensor, branches: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from ...kernels.group import Unsupported
 from ...kernels.horizontal import Part, candidate, fuse
 from ...kernels.occupancy import Candidate
 from ...kernels.regions import Place
+from ...kernels.routing import WAITING
 from ...passes.base import copy_graph
 from ...passes.fuse_horizontal import FUSE, FuseHorizontal, Fusion, Node, done, merged
 from ...passes.fuse_vertical import groups_of
@@ -369,6 +370,8 @@ class _Planner:
             reason = ""
             if any(r is not None and not r.dtype for r in touched(step)):
                 reason = f"{step.target} depends on sizes that only data tell"
+            elif step.target in WAITING:
+                reason = f"{step.target} waits for the GPU to count the rows of each branch"
             elif is_random(node):
                 reason = f"{step.target} draws random numbers"
             if reason:

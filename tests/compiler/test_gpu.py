@@ -186,6 +186,62 @@ def test_sizes_known_only_at_run_time_are_refused() -> None:
         planned(captured).lower()
 
 
+# -- routed computation --------------------------------------------------------------------------
+
+
+def _experts(k: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Tokens of positive numbers go to the first ``k`` experts, those of negative ones to the last
+    ones.
+    """
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_local_experts=4, num_experts_per_tok=k
+    )
+    model = MixtralSparseMoeBlock(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+        model.gate.weight += torch.tensor([[3.0], [1.0], [-1.0], [-3.0]], dtype=dtype)
+    return model
+
+
+def _routed(k: int, tokens: int, dtype: torch.dtype = torch.float32) -> GpuLowered:
+    with torch.no_grad():
+        captured = capture(_experts(k, dtype), (torch.randn(1, tokens, 16, dtype=dtype),), {})
+    return planned(captured).lower()
+
+
+@pytest.mark.parametrize(("k", "tokens"), [(2, 6), (1, 40), (2, 1)])
+def test_experts_get_whatever_rows_are_routed_to_them(k: int, tokens: int, tmp_path: Path) -> None:
+    lowered = _routed(k, tokens)
+    assert not any(isinstance(s, LibraryStep) for s in lowered.plan.steps)
+    assert lowered.graphable
+    model, device = _experts(k), FakeGpu(tokens)
+    executor = _executor(lowered, device, tmp_path)
+    x = torch.randn(1, tokens, 16)
+    signs = torch.ones(1, tokens, 1)
+    signs[:, ::2] = -1
+    with torch.no_grad():
+        for given in (x, x.abs(), -x.abs(), x.abs() * signs, 0 * x + 1, 2 * x):
+            (have,) = executor.run([given])
+            device.synchronize()
+            torch.testing.assert_close(have, model(given), rtol=1e-4, atol=1e-5)
+    assert device.captures == 1 and device.replays == 5 and executor.refusal == ""
+
+
+def test_routed_products_of_the_library_are_no_part_of_a_graph() -> None:
+    lowered = _routed(2, 6, torch.bfloat16)
+    library = [s.target for s in lowered.plan.steps if isinstance(s, LibraryStep)]
+    assert library.count("plait.routed_linear.default") == 2
+    assert not {"aten.topk.default", "plait.route.default"} & set(library)
+    assert not lowered.graphable
+    told = {r.id: r.reason for r in lowered.remarks}
+    assert "count the rows" in told["PLT-GPU-004"] and "float32" in told["PLT-EXP-002"]
+
+
 # -- plait.compile ------------------------------------------------------------------------------
 
 
