@@ -33,13 +33,10 @@ _ROUNDS = (THREADS - 1).bit_length()  # in which running totals of all threads a
 def route(group: Group, io: IO, target: Target) -> Definition:
     """``plait.route`` with the parts of its result, or ``plait.places``.
 
-    Raises `Unsupported` for other types, and for running totals.
+    Raises `Unsupported` for other types, and for too many slots or branches.
     """
     head, *rest = group.nodes
-    name = str(head.target)
-    if name.startswith("aten.cumsum"):
-        raise Unsupported("PLT-RTE-004", "the library adds up a row with many threads")
-    parts = name.startswith("plait.route")
+    parts = str(head.target).startswith("plait.route")
     if any(n.target is not operator.getitem for n in rest) or (parts and head in group.outputs):
         raise Unsupported("PLT-RTE-002", "the routes are read as a whole")
     if io[group.inputs[0]].dtype != torch.int64:
@@ -47,13 +44,13 @@ def route(group: Group, io: IO, target: Target) -> Definition:
     slots = product(known(io[group.inputs[0]].shape))
     assert isinstance(slots, int)
     if slots >= 1 << 31:
-        raise Unsupported("PLT-RTE-005", f"{slots} slots are not counted in 32 bits")
+        raise Unsupported("PLT-RTE-004", f"{slots} slots are not counted in 32 bits")
     if not parts:
         return write(group, io, target, lambda w, _: _places(w, slots), slots)
     branches = int(argument(head, "branches"))
     if branches > MOST_BRANCHES:
         raise Unsupported(
-            "PLT-RTE-005", f"the places of more than {MOST_BRANCHES} branches are not kept"
+            "PLT-RTE-004", f"the places of more than {MOST_BRANCHES} branches are not kept"
         )
     made = _Route(group, slots, branches)
     return write(group, io, target, made.write, 2 * slots * THREADS)
