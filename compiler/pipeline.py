@@ -285,7 +285,7 @@ def prepare(captured: Captured, options: Options) -> Prepared:
     with torch.no_grad(), plain_modes():
         manager = PassManager(DEFAULT_PIPELINE if options.pipeline is None else options.pipeline)
         result = manager.run(captured.graph_module)
-        _check_outlined(captured, result.graph_module)
+        check_outlined(captured, result.graph_module)
         kernels = select.Kernels(targets.host(), select.database(), options.tune)
         groups = groups_of(result.graph_module)
         lowered = lower.lower(result.graph_module, groups, kernels, captured.symbols)
@@ -318,7 +318,7 @@ def _make(
             graph.meta[BUDGET], graph.meta[KEEP] = store.budget, store.keep
         result = manager.run(graph)
         graph = result.graph_module
-        _check_outlined(captured, graph)
+        check_outlined(captured, graph)
         graph.meta.pop(JUDGE)
         graph.meta.pop(KEEP, None)
         tiered: Tiered | None = graph.meta.get(TIERED)
@@ -371,7 +371,7 @@ def _make(
     return _Made(graph, lowered, kernels, remarks, seconds, engine)
 
 
-def _check_outlined(captured: Captured, graph: fx.GraphModule) -> None:
+def check_outlined(captured: Captured, graph: fx.GraphModule) -> None:
     """Raises NotImplementedError where branches may run without cells that must not."""
     if not captured.occupied:
         return
@@ -380,7 +380,7 @@ def _check_outlined(captured: Captured, graph: fx.GraphModule) -> None:
         reason = "operators of a branch ask whether they have cells, so it has to be outlined"
         raise NotImplementedError(reason)
     for _, branch in branches_of(graph):
-        _check_outlined(captured, branch)
+        check_outlined(captured, branch)
 
 
 def _merge_judge(manager: PassManager, tune: str) -> Judge:

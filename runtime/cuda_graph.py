@@ -8,137 +8,67 @@ that a step is on.
 Memory of library results is given back to torch only where that cannot hurt: torch hands a block
 that was freed on a stream to whatever that stream allocates next, so a result is kept until a step
 of the stream which made it is issued that begins after all readers of it have ended.
+
+Steps that choose among plans by what data tell cut a plan into *pieces*, each a CUDA graph of its
+own that begins after everything before it has ended. Between two pieces the host reads the offsets
+or the truth value that decide, and has the plans run that have something to do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from . import library
-from .plan import KernelStep, LibraryStep, Plan, PlanError, Step, TensorRef, touched
+from .counts import Counts
+from .gpu_device import ALIGNMENT, Device, Function
+from .plan import (
+    BranchStep,
+    KernelStep,
+    LibraryStep,
+    Plan,
+    PlanError,
+    Step,
+    TensorRef,
+    touched,
+)
 from .sizes import evaluate
 from .spans import ITEMSIZE
 
-ALIGNMENT = 16
-"""Every tensor that a kernel gets begins at a multiple of so many bytes: those of a vector."""
-Function = Callable[[Sequence[int], int], None]
-"""Launches a kernel: pointers to its step's arguments, and a stream (a CUstream)."""
 
+class GpuPart(Protocol):
+    """What runs one of the plans that a `BranchStep` names."""
 
-class Device(Protocol):
-    """What the executor needs of a GPU and of torch on it. Streams and events are its own."""
-
-    def activate(self) -> AbstractContextManager[None]:
-        """Makes this the device on which everything inside happens."""
+    def run_into(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
+        """See `GpuExecutor.run_into`."""
         ...
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Zeros that nothing else uses (uint8)."""
+    def refusals(self, name: str) -> list[tuple[str, str]]:
+        """See `GpuExecutor.refusals`."""
         ...
 
-    def current(self) -> Any:
-        """The caller's stream."""
-        ...
-
-    def stream(self, urgent: bool) -> Any:
-        """A new stream; an urgent one goes first where there is a choice."""
-        ...
-
-    def on(self, stream: Any) -> AbstractContextManager[None]:
-        """Makes torch use ``stream``."""
-        ...
-
-    def event(self) -> Any:
-        """A new event."""
-        ...
-
-    def record(self, event: Any, stream: Any) -> None:
-        """The event happens when ``stream`` has done what it was given so far."""
-        ...
-
-    def wait(self, stream: Any, event: Any) -> None:
-        """What ``stream`` is given from now on starts after the event."""
-        ...
-
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls a torch function on the current stream."""
-        ...
-
-    def launch(self, function: Function, pointers: Sequence[int], stream: Any) -> None:
-        """Launches a kernel on ``stream``."""
-        ...
-
-    def capture(self, stream: Any, body: Callable[[], None]) -> Callable[[], None]:
-        """What replays everything that ``body`` issued, beginning and ending on ``stream``, on the
-        caller's stream. Raises RuntimeError where something cannot be captured.
-        """
+    def visits(self) -> list[str]:
+        """See `GpuExecutor.visits`."""
         ...
 
 
-class TorchDevice:
-    """A GPU of this machine, through torch (`Device`)."""
+@dataclass
+class _Piece:
+    """Steps ``first`` to ``end`` - 1 of a plan: what replays them, once they are captured, and the
+    library results that this computes.
+    """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def activate(self) -> AbstractContextManager[None]:
-        """`torch.cuda.device`, without autocast and gradients."""
-        stack = contextlib.ExitStack()
-        stack.enter_context(torch.cuda.device(self.device))
-        stack.enter_context(torch.autocast("cuda", enabled=False))
-        stack.enter_context(torch.no_grad())
-        return stack
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """From torch's allocator, whose blocks start at multiples of 512 bytes."""
-        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-
-    def current(self) -> Any:
-        """torch's current stream."""
-        return torch.cuda.current_stream(self.device)
-
-    def stream(self, urgent: bool) -> Any:
-        """One of torch's streams; urgent ones have priority -1."""
-        return torch.cuda.Stream(self.device, priority=-1 if urgent else 0)
-
-    def on(self, stream: Any) -> AbstractContextManager[None]:
-        """`torch.cuda.stream`."""
-        return torch.cuda.stream(stream)
-
-    def event(self) -> Any:
-        """An event without time stamps."""
-        return torch.cuda.Event()
-
-    def record(self, event: Any, stream: Any) -> None:
-        """See `Device`."""
-        event.record(stream)
-
-    def wait(self, stream: Any, event: Any) -> None:
-        """See `Device`."""
-        stream.wait_event(event)
-
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """See `Device`."""
-        return function(*args, **kwargs)
-
-    def launch(self, function: Function, pointers: Sequence[int], stream: Any) -> None:
-        """See `Device`."""
-        function(pointers, stream.cuda_stream)
-
-    def capture(self, stream: Any, body: Callable[[], None]) -> Callable[[], None]:
-        """`torch.cuda.graph`, after everything issued before has ended."""
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            body()
-        return graph.replay
+    first: int
+    end: int
+    replay: Callable[[], None] | None = None
+    made: dict[str, Any] = field(default_factory=dict)
 
 
 class GpuExecutor:
@@ -146,8 +76,9 @@ class GpuExecutor:
 
     ``constants`` maps names to tensors on the device, ``functions`` kernel hashes to what launches
     them, ``calls`` names of library targets that are not operators to callables; ``keep`` holds
-    what must stay alive. With ``graph`` the second run of the plan is captured and replayed from
-    then on; where that fails, ``refusal`` says why and every call launches the steps.
+    what must stay alive, ``parts`` are what runs the plans that its branch steps name. With
+    ``graph`` the second run of the plan is captured and replayed from then on; where that fails,
+    ``refusal`` says why and every call launches the steps.
     """
 
     def __init__(
@@ -160,16 +91,23 @@ class GpuExecutor:
         *,
         graph: bool = True,
         keep: Any = None,
+        parts: Mapping[str, GpuPart] | None = None,
     ) -> None:
         if len(plan.lanes) != len(plan.steps) or plan.symbols:
             raise PlanError("the plan is not one for a GPU: compile again")
         missing = {s.kernel for s in plan.steps if isinstance(s, KernelStep)} - set(functions)
         if missing:
             raise PlanError(f"{len(missing)} kernels of the plan are not loaded: compile again")
+        branches = [s for s in plan.steps if isinstance(s, BranchStep)]
+        named = [name for step in branches for name in step.every_plan]
+        self.parts = dict(parts or {})
+        if set(named) - set(self.parts):
+            raise PlanError("plans of branches are missing: compile again")
         self.plan, self.functions, self.device, self.keep = plan, functions, device, keep
+        self.counts = Counts(named)
         self.refusal = ""
         self._wanted = graph
-        self._replay: Callable[[], None] | None = None
+        self._pieces = _pieces(plan.steps)
         self._lock = threading.Lock()
         calls = calls or {}
         self._targets = {
@@ -186,6 +124,8 @@ class GpuExecutor:
             self._joined = [device.event() for _ in self._streams]
             signalled = {k for lane in plan.lanes for k in lane.waits}
             self._ended = {k: device.event() for k in signalled}
+            self._read = device.event()
+            self._told = {s.name: device.host(_bytes(s.selector)) for s in branches}
             device.record(self._idle, device.current())
         self._live: dict[str, Any] = {}
         self._warm = False
@@ -224,55 +164,112 @@ class GpuExecutor:
         """Runs on flat inputs, of the plan's shapes and dtypes; returns fresh tensors, except where
         an output is an input or a constant.
         """
+        with self._turn():
+            self._run_all(tensors)
+            return [self._result(ref, tensors) for ref in self.plan.outputs]
+
+    def run_into(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
+        """`run` with the results written to ``into``, on the caller's stream.
+
+        The first of ``tensors`` and each of ``into`` may have fewer rows than in the plan: these
+        come first there, and what is behind them belongs to earlier calls, or is zero.
+        """
+        with self._turn():
+            self._run_all(tensors)
+            for ref, result in zip(self.plan.outputs, into, strict=True):
+                value = self._view(ref)
+                if value.shape != result.shape:
+                    value = value[: result.shape[0]]
+                self.device.call(torch.Tensor.copy_, result, value)
+
+    def refusals(self, name: str = "") -> list[tuple[str, str]]:
+        """Of plans that could not be captured, this one called ``name``, name and reason."""
+        found = [(name, self.refusal)] if self.refusal else []
+        return found + [pair for n, part in self.parts.items() for pair in part.refusals(n)]
+
+    def visits(self) -> list[str]:
+        """How often each branch ran, as lines of text."""
+        lines = []
+        for name, part in self.parts.items():
+            lines.append(f"{name} ran {self.counts['taken', name]} times")
+            lines += [f"  {line}" for line in part.visits()]
+        return lines
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time, on the device as well."""
         device = self.device
         with self._lock, device.activate():
             caller = device.current()
             device.wait(caller, self._idle)  # another caller's stream may have had the last call
-            for ref, tensor in zip(self.plan.inputs, tensors, strict=True):
-                device.call(torch.Tensor.copy_, self._view(ref), tensor)
-            if self._wanted and self._warm:
-                self._capture()
-            if self._replay is not None:
-                self._replay()
-            else:
-                self._issue_from(caller)
-            results = [self._result(ref, tensors) for ref in self.plan.outputs]
-            device.record(self._idle, caller)
-        return results
+            try:
+                yield
+            finally:
+                device.record(self._idle, caller)
 
-    def _capture(self) -> None:
-        """Tried once, after a first run has warmed up the library."""
-        self._wanted = False
-        before = self._live
+    def _run_all(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Runs all steps on inputs."""
+        device = self.device
+        caller = device.current()
+        for ref, tensor in zip(self.plan.inputs, tensors, strict=True):
+            place = self._view(ref)
+            if place.shape != tensor.shape:
+                place = place[: tensor.shape[0]]
+            device.call(torch.Tensor.copy_, place, tensor)
+        self._live = {}
+        for piece in self._pieces:
+            if piece.first < piece.end:
+                self._run_piece(piece, caller)
+            if piece.end < len(self.plan.steps):
+                self._choose(self.plan.steps[piece.end], caller)
+        self._warm = True
+
+    def _run_piece(self, piece: _Piece, caller: Any) -> None:
+        if self._wanted and self._warm and piece.replay is None:
+            self._capture(piece)
+        if piece.replay is not None and not self.refusal:
+            piece.replay()
+            self._live |= piece.made
+        else:
+            self._issue_from(caller, piece)
+
+    def _capture(self, piece: _Piece) -> None:
+        """Tried once, after a first run has warmed up the library. What a graph reads of earlier
+        pieces stays where it is only if these are graphs, too: so either all are, or none.
+        """
+        before = dict(self._live)
         try:
-            self._replay = self.device.capture(self._streams[0], self._issue)
+            issue = functools.partial(self._issue, piece)
+            piece.replay = self.device.capture(self._streams[0], issue)
+            piece.made = {n: t for n, t in self._live.items() if before.get(n) is not t}
         except RuntimeError as error:
-            self._live = before
+            self._live, self._wanted = before, False
             self.refusal = (str(error).strip().splitlines() or ["unknown"])[0]
 
-    def _issue_from(self, caller: Any) -> None:
-        """Issues all steps between what the caller's stream has done and what it does next."""
+    def _issue_from(self, caller: Any, piece: _Piece) -> None:
+        """Issues a piece between what the caller's stream has done and what it does next."""
         device, main = self.device, self._streams[0]
         device.record(self._begin, caller)
         device.wait(main, self._begin)
         with device.on(main):
-            self._issue()
+            self._issue(piece)
         device.record(self._joined[0], main)
         device.wait(caller, self._joined[0])
 
-    def _issue(self) -> None:
-        """Issues all steps, beginning and ending on the first stream."""
+    def _issue(self, piece: _Piece) -> None:
+        """Issues the steps of a piece, beginning and ending on the first stream."""
         device, streams = self.device, self._streams
-        self._live, self._warm = {}, True
         begun = {0}
         device.record(self._begin, streams[0])
-        for number, (step, lane) in enumerate(zip(self.plan.steps, self.plan.lanes, strict=True)):
+        for number in range(piece.first, piece.end):
+            step, lane = self.plan.steps[number], self.plan.lanes[number]
             stream = streams[lane.stream]
             if lane.stream not in begun:
                 begun.add(lane.stream)
                 device.wait(stream, self._begin)
             for other in lane.waits:
-                device.wait(stream, self._ended[other])
+                if other >= piece.first:  # earlier pieces have ended
+                    device.wait(stream, self._ended[other])
             for name in self._release[number]:
                 self._live.pop(name, None)
             with device.on(stream):
@@ -290,9 +287,39 @@ class GpuExecutor:
         elif isinstance(step, LibraryStep):
             self._call(step)
         else:
-            raise PlanError(
-                f"{step.name} chooses among plans, which no GPU plan may: compile again"
-            )
+            raise PlanError(f"{step.name} fetches weights, which no GPU plan may: compile again")
+
+    # -- branches -----------------------------------------------------------------------------
+
+    def _choose(self, step: Any, caller: Any) -> None:
+        """Runs the plans of a `BranchStep` that have something to do, in their order."""
+        told = self._tell(step.selector, self._told[step.name], caller)
+        operands = [self._view(ref) for ref in step.refs]
+        results = [self._view(ref) for ref in step.results]
+        if step.kind == "cond":
+            self._run_part(step.plans[0 if told.item() else 1], operands, results)
+            return
+        rows, *others = operands
+        begin, *ends = told.tolist()
+        for name, end in zip(step.plans, ends, strict=True):
+            if begin < end:
+                self._run_part(name, [rows[begin:end], *others], [results[0][begin:end]])
+            begin = end
+
+    def _tell(self, ref: TensorRef, memory: torch.Tensor, caller: Any) -> torch.Tensor:
+        """The values of a tensor on the host, which waits for them and for nothing else."""
+        device, source = self.device, self._view(ref)
+        told = memory.view(source.dtype).view(source.shape)
+        device.call(torch.Tensor.copy_, told, source, non_blocking=True)
+        device.record(self._read, caller)
+        device.attend(self._read)
+        return told
+
+    def _run_part(
+        self, name: str, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor]
+    ) -> None:
+        self.counts.add("taken", name)
+        self.parts[name].run_into(operands, results)
 
     def _pointer(self, ref: TensorRef) -> int:
         base = self._memory.get(ref.buffer)
@@ -355,6 +382,13 @@ def view(base: Any, ref: TensorRef) -> Any:
     return base.as_strided(_ints(ref.shape), _ints(ref.strides), offset)
 
 
+def _pieces(steps: Sequence[Step]) -> list[_Piece]:
+    """What lies before, between and behind branch steps."""
+    cuts = [k for k, step in enumerate(steps) if isinstance(step, BranchStep)]
+    firsts, ends = [0, *(k + 1 for k in cuts)], [*cuts, len(steps)]
+    return [_Piece(first, end) for first, end in zip(firsts, ends, strict=True)]
+
+
 def releases(plan: Plan) -> list[list[str]]:
     """For every step the library results that may be given back before it is issued.
 
@@ -363,10 +397,13 @@ def releases(plan: Plan) -> list[list[str]]:
     """
     before: list[int] = []
     last: dict[int, int] = {}
-    for number, lane in enumerate(plan.lanes):
-        bits = 0
+    earlier = 0  # everything up to the last branch step
+    for number, (step, lane) in enumerate(zip(plan.steps, plan.lanes, strict=True)):
+        bits = earlier
         for k in (*lane.waits, *([last[lane.stream]] if lane.stream in last else [])):
             bits |= before[k] | 1 << k
+        if isinstance(step, BranchStep):
+            bits, earlier = (1 << number) - 1, (2 << number) - 1
         before.append(bits)
         last[lane.stream] = number
     users: dict[str, int] = {}
@@ -388,9 +425,10 @@ def releases(plan: Plan) -> list[list[str]]:
 
 
 def _later_on(plan: Plan, first: int) -> Iterator[int]:
-    """Later steps on the stream of a step."""
-    stream = plan.lanes[first].stream
-    return (k for k in range(first + 1, len(plan.lanes)) if plan.lanes[k].stream == stream)
+    """Later steps that are issued on the stream of a step."""
+    stream, later = plan.lanes[first].stream, range(first + 1, len(plan.lanes))
+    issued = (k for k in later if not isinstance(plan.steps[k], BranchStep))
+    return (k for k in issued if plan.lanes[k].stream == stream)
 
 
 def _lies(tensor: torch.Tensor, strides: Sequence[int]) -> bool:

@@ -15,6 +15,7 @@ from ...kernels import cuda
 from ...kernels.build import BuildError
 from ...kernels.occupancy import Gpu, resident_blocks
 from ...passes.remarks import render
+from ...runtime.plan import BranchStep, LibraryStep, Step
 from ..capture.export import capture
 from ..gpu.lower import GpuLowered
 from ..gpu.pipeline import planned
@@ -58,10 +59,17 @@ def kernels(
         ) from error
     except BuildError as error:
         raise CliError(str(error), "choose another --target, or another toolkit") from error
-    rows = [_row(lowered, k, plan.kernels.gpu) for k in range(len(lowered.steps))]
-    console.print(_table(rows))
-    for line in _figures(lowered, rows):
-        console.print(line, markup=False, highlight=False)
+    tables = _tables(lowered, plan.kernels.gpu)
+    for name, (part, rows) in tables.items():
+        if name:
+            console.print(f"{name}, which runs where the data say so:", markup=False)
+        console.print(_table(rows))
+        for line in _figures(part, rows):
+            console.print(line, markup=False, highlight=False)
+    routed = [name for part, _ in tables.values() for name in part.rows]
+    if routed:
+        what = "of routers are compiled for so many rows as they get"
+        console.print(f"{len(routed)} branches {what}, at the first call", markup=False)
     remarks = [*plan.remarks, *lowered.remarks]
     console.print(render(remarks), markup=False, highlight=False)
     if output is not None:
@@ -71,7 +79,8 @@ def kernels(
         document = {
             "version": 1,
             "target": target,
-            "steps": rows,
+            "steps": tables[""][1],
+            "branches": {name: rows for name, (_, rows) in tables.items() if name},
             "seconds": lowered.seconds,
             "bounds": vars(lowered.bounds),
             "remarks": [r.to_json() for r in remarks],
@@ -79,12 +88,22 @@ def kernels(
         write_text(report, json.dumps(document, indent=1))
 
 
+def _tables(
+    lowered: GpuLowered, gpu: Gpu, name: str = ""
+) -> dict[str, tuple[GpuLowered, list[dict[str, Any]]]]:
+    """The steps of a plan and, by their names, of those that it chooses among."""
+    found = {name: (lowered, [_row(lowered, k, gpu) for k in range(len(lowered.steps))])}
+    for inner, part in lowered.parts.items():
+        found |= _tables(part, gpu, f"{name}.{inner}" if name else inner)
+    return found
+
+
 def _row(lowered: GpuLowered, number: int, gpu: Gpu) -> dict[str, Any]:
     info, step, lane = lowered.steps[number], lowered.plan.steps[number], lowered.plan.lanes[number]
     row: dict[str, Any] = {
         "step": number,
         "name": step.name,
-        "kernel": getattr(step, "target", ""),
+        "kernel": _what(step),
         "parts": list(info.parts),
         "launches": info.launches,
         "stream": lane.stream,
@@ -106,6 +125,12 @@ def _row(lowered: GpuLowered, number: int, gpu: Gpu) -> dict[str, Any]:
     return row
 
 
+def _what(step: Step) -> str:
+    if isinstance(step, BranchStep):
+        return f"{step.kind} of {len(step.plans)}"
+    return step.target if isinstance(step, LibraryStep) else ""
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
@@ -119,7 +144,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             str(r["step"]),
             r["name"] if ours else r["kernel"],
-            str(r["launches"]) if ours else "lib",
+            str(r["launches"]) if ours else "host" if _is_choice(r) else "lib",
             *(
                 [
                     str(r[k]) if ours else ""
@@ -142,14 +167,21 @@ def _figures(lowered: GpuLowered, rows: list[dict[str, Any]]) -> list[str]:
     parts = sum(max(1, len(r["parts"])) for r in ours)
     launches = sum(r["launches"] for r in ours)
     streams = len({r["stream"] for r in rows})
+    choices = sum(map(_is_choice, rows))
+    chosen = f" {choices} choices of the host's," if choices else ""
+    calls = len(rows) - len(ours) - choices
     return [
-        f"{len(rows)} steps: {len(rows) - len(ours)} library calls, {parts} kernels in {launches}"
+        f"{len(rows)} steps: {calls} library calls,{chosen} {parts} kernels in {launches}"
         f" launches; {streams} streams, {sum(len(r['waits']) for r in rows)} events",
         f"predicted {_us(lowered.seconds)}; bounds: critical path {_us(limits.path)}, work over all"
         f" multiprocessors {_us(limits.work)}, bytes over bandwidth {_us(limits.memory)}"
         " (a model, not a measurement)",
         f"workspace {lowered.plan.arena_bytes} bytes",
     ]
+
+
+def _is_choice(row: dict[str, Any]) -> bool:
+    return row["kernel"].startswith(("cond of ", "rows of "))
 
 
 def _us(seconds: float) -> str:
@@ -168,3 +200,5 @@ def _write(lowered: GpuLowered, directory: Path) -> None:
     launches = {name: asdict(found) for name, found in lowered.kernels.items()}
     write_text(directory / "plan.json", lowered.plan.to_json())
     write_text(directory / "launches.json", json.dumps(launches, indent=1))
+    for name, part in lowered.parts.items():
+        _write(part, directory / name)

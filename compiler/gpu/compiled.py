@@ -13,9 +13,11 @@ import torch
 from ...kernels.cuda_loader import GpuKernel, GpuLibrary
 from ...kernels.occupancy import SM90, Gpu
 from ...passes.remarks import Remark
-from ...runtime.cuda_graph import ALIGNMENT, Function, GpuExecutor, TorchDevice
+from ...runtime.cuda_graph import GpuExecutor
+from ...runtime.gpu_device import ALIGNMENT, Function, TorchDevice
 from ..capture.captured import Captured
 from ..options import Options
+from .branches import assemble
 from .lower import GpuLowered, Launchable
 from .pipeline import planned
 
@@ -50,11 +52,16 @@ class CompiledForGpu:
     @property
     def remarks(self) -> tuple[Remark, ...]:
         """What was done, or not done and why, in order."""
-        refusal = self.executor.refusal
-        if not refusal:
-            return tuple(self._remarks)
-        reason = f"{refusal}, so every call launches the plan's steps one by one"
-        return (*self._remarks, Remark("PLT-GPU-004", "missed", "cuda-graph", (), reason))
+        found = list(self._remarks)
+        for name, refusal in self.executor.refusals():
+            reason = f"{refusal}, so every call launches the plan's steps one by one"
+            nodes = (name,) if name else ()
+            found.append(Remark("PLT-GPU-004", "missed", "cuda-graph", nodes, reason))
+        return tuple(found)
+
+    def visits(self) -> list[str]:
+        """How often each branch ran, as lines of text."""
+        return self.executor.visits()
 
 
 def model_of(properties: Any) -> Gpu:
@@ -71,24 +78,33 @@ def model_of(properties: Any) -> Gpu:
 
 def executor(lowered: GpuLowered, device: torch.device) -> GpuExecutor:
     """What runs a lowered plan on a GPU."""
-    with torch.cuda.device(device):
-        torch.cuda.init()
-        torch.zeros(1, device=device)  # makes the device's context current for the driver
-        libraries = [GpuLibrary(image) for image in lowered.images]
-        functions = {
-            name: launcher(libraries[found.image].launch, found)
-            for name, found in lowered.kernels.items()
-        }
-        constants = {n: _placed(t, device) for n, t in lowered.constants.items()}
-    return GpuExecutor(
-        lowered.plan,
-        constants,
-        functions,
-        TorchDevice(device),
-        lowered.calls,
-        graph=lowered.graphable,
-        keep=libraries,
-    )
+    return assemble(lowered, TorchDevice(device), _Loader(device))
+
+
+class _Loader:
+    """Loads images to a GPU, each once (`branches.Loader`)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._libraries: dict[bytes, GpuLibrary] = {}
+
+    def functions(self, lowered: GpuLowered) -> dict[str, Function]:
+        """See `branches.Loader`."""
+        functions: dict[str, Function] = {}
+        with torch.cuda.device(self.device):
+            torch.cuda.init()
+            torch.zeros(1, device=self.device)  # makes the context current for the driver
+            for name, found in lowered.kernels.items():
+                image = lowered.images[found.image]
+                if image not in self._libraries:
+                    self._libraries[image] = GpuLibrary(image)
+                functions[name] = launcher(self._libraries[image].launch, found)
+        return functions
+
+    def constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `branches.Loader`."""
+        tensor = tensor.to(self.device)
+        return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def launcher(launch: Callable[..., None], found: Launchable) -> Function:
@@ -106,12 +122,6 @@ def _launch(
     count = len(kernel.offsets)
     ordered = [pointers[k] for k in order]
     launch(kernel, ordered[:count], ordered[count:], stream)
-
-
-def _placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A constant on the device, where vectors of its elements are aligned."""
-    tensor = tensor.to(device)
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 class _Clock:

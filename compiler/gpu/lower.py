@@ -27,15 +27,20 @@ from ...kernels.horizontal import Part, candidate, fuse
 from ...kernels.occupancy import Candidate
 from ...kernels.regions import Place
 from ...kernels.routing import WAITING
+from ...kernels.routing_rows import branches
 from ...passes.base import copy_graph
+from ...passes.cellwise import mixing
 from ...passes.fuse_horizontal import FUSE, FuseHorizontal, Fusion, Node, done, merged
-from ...passes.fuse_vertical import groups_of
 from ...passes.gpu_tasks import GpuBounds, GpuTask, bounds, seconds
-from ...passes.ir import is_pure, is_random
+from ...passes.ir import attribute, branches_of, is_pure, is_random
+from ...passes.outline_branches import is_bookkeeping
 from ...passes.plan_memory import describe, plan_memory
 from ...passes.remarks import Remark
+from ...passes.resize import at_rows
+from ...passes.route_regions import draws, may_fail
+from ...passes.speculate_routes import DEFERRED
 from ...passes.streams import STREAMS, Streams, StreamsPass, assign, lifetimes
-from ...runtime.cuda_graph import ALIGNMENT
+from ...runtime.gpu_device import ALIGNMENT
 from ...runtime.plan import (
     BranchStep,
     Buffer,
@@ -47,11 +52,12 @@ from ...runtime.plan import (
     TensorRef,
     touched,
 )
-from ...runtime.spans import ITEMSIZE, span_of
+from ...runtime.spans import ITEMSIZE
 from ..lowering.lower import lower
 from ..lowering.lowered import Lowered
 from ..placed.graph import flops_of
-from .select import GpuKernels, Made, split_library
+from .order import dependencies, on_streams
+from .select import GpuKernels, Made
 
 _TILE = 4096  # elements of a product that one block of the library's makes, by assumption
 _ELEMENTS = 1024  # elements that one block of its other operators reads or makes, whichever is more
@@ -78,12 +84,25 @@ class StepInfo:
     parts: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class RowBranch:
+    """A branch of a router, which gets at most ``most`` rows: its graph, and what lowers that for a
+    number of rows; ``refusal`` says why strangers may not be among the rows, "" if they may.
+    """
+
+    module: fx.GraphModule
+    most: int
+    refusal: str
+    lower: Callable[[int], GpuLowered]
+
+
 @dataclass
 class GpuLowered:
     """A plan for a GPU, its kernels and what the model says of it.
 
     ``kernels`` are by hash, their images and CUDA C in ``images`` and ``sources``; ``seconds`` is
-    the predicted time. ``graphable`` tells whether it may become a CUDA graph.
+    the predicted time. ``graphable`` tells whether it may become a CUDA graph. ``parts`` are the
+    sides of `torch.cond`s, ``rows`` the branches of routers, by their names in the plan.
     """
 
     plan: Plan
@@ -98,6 +117,8 @@ class GpuLowered:
     fused: int
     graphable: bool
     remarks: list[Remark] = field(default_factory=list)
+    parts: dict[str, GpuLowered] = field(default_factory=dict)
+    rows: dict[str, RowBranch] = field(default_factory=dict)
 
 
 def lower_gpu(
@@ -105,34 +126,53 @@ def lower_gpu(
 ) -> GpuLowered:
     """Lowers a graph for the GPU of ``kernels``; kernels share launches only where ``fused``.
 
-    Raises NotImplementedError for sizes known only at run time and for branches that data chooses,
-    BuildError without nvcc.
+    Raises NotImplementedError for sizes known only at run time, BuildError without nvcc.
     """
     if symbols:
         names = ", ".join(symbols)
         raise NotImplementedError(f"GPU kernels need sizes that are known, not {names}")
     while True:
-        graph = copy_graph(graph_module)
+        graph = _own(graph_module)
         known = len(kernels.heavy)
-        lowered = lower(graph, split_library(groups_of(graph), kernels), kernels, {})
+        lowered = lower(graph, kernels.groups(graph), kernels, {})
         if len(kernels.heavy) == known:
             break  # else what follows a declined product becomes a kernel of its own
-    if any(isinstance(s, BranchStep) for s in lowered.plan.steps):
-        raise NotImplementedError("branches that data chooses are not launched on a GPU")
-    return _Planner(graph, lowered, kernels, fused).run()
+    result = _Planner(graph, lowered, kernels, fused).run()
+    result.remarks[:0] = [r for r in lowered.remarks if r.pass_name != "plan-memory"]
+    return result
+
+
+def _own(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy, for lowering to change, with the graphs in it. Branches of routers are left for when
+    it is known how many rows they get.
+    """
+    graph = copy_graph(graph_module)
+    for name, inner in branches_of(graph):
+        setattr(graph, name, _own(inner))
+    for node in graph.graph.find_nodes(op="call_function", target=branches):
+        node.meta[DEFERRED] = tuple(range(len(node.args[0])))  # type: ignore[arg-type]
+    return graph
 
 
 class _Planner:
     def __init__(
-        self, graph_module: fx.GraphModule, lowered: Lowered, kernels: GpuKernels, fused: bool
+        self,
+        graph_module: fx.GraphModule,
+        lowered: Lowered,
+        kernels: GpuKernels,
+        fused: bool,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
         self.graph_module, self.lowered, self.kernels = graph_module, lowered, kernels
-        self.plan, self.gpu = lowered.plan, kernels.gpu
-        fuse_pass = graph_module.meta.get(FUSE)
+        self.plan, self.gpu, self.is_fused = lowered.plan, kernels.gpu, fused
+        self.asked = graph_module.meta if asked is None else asked
+        fuse_pass = self.asked.get(FUSE)
         self.how = fuse_pass if fused and fuse_pass is not None else FuseHorizontal(most=1)
-        self.streams_pass = graph_module.meta.get(STREAMS) or StreamsPass(most=1)
+        self.streams_pass = self.asked.get(STREAMS) or StreamsPass(most=1)
         self.by_name = {n.name: n for n in graph_module.graph.nodes}
-        self.remarks = [r for r in lowered.remarks if r.pass_name != "plan-memory"]
+        self.remarks: list[Remark] = []
+        self.parts: dict[str, GpuLowered] = {}
+        self.rows: dict[str, RowBranch] = {}
         self.found: dict[str, Launchable] = {}
         self.images = [b.image for b in kernels.bundles]
         self.sources = [b.source for b in kernels.bundles]
@@ -140,6 +180,11 @@ class _Planner:
         self.picked: dict[int, list[tuple[Made, DeviceKernel]]] = {}
 
     def run(self) -> GpuLowered:
+        for name, part in self.lowered.parts.items():
+            module = attribute(self.graph_module, name)
+            planner = _Planner(module, part, self.kernels, self.is_fused, self.asked)
+            self.parts[name] = planner.run()
+            self.remarks += self.parts[name].remarks
         nodes = self._nodes()
         fusions, refused = self.how.fusions(nodes, self.gpu)
         self.remarks += refused
@@ -175,10 +220,47 @@ class _Planner:
                 share = self.gpu.share(first.blocks)
                 task = GpuTask(step.name, first.seconds, share, made.definition.bytes, after)
                 nodes.append(Node(task, candidates))
+            elif isinstance(step, BranchStep):
+                nodes.append(Node(replace(self._branches(step), after=after)))
             else:
                 assert isinstance(step, LibraryStep)
                 nodes.append(Node(replace(self._library(step), after=after)))
         return nodes
+
+    def _branches(self, step: BranchStep) -> GpuTask:
+        """A step that chooses among plans, by the model as slow as the slowest that is known.
+
+        Raises NotImplementedError where what it reads or writes has sizes that only data tell.
+        """
+        refs = [r for r in touched(step) if r is not None]
+        if any(not r.dtype for r in refs):
+            reason = f"branches of {step.name} have sizes that only data tell"
+            raise NotImplementedError(f"{reason}, which are not launched on a GPU")
+        for name in step.plans:
+            if name in self.lowered.deferred:
+                module = self.lowered.deferred[name]
+                self.rows[name] = self._row_branch(name, module, int(step.refs[0].shape[0]))
+        took = [self.parts[name].seconds for name in step.plans if name in self.parts]
+        nbytes = sum(_elements(r) * ITEMSIZE[r.dtype] for r in refs)
+        return GpuTask(step.name, self.gpu.least + max(took, default=0.0), 1.0, nbytes)
+
+    def _row_branch(self, name: str, module: fx.GraphModule, most: int) -> RowBranch:
+        def at(rows: int) -> GpuLowered:
+            sized = at_rows(module, rows, is_bookkeeping)
+            sized.meta |= {key: self.asked[key] for key in (FUSE, STREAMS) if key in self.asked}
+            return lower_gpu(sized, self.kernels, {}, fused=self.is_fused)
+
+        refusal = ""
+        if (mixed := mixing(module)) is not None:
+            refusal = f"{mixed} may look at more than one cell"
+        elif draws(module):
+            refusal = "random numbers are drawn"
+        elif may_fail(module):
+            refusal = "an operator may fail on what is no cell"
+        if refusal:
+            what = f"{refusal}, so the operators of {name} run on exactly its cells"
+            self.remarks.append(Remark("PLT-GPU-008", "missed", "lower", (name,), what))
+        return RowBranch(module, most, refusal, at)
 
     def _impure(self) -> set[str]:
         calls = (n for n in self.by_name.values() if n.op == "call_function")
@@ -315,7 +397,7 @@ class _Planner:
         streams = assign(
             [i.task.after for i in infos], [i.task.seconds for i in infos], self.streams_pass.most
         )
-        ordered = _on_streams([i.task for i in infos], streams)
+        ordered = on_streams([i.task for i in infos], streams)
         took, limits = seconds(ordered, self.gpu), bounds([i.task for i in infos], self.gpu)
         buffers = self._memory(steps, streams)
         plan = replace(
@@ -325,6 +407,7 @@ class _Planner:
             arena_bytes=buffers[1],
             lanes=[Lane(s, w) for s, w in zip(streams.of, streams.waits, strict=True)],
             urgent=tuple(s for s, urgent in enumerate(streams.critical) if urgent),
+            parts={name: part.plan for name, part in self.parts.items()},
         )
         count = max(streams.of, default=-1) + 1
         self.remarks.append(
@@ -339,10 +422,11 @@ class _Planner:
             )  # fmt: skip
         )
         graphable = self._graphable(steps)
-        fused = sum(bool(i.parts) for i in infos)
+        fused = sum(bool(i.parts) for i in infos) + sum(p.fused for p in self.parts.values())
         return GpuLowered(
             plan, self.lowered.constants, self.lowered.calls, self.found, self.images,
             self.sources, infos, took, limits, fused, graphable, self.remarks,
+            self.parts, self.rows,
         )  # fmt: skip
 
     def _memory(self, steps: Sequence[Step], streams: Streams) -> tuple[dict[str, Buffer], int]:
@@ -383,42 +467,6 @@ class _Planner:
         return True
 
 
-def dependencies(steps: Sequence[Step], impure: set[str]) -> list[tuple[int, ...]]:
-    """Which earlier steps each one must come after, by the memory that they touch.
-
-    Steps named in ``impure`` keep their order among each other.
-    """
-    seen: dict[str, list[tuple[int, Any, bool]]] = {}
-    found = []
-    last_impure = -1
-    for number, step in enumerate(steps):
-        after: set[int] = set()
-        if step.name in impure:
-            after |= {last_impure} if last_impure >= 0 else set()
-            last_impure = number
-        for ref, writes in _accesses(step):
-            span = span_of(ref, ref.buffer, 0, {}) if ref.dtype else None
-            known = seen.setdefault(ref.buffer, [])
-            after |= {
-                j
-                for j, other, written in known
-                if j != number
-                and (written or writes)
-                and (span is None or other is None or other.overlaps(span))
-            }
-            known.append((number, span, writes))
-        found.append(tuple(sorted(after)))
-    return found
-
-
-def _accesses(step: Step) -> list[tuple[TensorRef, bool]]:
-    if isinstance(step, KernelStep):
-        return [(ref, k >= step.reads) for k, ref in enumerate(step.args)]
-    assert isinstance(step, LibraryStep)
-    results = [(ref, True) for ref in step.results if ref is not None]
-    return [*((ref, False) for ref in step.refs), *results]
-
-
 def _variants(step: KernelStep, made: Made) -> list[DeviceKernel]:
     """The variants that a step may use: only the plain one reads no vectors, which are aligned."""
     before = made.variants[0].kernel.offsets  # how far memory begins before element 0
@@ -426,18 +474,6 @@ def _variants(step: KernelStep, made: Made) -> list[DeviceKernel]:
     if not any((start - b) % ALIGNMENT for start, b in zip(starts, before, strict=True)):
         return made.variants
     return made.variants[-1:]
-
-
-def _on_streams(tasks: Sequence[GpuTask], streams: Streams) -> list[GpuTask]:
-    """The tasks with the order that streams add."""
-    last: dict[int, int] = {}
-    found = []
-    for number, task in enumerate(tasks):
-        stream = streams.of[number]
-        before = {*task.after, *([last[stream]] if stream in last else [])}
-        found.append(replace(task, after=tuple(sorted(before))))
-        last[stream] = number
-    return found
 
 
 def _elements(ref: TensorRef) -> int:

@@ -1,6 +1,7 @@
 """Compilation for a GPU on one page.
 
-capture -> normalize -> fuse-vertical -> fuse-horizontal, streams (what they are to do)
+capture -> normalize -> outline-branches
+        -> fuse-vertical -> fuse-horizontal, streams (what they are to do)
         -> heavy operators to the library -> storage -> kernels (TVM, nvcc)
         -> fused launches -> streams -> plan-memory -> Plan -> CUDA graph
 """
@@ -21,11 +22,11 @@ from ...passes.remarks import Remark
 from ...passes.schedule import SCHEDULE
 from ..capture.captured import Captured
 from ..lowering import select
-from ..pipeline import elsewhere
+from ..pipeline import check_outlined, elsewhere
 from .lower import GpuLowered, lower_gpu
 from .select import GpuKernels
 
-GPU_PIPELINE = "normalize,fuse-vertical,fuse-horizontal,streams"
+GPU_PIPELINE = "normalize,outline-branches,fuse-vertical,fuse-horizontal,streams"
 
 
 class Planned:
@@ -36,6 +37,7 @@ class Planned:
             manager = PassManager(GPU_PIPELINE if pipeline is None else pipeline)
             result = manager.run(captured.graph_module)
         self.captured, self.graph = captured, result.graph_module
+        check_outlined(captured, self.graph)
         told = elsewhere(self.graph, {SCHEDULE: "the CPU"})
         self.remarks: tuple[Remark, ...] = (*captured.remarks, *result.remarks, *told)
         how = self.graph.meta.get(FUSE) or FuseHorizontal(most=1)

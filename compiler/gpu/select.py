@@ -27,6 +27,7 @@ from ...kernels.horizontal import candidate
 from ...kernels.occupancy import SM90, Candidate, Gpu
 from ...kernels.target import Target
 from ...kernels.templates.conv_spec import required_halo
+from ...passes.fuse_vertical import groups_of
 from ...passes.groups import is_symbol
 from ...passes.remarks import Remark
 from ..lowering.select import Choice, Selected, describe, missed
@@ -78,6 +79,10 @@ class GpuKernels:
     def pack(tensor: torch.Tensor, pack: Pack) -> torch.Tensor:
         """Never called: no definition for GPUs packs a constant."""
         raise NotImplementedError(f"{pack.op} of {tuple(tensor.shape)} for a GPU")
+
+    def groups(self, module: fx.GraphModule) -> list[Group]:
+        """The groups of a graph, heavy operators of the library's apart."""
+        return split_library(groups_of(module), self)
 
     def is_library(self, group: Group) -> bool:
         """Whether the library computes the heavy operator of a group."""

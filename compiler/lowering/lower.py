@@ -278,8 +278,6 @@ class _Lowering:
 
     def _branch_step(self, node: fx.Node, number: int) -> BranchStep:
         """Lowers the graphs that a node runs; each becomes a part of the plan."""
-        from ...passes.fuse_vertical import groups_of
-
         args: Any = node.args
         if node.target is torch.ops.higher_order.cond:
             kind, selector, graphs, refs = "cond", args[0], args[1:3], args[3]
@@ -296,7 +294,7 @@ class _Lowering:
                 if self.store is not None:
                     to_files(module, self.store)
                 continue
-            part = lower(module, groups_of(module), self.kernels, bound, name, self.store)
+            part = lower(module, self.kernels.groups(module), self.kernels, bound, name, self.store)
             self.parts[name] = part
             self.remarks += part.remarks
         router = node.meta.get(ROUTER)
@@ -314,8 +312,6 @@ class _Lowering:
 
     def _sized_plans(self, node: fx.Node, names: Sequence[str]) -> tuple[tuple[int, str], ...]:
         """Lowers the graphs that branches of a node have for a number of rows."""
-        from ...passes.fuse_vertical import groups_of
-
         sized = node.meta.get(SIZED)
         if not sized:
             return ()
@@ -325,7 +321,7 @@ class _Lowering:
             if module is not None and name in self.parts:
                 name = f"{name}_rows{rows}"
                 bound = bound_symbols(module)
-                groups = groups_of(module)
+                groups = self.kernels.groups(module)
                 self.parts[name] = lower(module, groups, self.kernels, bound, name, self.store)
                 found.append((rows, name))
             else:

@@ -27,6 +27,10 @@ class Kernels(Protocol):
         """The zeros that a convolution node wants around its input."""
         ...
 
+    def groups(self, module: fx.GraphModule) -> list[Group]:
+        """The groups of a graph within the one that is lowered."""
+        ...
+
     def select(self, group: Group, io: Mapping[fx.Node, TensorArg]) -> Choice | Remark:
         """The kernel for a group, or why there is none."""
         ...

@@ -126,6 +126,13 @@ class Kernels:
 
     # -- selection --------------------------------------------------------------------------
 
+    @staticmethod
+    def groups(module: fx.GraphModule) -> list[Group]:
+        """The groups of a graph, as `fuse-vertical` made them."""
+        from ...passes.fuse_vertical import groups_of
+
+        return groups_of(module)
+
     def select(self, group: Group, io: Mapping[fx.Node, TensorArg]) -> Choice | Remark:
         """The kernel for ``group``, or why there is none."""
         if group.kind not in TEMPLATES:

@@ -14,13 +14,32 @@ from plait.runtime.plan import Plan
 from .test_cli import MODELS, error_of, plait
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+CHOICES = """
+class Sides(torch.nn.Module):
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: x * 2 + 1, lambda x: x.tanh(), (x,)) - 1
+
+
+def sides():
+    return Sides(), (torch.ones(4),)
+
+
+class Some(torch.nn.Module):
+    def forward(self, x):
+        x = x[x > 0]
+        return torch.cond(x.sum() > 1, lambda x: x.sum() * 2, lambda x: x.sum() + 1, (x,))
+
+
+def some():
+    return Some(), (torch.ones(4),)
+"""
 SQUEEZENET = "plait.bench.workloads.squeezenet1_1:build"
 
 
 @pytest.fixture
 def models(tmp_path: Path) -> str:
     path = tmp_path / "models_of_test_cli_kernels.py"
-    path.write_text(MODELS, encoding="utf-8")
+    path.write_text(MODELS + CHOICES, encoding="utf-8")
     return str(path)
 
 
@@ -50,9 +69,23 @@ def test_squeezenet_compiles_for_sm_90(tmp_path: Path) -> None:
 
 
 @needs_nvcc
+def test_what_the_data_choose_has_tables_of_its_own(models: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    result = plait("kernels", f"{models}:sides", "-o", tmp_path / "made", "--json", report)
+    words = " ".join(result.output.split())
+    assert result.exit_code == 0 and words.count("which runs where the data say so") == 2
+    assert "1 choices of the host's" in words and "cond of 2" in words
+    sides = json.loads(report.read_text("utf-8"))["branches"]
+    assert len(sides) == 2 and all(any("registers" in s for s in steps) for steps in sides.values())
+    assert all((tmp_path / "made" / name / "plan.json").exists() for name in sides)
+    routes = plait("kernels", f"{models}:routes")
+    assert routes.exit_code == 0 and "compiled for so many rows as they get" in routes.output
+
+
+@needs_nvcc
 def test_what_has_no_plan_for_a_gpu_is_one_clear_line(models: str, tmp_path: Path) -> None:
-    line = error_of("kernels", f"{models}:routes", "-p", "normalize,outline-branches,fuse-vertical")
-    assert "has no plan for a GPU: branches that data chooses" in line
+    line = error_of("kernels", f"{models}:some")
+    assert "has no plan for a GPU: branches of cond have sizes that only data tell" in line
     line = error_of("kernels", f"{models}:small", "--target", "sm_99")
     assert "nvcc does not know 'sm_99', only sm_" in line and "choose another --target" in line
     taken = tmp_path / "taken"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,11 +15,13 @@ import torch
 from torch import nn
 
 import plait
-from plait.compiler import build
+from plait.compiler import build, specialise
 from plait.compiler.capture.export import capture
 from plait.compiler.gpu import compiled
+from plait.compiler.gpu.branches import assemble
 from plait.compiler.gpu.compiled import launcher
-from plait.compiler.gpu.lower import GpuLowered, dependencies
+from plait.compiler.gpu.lower import GpuLowered
+from plait.compiler.gpu.order import dependencies
 from plait.compiler.gpu.pipeline import planned
 from plait.compiler.gpu.select import PLAIN
 from plait.kernels.cuda_loader import GpuKernel
@@ -84,22 +87,34 @@ def shared() -> GpuLowered:
     return _lowered("normalize,fuse-vertical,fuse-horizontal{own_flops=0},streams")
 
 
+class Emulated:
+    """Kernels by the emulator (`branches.Loader`)."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self._plans = scratch, itertools.count()
+
+    def functions(self, lowered: GpuLowered) -> dict[str, Callable[..., None]]:
+        place = self.scratch / str(next(self._plans))
+        emulators: dict[int, Emulator] = {}
+        for number in sorted({f.image for f in lowered.kernels.values()}):
+            kernels = [f.kernel for f in lowered.kernels.values() if f.image == number]
+            source = lowered.sources[number]
+            emulators[number] = Emulator(source, kernels, place / str(number))
+
+        def launch(image: int, kernel: GpuKernel, tensors: Sequence[int], *rest: Any) -> None:
+            starts = [t - o for t, o in zip(tensors, kernel.offsets, strict=True)]
+            is_plain = kernel.name.endswith(PLAIN) or "fused" in kernel.name
+            assert is_plain or not any(s % 16 for s in starts), "rules take vectors to be aligned"
+            emulators[image].launch(kernel, tensors, *rest)
+
+        return {n: launcher(partial(launch, f.image), f) for n, f in lowered.kernels.items()}
+
+    def constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
 def _executor(lowered: GpuLowered, device: FakeGpu, scratch: Path) -> GpuExecutor:
-    emulators = []
-    for number, source in enumerate(lowered.sources):
-        kernels = [f.kernel for f in lowered.kernels.values() if f.image == number]
-        emulators.append(Emulator(source, kernels, scratch / str(number)))
-
-    def launch(image: int, kernel: GpuKernel, tensors: Sequence[int], *rest: Any) -> None:
-        starts = [t - o for t, o in zip(tensors, kernel.offsets, strict=True)]
-        is_plain = kernel.name.endswith(PLAIN) or "fused" in kernel.name
-        assert is_plain or not any(s % 16 for s in starts), "rules take vectors to be aligned"
-        emulators[image].launch(kernel, tensors, *rest)
-
-    functions = {n: launcher(partial(launch, f.image), f) for n, f in lowered.kernels.items()}
-    return GpuExecutor(
-        lowered.plan, lowered.constants, functions, device, lowered.calls, graph=lowered.graphable
-    )
+    return assemble(lowered, device, Emulated(scratch))
 
 
 @pytest.mark.parametrize("which", ["own", "shared"])
@@ -252,9 +267,11 @@ class _Here:
         self.device = FakeGpu()
         self.inner = _executor(lowered, self.device, scratch)
 
-    @property
-    def refusal(self) -> str:
-        return self.inner.refusal
+    def refusals(self) -> list[tuple[str, str]]:
+        return self.inner.refusals()
+
+    def visits(self) -> list[str]:
+        return self.inner.visits()
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         results = self.inner.run(tensors)
@@ -306,6 +323,36 @@ def test_compile_takes_the_faster_of_both_plans(
     assert compiled.plan == here[0 if fused_is_faster else 1].plan
     ids = {r.id for r in compiled.remarks}
     assert ("PLT-HFU-007" in ids) == fused_is_faster != ("PLT-GPU-006" in ids)
+
+
+class Chooses(nn.Module):
+    """One of two sides."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: torch.tanh(x), (x,)) + 1
+
+
+def test_compile_of_a_model_that_chooses(here: list[GpuLowered]) -> None:
+    model, x = Chooses().eval(), torch.rand(4)
+    with torch.no_grad():
+        compiled = plait.compile(model, example_inputs=(x,), tune="off")
+        for sign in (1, -1, 1, -1):
+            torch.testing.assert_close(compiled(x * sign), model(x * sign))
+    assert len(here) == 1 and "PLT-CAP-015" not in {r.id for r in compiled.remarks}
+    lines = compiled.explain().splitlines()
+    assert "  true_graph_0 ran 3 times" in lines and "  false_graph_0 ran 2 times" in lines
+
+
+def test_a_budget_for_weights_on_a_gpu_is_refused_by_name(
+    here: list[GpuLowered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specialise, "gpu_of", lambda captured: torch.device("cpu"))
+    model, x = Chooses().eval(), torch.rand(4)
+    with torch.no_grad():
+        compiled = plait.compile(model, weight_budget="50%")
+        with pytest.warns(UserWarning, match="PLT-PRE-010"):
+            torch.testing.assert_close(compiled(x), model(x))
+    assert not here and "PLT-CAP-015" not in {r.id for r in compiled.remarks}
 
 
 def test_the_model_of_a_gpu_follows_its_multiprocessors() -> None:

@@ -22,11 +22,11 @@ CALLER = "caller"
 
 
 def _spoil(tensor: torch.Tensor) -> None:
-    tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+    tensor.fill_(float("nan") if tensor.is_floating_point() else 0)  # an index, too
 
 
 class FakeGpu:
-    """`runtime.cuda_graph.Device` on the CPU; ``refuses`` says why nothing can be captured."""
+    """`runtime.gpu_device.Device` on the CPU; ``refuses`` says why nothing can be captured."""
 
     def __init__(self, seed: int = 0, refuses: str = "") -> None:
         self.refuses = refuses
@@ -164,21 +164,36 @@ class FakeGpu:
             self._graph.append((stream, kind, what))
         self.log.append((stream, kind))
 
+    def host(self, nbytes: int) -> torch.Tensor:
+        return torch.full((nbytes,), 77, dtype=torch.uint8)
+
+    def attend(self, event: Any) -> None:
+        assert self._graph is None, "the host cannot wait for what is captured"
+        token = self._latest[event]
+        self._work(lambda: token in self._happened)
+        assert token in self._happened, "the host waits for what never happens"
+
     def synchronize(self) -> None:
         """Does everything, in an order drawn by chance. Fails where nothing can go on."""
-        while ready := [s for s, q in self.queues.items() if q and self._can(q[0])]:
+        self._work(lambda: False)
+        assert not any(self.queues.values()), "streams wait for each other"
+        self.queues.clear()
+
+    def _work(self, enough: Callable[[], bool]) -> None:
+        """Goes on, in an order drawn by chance, until it is enough or nothing can go on."""
+        while not enough() and (
+            ready := [s for s, q in self.queues.items() if q and self._can(q[0])]
+        ):
             stream = self.chance.choice(ready)
             for _ in range(self.chance.choice((1, 1, 2, 100))):
                 queue = self.queues[stream]
-                if not queue or not self._can(queue[0]):
+                if not queue or not self._can(queue[0]) or enough():
                     break
                 kind, what = queue.popleft()
                 if kind == "run":
                     what()
                 elif kind == "record":
                     self._happened.add(what)
-        assert not any(self.queues.values()), "streams wait for each other"
-        self.queues.clear()
 
     def _can(self, entry: tuple[str, Any]) -> bool:
         return entry[0] != "wait" or entry[1] in self._happened
