@@ -17,6 +17,7 @@ import functools
 import math
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -333,10 +334,12 @@ def _split(
 
 
 def _exact(function: Any) -> Any:
-    """``function`` with extremes of 64-bit integers whose operands have exactly that type in C.
+    """``function`` with extremes of 64-bit integers whose operands have exactly that type in C, and
+    with all digits of doubles.
 
     TVM writes its constants as ``long long``, its types as ``int64_t``, which is ``long``: C++ has
-    an overload of ``min`` for either, and for a pair of both no reason to prefer one.
+    an overload of ``min`` for either, and for a pair of both no reason to prefer one. Of doubles it
+    writes 15 digits behind the point, which of a small one are zeros: they are given as bits.
     """
 
     def extreme(value: Any, mutator: Any) -> Any:
@@ -346,7 +349,16 @@ def _exact(function: Any) -> Any:
             return value
         return type(value)(_typed(value.a, dtype), _typed(value.b, dtype))
 
-    body = tvm_ffi.structural_mutate(function.body, ((tir.Min, extreme), (tir.Max, extreme)))
+    def constant(value: Any, mutator: Any) -> Any:
+        if str(value.ty.dtype) != "float64":
+            return value
+        (word,) = struct.unpack("<q", struct.pack("<d", value.value))
+        return tir.call_pure_extern(
+            "float64", "__longlong_as_double", _typed(tir.IntImm("int64", word), "int64")
+        )
+
+    rules = ((tir.Min, extreme), (tir.Max, extreme), (tir.FloatImm, constant))
+    body = tvm_ffi.structural_mutate(function.body, rules)
     return function.with_body(body)
 
 
@@ -454,12 +466,20 @@ def _register() -> None:
         register(1, *functions)
     # TVM would take the address of the operand, which need not have one.
     tir.register_intrin_lowering("tirx.reinterpret", "cuda", f=_reinterpret, level=11)
+    tir.register_intrin_lowering("tirx.call_llvm_pure_intrin", "cuda", f=_intrinsic, level=11)
 
 
 def _reinterpret(call: Any) -> Any:
     source, dest = (str(getattr(e.ty, "dtype", "")) for e in (call.args[0], call))
     name = _AS.get((source, dest))
     return call if name is None else tir.call_pure_extern(dest, name, call.args[0])
+
+
+def _intrinsic(call: Any) -> Any:
+    """LLVM's multiply-add with one rounding, by CUDA's name."""
+    dtype, number, operands = str(call.ty.dtype), int(call.args[0]), call.args[1:]
+    known = tvm.target.codegen.llvm_lookup_intrinsic_id("llvm.fma") == number
+    return tir.call_pure_extern(dtype, "fma", *operands) if known and dtype == "float64" else call
 
 
 def _errors(output: str) -> str:

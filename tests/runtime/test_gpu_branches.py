@@ -271,3 +271,13 @@ def test_plans_of_branches_must_be_there() -> None:
     plan = next(p for p in _plans() if p.parts)
     with pytest.raises(PlanError, match="plans of branches are missing"):
         GpuExecutor(plan, {}, {"mix": _mix}, FakeGpu())
+
+
+def test_nothing_passes_a_step_that_chooses() -> None:
+    """What kernels share a launch or memory follows from this."""
+    for plan in _plans():
+        needs = dependencies(plan.steps, set())
+        for number, step in enumerate(plan.steps):
+            if isinstance(step, BranchStep):
+                assert needs[number] == tuple(range(number))
+                assert all(number in later or max(later) > number for later in needs[number + 1 :])
