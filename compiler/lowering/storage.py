@@ -20,14 +20,23 @@ from ...kernels import routing_rows
 from ...kernels.abi import TensorArg, contiguous_strides
 from ...kernels.group import Group
 from .. import sizes
+from .orders import (
+    Halo,
+    Int,
+    Order,
+    are_known,
+    channels_last,
+    fake,
+    followed,
+    is_dense,
+    natural,
+    spread,
+    torchs_order,
+)
 
 aten = torch.ops.aten
 FEW = 8
 """Channels below which their layout matters little."""
-Int = Any  # int or torch.SymInt
-Halo = tuple[tuple[int, int], ...]
-Order = tuple[int, ...]
-"""Dimensions from the outermost in memory to the innermost."""
 
 CONVOLUTIONS = {
     aten.conv2d.default, aten.conv1d.default, aten.convolution.default, aten.conv2d.padding,
@@ -69,10 +78,6 @@ class Root:
 
 def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def fake(node: fx.Node) -> torch.Tensor:
-    return node.meta["val"]
 
 
 def runs_parts(node: fx.Node) -> bool:
@@ -188,7 +193,7 @@ class Storage:
                 elif node in read and rank == 4 and group.kind in ("pointwise", "concat"):
                     order = channels_last(rank)
                 elif group.kind in ("pointwise", "concat", "view", "reduce", "rows"):
-                    order = _followed(node, found)
+                    order = followed(node, found)
                 if order is None and group.kind == "pointwise":
                     order = self._turned(node, group, found)
                 if order is not None and order != tuple(range(rank)):
@@ -200,17 +205,20 @@ class Storage:
         and has another innermost dimension than the last: a kernel that turns it would read or
         write every element in a cache line of its own.
         """
-        order = _torchs_order(fake(node))
-        if order is None or order[-1] == _natural(fake(node))[-1]:
+        order = torchs_order(fake(node))
+        if not order or order[-1] == natural(fake(node))[-1]:
+            return None
+        if not all(are_known(fake(x).shape) for x in group.inputs):
             return None
         whole = [x for x in group.inputs if fake(x).numel() == fake(node).numel()]
         for x in whole:
-            if fake(x).shape != fake(node).shape or _torchs_order(fake(x)) != order:
+            if fake(x).shape != fake(node).shape or torchs_order(fake(x)) != order:
                 return None
             base = x
             while (owner := self.owner.get(base)) is not None and owner.kind == "view":
                 base = base.all_input_nodes[0]
-            if orders.get(base, _natural(fake(base))) != _torchs_order(fake(base)):
+            torchs = torchs_order(fake(base))
+            if torchs is None or orders.get(base, natural(fake(base))) != torchs:
                 return None  # it does not lie as torch would have it
         return order if whole else None
 
@@ -383,7 +391,7 @@ class Storage:
         if kind == "const":
             strides = value.stride()
         if kind == "output" and strides is None:
-            strides = value.stride() if _dense(value) else contiguous_strides(shape)
+            strides = value.stride() if is_dense(value) else contiguous_strides(shape)
         elif strides is None and node in self._orders:
             halo = self._halo.get(node, halo)
             strides, offset, elements = spread(shape, halo, self._orders[node])
@@ -401,57 +409,6 @@ class Storage:
                 break
         self.roots[node.name] = Root(node.name, kind, value.dtype, elements, node)
         self.places[node] = Place(node.name, value.dtype, shape, tuple(strides), 0, halo)
-
-
-def _dense(value: torch.Tensor) -> bool:
-    """Whether torch's strides for an output leave no gaps or overlaps (static sizes only)."""
-    if not all(isinstance(d, int) for d in (*value.shape, *value.stride())):
-        return False
-    reach = 1
-    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
-        if size != 1 and stride != reach:
-            return False
-        reach *= size
-    return True
-
-
-def channels_last(rank: int) -> Order:
-    """The order of N(spatial)C."""
-    return (0, *range(2, rank), 1)
-
-
-def spread(shape: Sequence[Int], halo: Halo, order: Order) -> tuple[tuple[Int, ...], Int, Int]:
-    """Strides, offset of element 0, and element count of dimensions in ``order`` with a halo."""
-    strides: list[Int] = [0] * len(shape)
-    reach: Int = 1
-    offset: Int = 0
-    for axis in reversed(order):
-        strides[axis] = reach
-        offset = offset + halo[axis][0] * reach
-        reach = reach * (shape[axis] + sum(halo[axis]))
-    return tuple(strides), offset, reach
-
-
-def _natural(value: torch.Tensor) -> Order:
-    """The order of a contiguous tensor; dimensions of 1 are first, for they have no stride."""
-    return tuple(sorted(range(value.dim()), key=lambda d: value.shape[d] != 1))
-
-
-def _torchs_order(value: torch.Tensor) -> Order | None:
-    """`_natural` of a tensor that torch lays out; None if it has gaps or its sizes are open."""
-    if not _dense(value):
-        return None
-    return tuple(sorted(_natural(value), key=lambda d: (value.shape[d] != 1, -value.stride(d))))
-
-
-def _followed(node: fx.Node, orders: Mapping[fx.Node, Order]) -> Order | None:
-    """The order in which ``node`` lies if it does as the first of its arguments of known order."""
-    rank = fake(node).dim()
-    of = next((orders[x] for x in node.all_input_nodes if len(orders.get(x, ())) == rank), None)
-    if of is not None and node.target is aten.permute.default:
-        dims = [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
-        return tuple(dims.index(d) for d in of)
-    return of
 
 
 def view_of(node: fx.Node, base: fx.Node, place: Place) -> Place | tuple[Place | None, ...] | None:

@@ -122,3 +122,10 @@ def test_what_is_computed_from_turned_tensors_alone_stays_turned() -> None:
     _, steps = compiled(Turned().eval())
     (step,) = (s for s in steps if s.name.startswith("mul"))
     assert [arg.strides for arg in step.args] == [(12, 1, 120)] * 3
+
+
+def test_single_elements_have_no_order() -> None:
+    model = plait.compile(lambda x: torch.relu(x.sum()) * 2, tune="off")
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), torch.relu(x.sum()) * 2)
+    assert model.plan is not None
