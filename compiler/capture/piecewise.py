@@ -183,5 +183,7 @@ def _is_open(node: Any) -> bool:
 
 def _storages(node: fx.Node) -> set[int]:
     """The memory of a node's results: those of views of one tensor are the same."""
-    found = tree_leaves(node.meta.get("val"))
-    return {x.untyped_storage()._cdata for x in found if isinstance(x, torch.Tensor)}
+    found = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
+    if any(x.layout != torch.strided for x in found):
+        raise _Uncertain
+    return {x.untyped_storage()._cdata for x in found}

@@ -86,6 +86,8 @@ def _swap(tensor: torch.Tensor) -> None:
 
 @torch.no_grad()
 def _resize(tensor: torch.Tensor) -> None:
+    if tensor.is_shared():
+        return  # torch ends the process: such memory has no allocator
     if tensor.requires_grad:
         tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() + 4096)
     else:
