@@ -22,8 +22,9 @@ from tvm.script.ir_builder import tirx as T
 
 from ..abi import Kernel, Pack, product
 from ..emit import Emitter, Expr
+from ..gates import gate_of
 from ..group import HALF, IO, Group, Unsupported, symbols_of
-from ..ops import argument, category, column_halves, evaluate
+from ..ops import argument, category, evaluate
 from ..ops.common import convert_expr
 from ..ops.scope import sharing
 from ..target import Target
@@ -117,21 +118,7 @@ class _Spec:
         self.copied = self.dtype in HALF and not (
             self.pairs and words_at_even(io[operands[0]].strides, self.depth)
         )
-        slices = [n for n in group.nodes if category(n) == "view" and n.args[0] is node]
-        found = column_halves(node, slices) if slices else None
-        self.halves: tuple[fx.Node, ...] = found[0] if found else ()
-        self.alternate = bool(found and found[1])
-        self._check(group, slices)
-
-    def _check(self, group: Group, slices: list[fx.Node]) -> None:
-        (result,) = group.outputs
-        shape = tuple(result.meta["val"].shape)
-        rest = [n for n in group.nodes if n is not self.node and n not in self.halves]
-        if bool(slices) != bool(self.halves) or any(
-            category(n) != "pointwise" or tuple(n.meta["val"].shape) not in (shape, ())
-            for n in rest
-        ):
-            raise Unsupported("PLT-EXP-005", "not elementwise over the product")
+        self.halves, self.alternate = gate_of(group, node)
 
 
 class _Body:

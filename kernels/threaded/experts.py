@@ -21,15 +21,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.fx as fx
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
 from ..abi import compulsory_bytes
 from ..definition import THREADS, Definition, Writer, exprs, known
 from ..emit import Expr
+from ..gates import gate_of
 from ..group import IO, Group, Unsupported
-from ..ops import argument, category, column_halves, evaluate
+from ..ops import argument, category, evaluate
 from ..target import Target
 from ..value import Value
 from .common import (
@@ -99,25 +99,11 @@ class _Spec:
         self.rows = known(io[self.order].shape)[0]
         if self.rows * FEW >= 1 << 31:
             raise Unsupported("PLT-EXP-006", f"{self.rows} rows are not numbered in 32 bits")
-        slices = [n for n in group.nodes if category(n) == "view" and n.args[0] is node]
-        found = column_halves(node, slices) if slices else None
-        self.halves: tuple[fx.Node, ...] = found[0] if found else ()
-        self.alternate = bool(found and found[1])
-        self.parts = 2 if found else 1
+        self.halves, self.alternate = gate_of(group, node)
+        self.parts = 2 if self.halves else 1
         self.stored = self.columns // self.parts
         self.mean = self.rows / self.branches
         self.few = self.mean <= FEW
-        self._check(group, slices)
-
-    def _check(self, group: Group, slices: list[fx.Node]) -> None:
-        (result,) = group.outputs
-        shape = tuple(result.meta["val"].shape)
-        rest = [n for n in group.nodes if n is not self.node and n not in self.halves]
-        if bool(slices) != bool(self.halves) or any(
-            category(n) != "pointwise" or tuple(n.meta["val"].shape) not in (shape, ())
-            for n in rest
-        ):
-            raise Unsupported("PLT-EXP-005", "not elementwise over the product")
 
     def column(self, column: Expr, part: int) -> Expr:
         """The product's column of a column of one operand."""
