@@ -53,11 +53,9 @@ class Physical:
     @staticmethod
     def of(arg: TensorArg) -> Physical:
         """Reads the strides. Raises `Unsupported` where they do not form a dense buffer."""
-        if not all(isinstance(d, int) for d in (*arg.shape, *arg.strides)):
+        shape, strides = known(arg.shape), cast("tuple[int, ...]", arg.strides)
+        if not all(isinstance(d, int) for d in strides):
             raise Unsupported("PLT-DEF-001", "sizes known only at run time")
-        shape, strides = cast("tuple[int, ...]", arg.shape), cast("tuple[int, ...]", arg.strides)
-        if 0 in shape:
-            raise Unsupported("PLT-DEF-002", "a tensor without elements")
         wide = [d for d in range(len(shape)) if shape[d] + sum(arg.halo[d]) > 1 and strides[d] != 0]
         wide.sort(key=lambda d: -strides[d])
         dims: list[int | None] = []
@@ -289,9 +287,11 @@ def value_of(physical: Physical, buffer: Any) -> Value:
 
 
 def known(sizes: Sequence[Any]) -> tuple[int, ...]:
-    """Sizes as ints. Raises `Unsupported` for symbolic ones."""
+    """Sizes as ints. Raises `Unsupported` for symbolic ones, and where there are no elements."""
     if not all(isinstance(s, int) for s in sizes):
         raise Unsupported("PLT-DEF-001", "sizes known only at run time")
+    if 0 in sizes:
+        raise Unsupported("PLT-DEF-002", "a tensor without elements")
     return tuple(sizes)
 
 

@@ -291,3 +291,9 @@ def test_what_has_no_routing_kernel_is_declined() -> None:
     for made, reason in zip((half, long, many), reasons, strict=True):
         with pytest.raises(Unsupported, match=reason):
             cuda.lower(made.group, made.io, TARGET)
+
+
+def test_what_has_no_elements_is_declined() -> None:
+    for made in (_topk(torch.randn(3, 0), 0), _route((0, 2), 4), _experts(0, 8, 8, 2)):
+        with pytest.raises(Unsupported, match="without elements"):
+            cuda.lower(made.group, made.io, TARGET)
