@@ -14,26 +14,12 @@ from ..abi import TensorArg
 from ..definition import THREADS, Definition, Physical, Writer
 from ..emit import Expr
 from ..group import IO, Group
+from ..math import i32
 from ..target import Target
 
 LANES = 4
 """Elements of a vector that is read at once: 16 bytes of float32."""
 WARP = 32
-
-
-def i32(value: int) -> Expr:
-    """An int32 constant."""
-    return tir.IntImm("int32", value)
-
-
-def i64(value: int) -> Expr:
-    """An int64 constant."""
-    return tir.IntImm("int64", value)
-
-
-def f32(value: float) -> Expr:
-    """A float32 constant."""
-    return tir.FloatImm("float32", value)
 
 
 def wide(value: Expr) -> Expr:

@@ -29,6 +29,7 @@ from ..definition import THREADS, Definition, Writer, exprs, known
 from ..emit import Expr
 from ..gates import gate_of
 from ..group import IO, Group, Unsupported
+from ..math import f32, i32
 from ..ops import argument, category, evaluate
 from ..target import Target
 from ..value import Value
@@ -38,9 +39,7 @@ from .common import (
     barrier,
     bytes_of,
     div,
-    f32,
     has_vectors,
-    i32,
     launch,
     local,
     mod,

@@ -20,10 +20,11 @@ from ..abi import product
 from ..definition import THREADS, Definition, Writer, exprs, known
 from ..emit import Expr
 from ..group import IO, Group, Unsupported
+from ..math import i32
 from ..ops import argument
-from ..ops.common import unravel
+from ..ops.common import i64, unravel
 from ..target import Target
-from .common import barrier, i32, i64, launch, local, narrow, shared, shared_out, when, wide, write
+from .common import barrier, launch, local, narrow, shared, shared_out, when, wide, write
 
 MOST_BRANCHES = 4096  # their places are kept in shared memory
 MOST_BLOCKS = 128

@@ -15,14 +15,13 @@ from ..abi import product
 from ..definition import THREADS, Definition, Writer, known
 from ..emit import Expr
 from ..group import IO, Group, Unsupported
-from ..ops.common import convert_expr, unravel
+from ..math import i32
+from ..ops.common import convert_expr, i64, unravel
 from ..target import Target
 from ..templates.topk import Order
 from .common import (
     barrier,
     div,
-    i32,
-    i64,
     launch,
     local,
     mod,

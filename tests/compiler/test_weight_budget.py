@@ -14,63 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import plait
-from plait.kernels import routing
 from plait.runtime import bank as banks
 from plait.runtime import tier as tiers
 from plait.runtime.plan import FetchStep, Plan
 
-EXPERTS, WIDTH, INNER = 5, 32, 48
-
-
-class Experts(nn.Module):
-    """A block of experts whose routes are an input; ``EXPERTS`` stands for no expert."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(EXPERTS, INNER, WIDTH) / WIDTH**0.5)
-        self.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, INNER) / INNER**0.5)
-        self.bias = nn.Parameter(torch.randn(EXPERTS, WIDTH))
-
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        slots = index.shape[1]
-        route = routing.route(index, EXPERTS)
-        inner = routing.routed_linear(x, *route, self.up, None, False, slots, False).relu()
-        out = routing.routed_linear(inner, *route, self.down, self.bias, False, 0, True)
-        return out.view(*index.shape, -1).sum(1)
-
-
-class Net(nn.Module):
-    """Two blocks; the second one gets the routes in reverse order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense = nn.Linear(WIDTH, WIDTH)
-        self.one, self.two = Experts(), Experts()
-
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        x = self.dense(x)
-        x = x + self.one(x, index)
-        return x + self.two(x, index.flip(0))
-
-
-UNIT = (INNER + 16) * WIDTH * 4  # the larger matrix, its columns filled up to whole panels
-
-
-def weights(model: nn.Module) -> int:
-    return sum(p.nbytes for p in model.parameters())
-
-
-def example(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, WIDTH, generator=generator)
-    return x, torch.randint(0, EXPERTS + 1, (tokens, 2), generator=generator)
-
-
-def compiled(model: nn.Module, budget: Any, **options: Any) -> Any:
-    dynamic = {"x": {0: torch.export.Dim("t")}, "index": {0: torch.export.Dim("t")}}
-    return plait.compile(
-        model, example_inputs=example(9), dynamic_shapes=dynamic, weight_budget=budget, **options
-    )
+from .budgets import EXPERTS, UNIT, Experts, Net, compiled, example, weights
 
 
 @pytest.fixture(autouse=True)
@@ -457,54 +405,3 @@ def test_a_profile_seeds_the_forecast(net: Net) -> None:
     assert forecast._total[0].argmax() == 3
     resident = compiled(copy.deepcopy(net), None)
     assert torch.equal(budget(*example(9)), resident(*example(9)))
-
-
-NEAR = {"rtol": 1e-4, "atol": 1e-4}
-
-
-class Tables(Net):
-    """A net that makes a table of its own where it is asked to, and may read all of its weights."""
-
-    def forward(self, x: Tensor, index: Tensor, table: int = 0, whole: bool = False) -> Tensor:
-        y = super().forward(x, index)
-        if whole:
-            y = y + (self.one.up * x[0, 0]).sum() + (self.two.up * x[0, 1]).sum()
-        return y + (torch.arange(table).cos() * x.sum()).sum() if table else y
-
-
-def test_a_later_program_that_needs_more_than_the_budget_has_it_and_says_so() -> None:
-    torch.manual_seed(0)
-    net = Tables().eval()
-    with pytest.raises(plait.OptionError, match="PLT-OPT-006") as caught:
-        plait.compile(copy.deepcopy(net), example_inputs=example(9), weight_budget=64)
-    least = int(caught.value.hint.split()[3])
-    model = plait.compile(copy.deepcopy(net), weight_budget=least, tune="off")
-    call = example(9)
-    assert torch.equal(model(*call), compiled(copy.deepcopy(net), None)(*call))
-    tier = model.weight_tier
-    unit = tier.capacity
-    torch.testing.assert_close(model(*call, table=1000), net(*call, table=1000), **NEAR)
-    assert tier.capacity == unit and len(model.programs) == 2 and not tier.counters.over
-    (found,) = [r for r in model.remarks if r.id == "PLT-PRE-009"]
-    more = int(found.hint.split()[3]) - least
-    assert more >= 4000 and found.reason.startswith(f"{more} bytes more than the budget")
-    with pytest.warns(UserWarning, match="PLT-PRE-009.*the original runs"):
-        assert torch.equal(model(*call, whole=True), net(*call, whole=True))
-    assert len(model.programs) == 2
-
-
-def test_loading_names_the_least_for_all_programs(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = plait.compile(Tables().eval(), tune="off")
-    for table in (0, 1000, 10):
-        model(*example(9), table=table)
-    model.save(tmp_path / "model.plait")
-    with pytest.raises(plait.OptionError, match=r"PLT-OPT-006.*give at least \d+ bytes") as caught:
-        plait.load(tmp_path / "model.plait", weight_budget=64)
-    least = int(caught.value.hint.split()[3])
-    loaded = plait.load(tmp_path / "model.plait", weight_budget=least)
-    torch.testing.assert_close(
-        loaded(*example(9), table=1000), model(*example(9), table=1000), **NEAR
-    )
-    with pytest.raises(plait.OptionError):
-        plait.load(tmp_path / "model.plait", weight_budget=least - 1)
