@@ -232,6 +232,8 @@ CATALOGUE: dict[str, str] = {
     "PLT-DST-011": "A divided model is not ready, or ended.",
     "PLT-DST-012": "A model was divided among devices.",
     "PLT-DST-013": "Several batches of a divided model do not fit into memory at a time.",
+    "PLT-DST-014": "The experts of layers were divided among devices.",
+    "PLT-DST-015": "The experts of a layer cannot be divided among devices.",
     "PLT-EXP-001": "The routed product template generates no code for this target.",
     "PLT-EXP-002": "Routed products have no kernel in this type.",
     "PLT-EXP-003": "The weights of a routed product are computed; kernels pack constant weights.",

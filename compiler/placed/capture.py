@@ -21,7 +21,7 @@ from ...passes.ir import is_random
 from ..capture.captured import Captured
 from ..capture.export import capture
 from ..errors import CaptureError, FileError, InputError, OptionError
-from ..weights.absent import Checkpoint, ModuleSource, Renamed, Source
+from ..weights.absent import Checkpoint, ModuleSource, Rows, Source
 
 _SMALL = 1 << 16
 """Buffers of at most so many elements travel with the graph, whose passes may then fold them."""
@@ -38,12 +38,7 @@ class Whole:
 
     captured: Captured
     source: Source
-    names: dict[str, str]
-
-    def weights(self, targets: Sequence[str] | None = None) -> Renamed:
-        """The source under the graph's own names of weights."""
-        chosen = self.names if targets is None else {t: self.names[t] for t in targets}
-        return Renamed(self.source, chosen)
+    names: dict[str, str | Rows]
 
 
 def capture_whole(
@@ -81,11 +76,11 @@ def _random(module: fx.GraphModule) -> bool:
 
 def _hollow(
     captured: Captured, source: Source, model: nn.Module, hollow: set[str]
-) -> dict[str, str]:
+) -> dict[str, str | Rows]:
     """Puts the weights of a graph on the meta device; the source's name of each by target."""
     module = captured.graph_module
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    names: dict[str, str] = {}
+    names: dict[str, str | Rows] = {}
     for target, tensor in captured.constants().items():
         own = captured.names.get(target)
         if own is None:
@@ -114,15 +109,12 @@ def _hollow(
 
 def _check(source: Checkpoint, name: str, tensor: torch.Tensor) -> None:
     """Raises FileError unless the file's weight is what the model has."""
-    shape, kind = source.shape(name)
-    short = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-             "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-             "BOOL": "bool"}.get(kind, kind)  # fmt: skip
-    wanted = str(tensor.dtype).removeprefix("torch.")
-    if shape != tuple(tensor.shape) or short != wanted:
+    found = source.where[name]
+    has, wanted = (str(dtype).removeprefix("torch.") for dtype in (found.dtype, tensor.dtype))
+    if found.shape != tuple(tensor.shape) or has != wanted:
         raise FileError(
             "PLT-DST-007",
-            f"{name!r} is {short}{list(shape)} in {source.path}, "
+            f"{name!r} is {has}{list(found.shape)} in {source.path}, "
             f"{wanted}{list(tensor.shape)} in the model",
             "build the model as it was when the file was saved",
         )

@@ -13,6 +13,7 @@ import torch
 from ...runtime.pipeline import Inline
 from ..options import Options
 from ..pipeline import prepare
+from ..weights.absent import of
 from .local import START, Ranks
 from .options import Here, PlacementOptions
 from .part import Memory, SegmentRun
@@ -112,7 +113,8 @@ class LocalEngine:
                 if not planned.weights(rank):
                     weights = ""
                 ranks.send(
-                    rank, "load", division.programs[rank].to_json(), planned.payload(rank),
+                    rank, "load", division.programs[rank].to_json(),
+                    planned.payload(rank, shard=options.weights is None),
                     str(weights), how, device.limit,
                 )  # fmt: skip
             loaded = ranks.gather("loaded", START)
@@ -142,5 +144,6 @@ def _shard(planned: Planned, rank: int, folder: Path) -> Path:
 
     source, names = planned.whole.source, planned.weights(rank)
     file = folder / f"rank{rank}.safetensors"
-    save_file({n: source.get(n).clone(memory_format=torch.contiguous_format) for n in names}, file)
+    kept = {str(n): of(source, n).clone(memory_format=torch.contiguous_format) for n in names}
+    save_file(kept, file)
     return file

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ...passes.annotations import annotation
 from ...passes.ir import is_pure, mutated_arguments
 from ...passes.placement.devices import Placed, host_links, times
 from ...passes.placement.placement import Placement
@@ -394,6 +395,8 @@ def flops_of(node: fx.Node) -> float:
     if name == "scaled_dot_product_attention":
         query, key = values[0], values[1]
         return 2.0 * query.numel() * key.shape[-2] + 2.0 * made.numel() * key.shape[-2]
+    if str(target) == "plait.routed_linear.default":
+        return 2.0 * made.numel() * values[0].shape[-1] * (annotation(node).load or 1.0)
     packet = getattr(target, "overloadpacket", None)
     formula: Callable[..., Any] | None = flop_registry.get(packet)  # type: ignore[arg-type]
     if formula is None:

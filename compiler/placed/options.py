@@ -13,12 +13,14 @@ import torch
 
 from ...passes.placement.devices import Placed as Kinded
 from ...passes.placement.devices import parse_link
+from ...passes.placement.experts import ExpertPlacement
 from ...passes.placement.plan import NAMES, OBJECTIVES
 from ..errors import OptionError
 from .device import Device, as_devices
 
 LAUNCHES = ("inline", "processes", "torchrun")
 COSTS = ("roofline", "measured")
+EXPERTS = ("together", "divided")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class PlacementOptions:
         link: what a transfer costs, such as "1GB/s,50us"; None: measured with ``costs="measured"``,
             else assumed.
         costs: what operators cost: "roofline", or "measured": timed on this machine's CPU.
+        experts: "together" (a layer's experts are on one device), "divided" (each layer's are
+            shared out evenly), a placement of `plait.place_experts` or its file (.json), whose
+            devices are these in order, or None: divided only where the model fits no other way.
         timeout: seconds without an answer after which a rank counts as lost.
         threads: threads of each CPU process; None: the cores shared out.
 
@@ -50,6 +55,7 @@ class PlacementOptions:
     seed: int = 0
     link: str | None = None
     costs: str = "roofline"
+    experts: str | Path | ExpertPlacement | None = None
     timeout: float = 60.0
     threads: int | None = None
 
@@ -61,6 +67,14 @@ class PlacementOptions:
             value = getattr(self, name)
             if value not in known:
                 raise _wrong(f"{name}={value!r} is unknown", f"use {', '.join(map(str, known))}")
+        if not (
+            self.experts in (None, *EXPERTS)
+            or isinstance(self.experts, ExpertPlacement)
+            or (isinstance(self.experts, str | Path) and str(self.experts).endswith(".json"))
+        ):
+            known = ", ".join(EXPERTS)
+            hint = f"use {known}, or a placement of plait.place_experts or its .json file"
+            raise _wrong(f"experts={self.experts!r} is unknown", hint)
         for name in ("budget", "timeout"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < math.inf):

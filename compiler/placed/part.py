@@ -24,7 +24,7 @@ from ..errors import InputError, PlaitError
 from ..modes import plain_modes
 from ..options import Options
 from ..serialize.graph import Symbols, graph_from_json, graph_to_json
-from ..weights.absent import Renamed, Source, fill
+from ..weights.absent import Renamed, Rows, Source, fill
 from .pipe import pack, unpack
 from .segments import captured_of
 
@@ -42,14 +42,14 @@ class DistributedError(PlaitError, RuntimeError):
     """A placed model cannot run, or a rank of it failed: one error for all ranks."""
 
 
-def segment_to_json(captured: Captured, names: Mapping[str, str]) -> dict[str, Any]:
+def segment_to_json(captured: Captured, names: Mapping[str, str | Rows]) -> dict[str, Any]:
     """A segment without the weights that ``names`` maps to a source's; other constants with it."""
     module = captured.graph_module
     constants = captured.constants()
     return {
         "graph": graph_to_json(module),
         "hollow": {
-            t: [names[t], str(c.dtype)[6:], list(c.shape), list(c.stride())]
+            t: [_plain(names[t]), str(c.dtype)[6:], list(c.shape), list(c.stride())]
             for t, c in constants.items() if t in names
         },
         "constants": pack({t: c for t, c in constants.items() if t not in names}),
@@ -57,14 +57,18 @@ def segment_to_json(captured: Captured, names: Mapping[str, str]) -> dict[str, A
     }  # fmt: skip
 
 
-def segment_from_json(data: Mapping[str, Any]) -> tuple[Captured, dict[str, str]]:
+def _plain(name: str | Rows) -> str | list[Any]:
+    return [name.name, list(name.rows)] if isinstance(name, Rows) else name
+
+
+def segment_from_json(data: Mapping[str, Any]) -> tuple[Captured, dict[str, str | Rows]]:
     """A segment, its weights on the meta device, and their names in the source by target."""
     tensors = unpack(data["constants"])
-    names: dict[str, str] = {}
+    names: dict[str, str | Rows] = {}
     for target, (name, dtype, shape, stride) in data["hollow"].items():
         kind = getattr(torch, dtype)
         tensors[target] = torch.empty_strided(shape, stride, dtype=kind, device="meta")
-        names[target] = name
+        names[target] = name if isinstance(name, str) else Rows(name[0], tuple(name[1]))
     module = graph_from_json(data["graph"], tensors, Symbols({}, {}), "Segment")
     cpu = torch.device("cpu")
     specs = [InputSpec(n, getattr(torch, d), tuple(s), cpu) for n, d, s in data["inputs"]]
@@ -75,10 +79,10 @@ class SegmentRun:
     """A compiled segment: call it with its inputs in order."""
 
     def __init__(
-        self, captured: Captured, names: Mapping[str, str], source: Source, options: Options,
+        self, captured: Captured, names: Mapping[str, str | Rows], source: Source, options: Options,
         device: torch.device, prepared: pipeline.Prepared | None = None,
     ) -> None:  # fmt: skip
-        renamed = Renamed(source, names)
+        renamed = Renamed(source, names, captured.constants())
         self.graph = captured.graph_module.graph
         if device.type == "cpu":
             captured.weights = renamed
@@ -175,7 +179,10 @@ class Part:
         watched = _Told(source, at)
         runs: dict[str, SegmentRun] = {}
         try:
-            fill(*((p.lowered, Renamed(watched, parsed[n][1])) for n, p in ready.items()))
+            sources = {
+                n: Renamed(watched, names, c.constants()) for n, (c, names) in parsed.items()
+            }
+            fill(*((p.lowered, sources[n]) for n, p in ready.items()))
             for name, (captured, names) in parsed.items():
                 runs[name] = SegmentRun(captured, names, watched, options, device, ready.get(name))
         except (RuntimeError, MemoryError) as error:

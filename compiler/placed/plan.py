@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 
 from ...kernels.ops.bounds import IndexCheck, index_checks
+from ...passes.annotations import annotation
 from ...passes.manager import PassManager
 from ...passes.placement import plan
 from ...passes.placement.devices import parse_link
@@ -21,7 +22,9 @@ from ...runtime.pipeline import RankProgram
 from ..capture.captured import Captured
 from ..capture.tree import flatten
 from ..options import Options
+from ..weights.absent import Rows
 from .capture import Whole, capture_whole
+from .divided import divided
 from .graph import bytes_of
 from .measure import Costs, measure
 from .options import Here, PlacementOptions
@@ -80,13 +83,16 @@ class Planned:
     segments: list[Segment]
     graphs: dict[str, Captured]
 
-    def payload(self, rank: int) -> dict[str, Any]:
-        """A rank's segments as plain values and constants."""
+    def payload(self, rank: int, shard: bool = False) -> dict[str, Any]:
+        """A rank's segments as plain values and constants; with ``shard`` rows of a weight are
+        known by a name of their own, as in a file that was made for the rank.
+        """
         mine = [s.name for s in self.segments if s.rank == rank]
-        return {n: segment_to_json(self.graphs[n], self.whole.names) for n in mine}
+        names = {t: str(n) for t, n in self.whole.names.items()} if shard else self.whole.names
+        return {n: segment_to_json(self.graphs[n], names) for n in mine}
 
-    def weights(self, rank: int) -> set[str]:
-        """The source's names of the weights that a rank holds."""
+    def weights(self, rank: int) -> set[str | Rows]:
+        """The source's names of the weights, or rows of weights, that a rank holds."""
         held = [self.graphs[s.name].constants() for s in self.segments if s.rank == rank]
         return {self.whole.names[t] for part in held for t in part if t in self.whole.names}
 
@@ -109,52 +115,98 @@ def plan_model(
     with torch.no_grad():
         result = PassManager("normalize").run(whole.captured.graph_module)
         module = own_results(result.graph_module)
-        units = Units(module)
     tensors = [x for x in flatten((tuple(args), dict(kwargs)))[0] if isinstance(x, torch.Tensor)]
-    holders = [n.name for n in module.graph.find_nodes(op="placeholder")]
-    how, threads = options.how(), threads_of(options, devices)
-    costs = Costs({}, {}, 0.0)
-    if options.costs == "measured" and any(d.torch.type == "cpu" for d in devices):
-        inputs = dict(zip(holders, tensors, strict=True))
-        costs = measure(whole, units, inputs, compile_options, threads)
-    if options.link is None and options.costs == "measured" and measured_link is not None:
-        link = Link(*measured_link())
-    else:
-        link = parse_link(options.link or _LINKS[how])
-    # What is sent ends a segment here and begins one there.
-    link = replace(link, latency_s=link.latency_s + costs.call)
-    price = _price(devices, costs.seconds)
-    name = type(model).__name__
-    kinds = tuple(d.placed.device for d in devices)
-    problem = units.problem(name, kinds, link, price, costs.temporary)
-    last: Any = next(iter(module.graph.find_nodes(op="output")))
-    flat = list(last.args[0])
-    placement, segments, made, flight = _with_flights(problem, units, flat, link, options)
-    graphs = {s.name: extract(module, s) for s in segments}
-    predicted = _predicted(placement, made, link, options, devices)
+    plan_of = _Plan(type(model).__name__, tensors, devices, options, compile_options, measured_link)
+    names = [d.placed.device.name for d in devices]
+    if options.experts not in (None, "together"):
+        return plan_of.make(*divided(whole, module, names, options.experts))
+    try:
+        return plan_of.make(whole, module)
+    except InfeasibleError:
+        if options.experts is not None:
+            raise
+        parts = divided(whole, module, names, "divided")
+        if not any(r.id == "PLT-DST-014" for r in parts[-1]):
+            raise
+    return plan_of.make(*parts)
+
+
+@dataclass
+class _Plan:
+    """What a plan is made for: ``tensors`` are the call's, in order."""
+
+    name: str
+    tensors: Sequence[torch.Tensor]
+    devices: Sequence[Here]
+    options: PlacementOptions
+    compile_options: Options
+    measured_link: Callable[[], tuple[float, float]] | None
+
+    def make(self, whole: Whole, module: fx.GraphModule, remarks: Sequence[Remark] = ()) -> Planned:
+        """The plan of a normalised graph."""
+        options, devices = self.options, self.devices
+        units = Units(module)
+        holders = [n.name for n in module.graph.find_nodes(op="placeholder")]
+        costs = self._costs(whole, units, dict(zip(holders, self.tensors, strict=True)))
+        link = self._link()
+        # What is sent ends a segment here and begins one there.
+        link = replace(link, latency_s=link.latency_s + costs.call)
+        price = _price(devices, costs.seconds)
+        kinds = tuple(d.placed.device for d in devices)
+        problem = units.problem(self.name, kinds, link, price, costs.temporary)
+        last: Any = next(iter(module.graph.find_nodes(op="output")))
+        flat = list(last.args[0])
+        placement, segments, made, flight = _with_flights(problem, units, flat, link, options)
+        graphs = {s.name: extract(module, s) for s in segments}
+        nothing: Any = None
+        division = Division(
+            replace(whole.captured, graph_module=nothing), problem, placement, made, holders,
+            [x.name for x in flat], _owners(segments, flat), index_checks(module.graph),
+            _predicted(placement, made, link, options, devices), flight,
+            [*remarks, *_remarks(units, segments, made, placement, flight, devices)],
+        )  # fmt: skip
+        return Planned(division, whole, segments, graphs)
+
+    def _costs(self, whole: Whole, units: Units, inputs: Mapping[str, torch.Tensor]) -> Costs:
+        options = self.options
+        if options.costs == "measured" and any(d.torch.type == "cpu" for d in self.devices):
+            threads = threads_of(options, self.devices)
+            return measure(whole, units, inputs, self.compile_options, threads)
+        return Costs({}, {}, 0.0)
+
+    def _link(self) -> Link:
+        options = self.options
+        if options.link is None and options.costs == "measured" and self.measured_link is not None:
+            return Link(*self.measured_link())
+        return parse_link(options.link or _LINKS[options.how()])
+
+
+def _remarks(
+    units: Units,
+    segments: Sequence[Segment],
+    made: Sequence[RankProgram],
+    placement: Placement,
+    flight: Sequence[float],
+    devices: Sequence[Here],
+) -> list[Remark]:
+    """What became of the model, what does not fit, and what runs without kernels."""
     reason = (
         f"{len(units.units)} units became {len(segments)} segments on {len(devices)} devices, "
         f"{sum(len(s.sends) for p in made for s in p.steps)} tensors move"
     )
     remarks = [Remark("PLT-DST-012", "done", "place", (), reason)]
     peaks = placement.report["peak_bytes"].values()
-    for d, peak, more in zip(kinds, peaks, flight, strict=True):
+    for here, peak, more in zip(devices, peaks, flight, strict=True):
+        d = here.placed.device
         if peak + more > d.memory_bytes:
             note = f"batches in flight need {(peak + more) / 1e6:.1f} MB of {d.name}, it has less"
             hint = "call it one batch at a time, without map, or take objective='throughput'"
             remarks.append(Remark("PLT-DST-013", "missed", "place", (), note, hint))
-    for d, program in zip(devices, made, strict=True):
-        if d.torch.type != "cpu" and program.steps:
-            note = f"{len(program.steps)} segments on {d.torch} run by torch's own operators"
+    for here, program in zip(devices, made, strict=True):
+        if here.torch.type != "cpu" and program.steps:
+            note = f"{len(program.steps)} segments on {here.torch} run by torch's own operators"
             remarks.append(Remark("PLT-DST-009", "note", "place", (), note))
-    nothing: Any = None
-    division = Division(
-        replace(whole.captured, graph_module=nothing), problem, placement, made, holders,
-        [x.name for x in flat], _owners(segments, flat),
-        index_checks(module.graph), predicted, flight,
-        remarks,
-    )  # fmt: skip
-    return Planned(division, whole, segments, graphs)
+    return remarks
 
 
 def _with_flights(
@@ -252,9 +304,12 @@ def threads_of(options: PlacementOptions, devices: Sequence[Here]) -> int:
 def _price(devices: Sequence[Here], seconds: Mapping[str, float]) -> Callable[[Unit], Any]:
     def price(unit: Unit) -> Any:
         flops, nbytes, width = work(unit)
-        times = []
+        pinned = {annotation(n).device for n in unit.nodes} - {None}
+        times: list[float | None] = []
         for d in devices:
-            if d.torch.type == "cpu" and unit.name in seconds:
+            if pinned and d.placed.device.name not in pinned:
+                times.append(None)
+            elif d.torch.type == "cpu" and unit.name in seconds:
                 times.append(seconds[unit.name] / d.placed.device.speed)
             elif not flops and not nbytes:
                 times.append(0.0)

@@ -17,6 +17,11 @@ Table = tuple[Counts, ...]
 Key = tuple[str, int]
 
 
+def label_of(name: str, call: int) -> str:
+    """A router's key as text."""
+    return (name or "(model)") + (f" #{call + 1}" if call else "")
+
+
 @dataclass(frozen=True)
 class RouterStats:
     """One router over some batches.
@@ -44,7 +49,7 @@ class RouterStats:
     @property
     def label(self) -> str:
         """Its key as text."""
-        return (self.name or "(model)") + (f" #{self.call + 1}" if self.call else "")
+        return label_of(self.name, self.call)
 
     @cached_property
     def load(self) -> Counts:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
 from ...kernels import packing
 from ..errors import FileError
+from .safetensors_file import Stored, stored
 
 if TYPE_CHECKING:
     from ..lowering.lowered import Absent, Lowered
@@ -62,8 +64,10 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
+        from safetensors import SafetensorError
+
         self.path = Path(path)
-        self.where: dict[str, Path] = {}
+        self.where: dict[str, Stored] = {}
         index = self.path / "model.safetensors.index.json"
         try:
             if self.path.is_file():
@@ -76,8 +80,10 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise self._error(f"{index} cannot be read: {error}") from error
         for file in files:
-            with self._open(file) as content:
-                self.where.update(dict.fromkeys(content.keys(), file))
+            try:
+                self.where.update(stored(file))
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                raise self._error(f"{file} cannot be read: {error}") from error
         if not self.where:
             raise self._error(f"{self.path} holds no safetensors file with weights")
 
@@ -85,38 +91,59 @@ class Checkpoint:
         """See `Source.get`."""
         if name not in self.where:
             raise self._error(f"{self.path} has no weight {name!r}")
-        # Opened each time: what was read of a file stays in this process's memory until it closes.
-        with self._open(self.where[name]) as content:
-            return content.get_tensor(name) if row is None else content.get_slice(name)[row]
-
-    def shape(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape of a weight and safetensors' name of its type."""
-        with self._open(self.where[name]) as content:
-            part = content.get_slice(name)
-            return tuple(part.get_shape()), str(part.get_dtype())
-
-    def _open(self, file: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         try:
-            return safe_open(file, "pt")
-        except (OSError, SafetensorError) as error:
-            raise self._error(f"{file} cannot be read: {error}") from error
+            return self.where[name].read(row)
+        except (OSError, EOFError) as error:
+            raise self._error(f"{name!r} cannot be read: {error}") from error
 
     @staticmethod
     def _error(reason: str) -> FileError:
         return FileError("PLT-DST-007", reason, "weights= names safetensors files of this model")
 
 
-class Renamed:
-    """A source under a graph's names: ``names`` maps them to the source's."""
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a source's weight, at least one."""
 
-    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
-        self._source, self._names = source, names
+    name: str
+    rows: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}[{','.join(map(str, self.rows))}]"
+
+    def of(self, source: Source, row: int | slice | None) -> torch.Tensor:
+        """See `Source.get`; no more than these rows is read."""
+        if isinstance(row, int):
+            return source.get(self.name, self.rows[row])
+        chosen = self.rows if row is None else self.rows[row]
+        if chosen == tuple(range(chosen[0], chosen[0] + len(chosen))):
+            return source.get(self.name, slice(chosen[0], chosen[-1] + 1)).contiguous()
+        return torch.stack([source.get(self.name, r) for r in chosen])
+
+
+class Renamed:
+    """A source under a graph's names: ``names`` maps them to the source's, or to rows of them.
+
+    Whole weights lie in memory as those of the graph do, ``hollow`` by name: files know nothing of
+    channels-last weights, nor of transposed ones.
+    """
+
+    def __init__(
+        self, source: Source, names: Mapping[str, str | Rows], hollow: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._source, self._names, self._hollow = source, names, hollow
 
     def get(self, name: str, row: int | slice | None = None) -> torch.Tensor:
         """See `Source.get`."""
-        return self._source.get(self._names[name], row)
+        found, like = of(self._source, self._names[name], row), self._hollow[name]
+        if row is not None or found.stride() == like.stride():
+            return found
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).copy_(found)
+
+
+def of(source: Source, name: str | Rows, row: int | slice | None = None) -> torch.Tensor:
+    """A weight of a source, or rows of it. See `Source.get`."""
+    return name.of(source, row) if isinstance(name, Rows) else source.get(name, row)
 
 
 def fill(*lowered: tuple[Lowered, Source]) -> None:

@@ -15,14 +15,7 @@ import torch
 
 from ...runtime.bank import HUGE
 from .budget import WeightStore
-
-# Names of safetensors' format: https://huggingface.co/docs/safetensors/index
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64,
-    "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+from .safetensors_file import kind_of
 
 
 def read_mapped(
@@ -44,7 +37,7 @@ def read_mapped(
         header: dict[str, Any] = json.loads(_bytes(mapped, 8, length))
         header.pop("__metadata__", None)
         tensors = {
-            name: mapped.tensor(8 + length + int(entry["data_offsets"][0]), *_kind(entry))
+            name: mapped.tensor(8 + length + int(entry["data_offsets"][0]), *kind_of(entry))
             for name, entry in header.items()
         }
     except (KeyError, TypeError, AttributeError) as error:
@@ -56,7 +49,3 @@ def read_mapped(
 
 def _bytes(mapped: Any, begin: int, count: int) -> bytes:
     return mapped.tensor(begin, (count,), torch.uint8).numpy().tobytes()
-
-
-def _kind(entry: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(map(int, entry["shape"])), _DTYPES[entry["dtype"]]
