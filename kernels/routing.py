@@ -59,6 +59,7 @@ def routed_linear(
     transposed: bool,
     share: int,
     scatter: bool,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Rows of ``x`` times the matrix of their branch: ``[S, N]``.
 
@@ -67,17 +68,22 @@ def routed_linear(
     row ``order[r] // share`` of ``x`` (``share`` slots belong to one row), or row r itself where
     ``share`` is 0. It is written to row ``order[r]`` with ``scatter``, else to row r. Positions of
     no branch give zeros.
+
+    With ``slots`` (int32 ``[branches]``) the matrix of branch b is ``weight[slots[b]]``, and
+    ``weight`` may have any number of them; a branch whose slot is negative is left out: what its
+    rows of the result hold means nothing.
     """
     matrices = weight if transposed else weight.transpose(1, 2)
     result = x.new_zeros(order.shape[0], matrices.shape[2])
     bounds = offsets.tolist()
-    for branch in range(weight.shape[0]):
+    places = list(range(weight.shape[0])) if slots is None else slots.tolist()
+    for branch, place in enumerate(places):
         begin, end = bounds[branch], bounds[branch + 1]
-        if begin == end:
+        if begin == end or place < 0:
             continue
         slots = order[begin:end]
         rows = x[slots // share] if share else x[begin:end]
-        product = rows @ matrices[branch]
+        product = rows @ matrices[place]
         if bias is not None:
             product = product + bias[branch]
         if scatter:
@@ -97,6 +103,7 @@ def _(
     transposed: bool,
     share: int,
     scatter: bool,
+    slots: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(order.shape[0], weight.shape[2 if transposed else 1])
 
@@ -158,7 +165,9 @@ def _route_backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, offsets, order, weight, _, *ctx.options = inputs
+    x, offsets, order, weight, _, *ctx.options, slots = inputs
+    if slots is not None:
+        raise NotImplementedError("matrices that lie in slots have no gradients")
     ctx.save_for_backward(x, offsets, order, weight)
 
 
@@ -177,7 +186,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         weight_grad, bias_grad = routed_outer(grad, x, offsets, order, transposed, share, scattered)
     if not ctx.needs_input_grad[4]:
         bias_grad = None
-    return x_grad, None, None, weight_grad, bias_grad, None, None, None
+    return x_grad, None, None, weight_grad, bias_grad, None, None, None, None
 
 
 route.register_autograd(_route_backward, setup_context=_route_setup)

@@ -240,6 +240,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-EXP-004": "A routed product without weights is left to the library.",
     "PLT-EXP-005": "What follows a routed product is not elementwise over it.",
     "PLT-EXP-006": "A routed product has more rows than the kernel numbers.",
+    "PLT-EXP-007": "A routed product whose matrices lie in slots has kernels on GPUs only.",
     "PLT-FUS-001": "Operators were fused into one kernel.",
     "PLT-FUS-002": "The operator has no kernel of ours and runs as a library call.",
     "PLT-FUS-004": "Fusing would make two kernels wait for each other.",

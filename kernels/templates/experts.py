@@ -93,6 +93,8 @@ class _Spec:
             reason = f"this template does not generate code for {target.kind}"
             raise Unsupported("PLT-EXP-001", reason)
         self.node = node = next(n for n in group.nodes if category(n) == "experts")
+        if argument(node, "slots") is not None:
+            raise Unsupported("PLT-EXP-007", "matrices in slots have kernels on GPUs only")
         self.weight, self.bias = argument(node, "weight"), argument(node, "bias")
         operands = [argument(node, "x"), self.weight, *([] if self.bias is None else [self.bias])]
         self.dtype = io[self.weight].dtype

@@ -10,6 +10,10 @@ Blocks without rows end at once. Rows of no branch are one more branch, whose pr
 Where a branch gets many rows, a block keeps a tile of both factors in shared memory. Where it gets
 few, a warp reads each row of a weight once, side by side, for all rows of the tile.
 
+Where weights lie in slots, a table tells the slot of each branch. A branch that has none is left
+out, as if it had no rows, except that nothing is written for it: what runs later with another table
+writes the rest.
+
 Pointwise operators that follow run on the sums. A gate's two operands, which are columns of one
 product, are made by the same thread.
 """
@@ -68,7 +72,7 @@ def experts(group: Group, io: IO, target: Target) -> Definition:
     touched = min(spec.branches, spec.rows)  # branches that can get a row
     nbytes = compulsory_bytes([io[n] for n in (*group.inputs, *group.outputs) if n != spec.weight])
     assert isinstance(nbytes, int)
-    nbytes += bytes_of(io[spec.weight]) * touched // spec.branches
+    nbytes += bytes_of(io[spec.weight]) * touched // known(io[spec.weight].shape)[0]
     flops = 2 * spec.rows * spec.columns * spec.depth
 
     def body(w: Writer, vectors: bool) -> None:
@@ -86,13 +90,14 @@ class _Spec:
         self.node = node = next(n for n in group.nodes if category(n) == "experts")
         self.x, self.weight, self.bias = (argument(node, k) for k in ("x", "weight", "bias"))
         self.offsets, self.order = argument(node, "offsets"), argument(node, "order")
+        self.slots = argument(node, "slots")
         self.share, self.scatter = int(argument(node, "share")), bool(argument(node, "scatter"))
         self.transposed = bool(argument(node, "transposed"))
         operands = [n for n in (self.x, self.weight, self.bias) if n is not None]
         if any(io[n].dtype != torch.float32 for n in operands):
             raise Unsupported("PLT-EXP-002", "routed products have GPU kernels in float32 only")
-        weight = known(io[self.weight].shape)
-        self.branches, (self.depth, self.columns) = weight[0], weight[1:]
+        self.depth, self.columns = known(io[self.weight].shape)[1:]
+        self.branches = known(io[self.offsets].shape)[0] - 1
         if not self.transposed:
             self.depth, self.columns = self.columns, self.depth
         self.rows = known(io[self.order].shape)[0]
@@ -145,11 +150,16 @@ class _Body:
             inside = tir.And(self.count > 0, self.branch < spec.branches)
             self.active = T.bind(tir.Select(inside, i32(1), i32(0)))
             # A branch to read from, also where nothing is read.
-            self.matrix = T.bind(wide(tir.min(self.branch, i32(spec.branches - 1))))
+            self.own = T.bind(wide(tir.min(self.branch, i32(spec.branches - 1))))
+            self.matrix = self.own if spec.slots is None else T.bind(self._slot())
             self._product()
 
     def _product(self) -> None:
         raise NotImplementedError
+
+    def _slot(self) -> Expr:
+        """Where the branch's matrix lies, or some other one."""
+        return wide(tir.max(self.w.ctx.env[self.spec.slots].load([self.own]), i32(0)))
 
     def _find(self, tile: Expr, by_row: bool) -> None:
         spec, high = self.spec, self.high
@@ -175,7 +185,14 @@ class _Body:
                     T.buffer_store(found, value, [k])
         barrier()
         self.begin, self.branch = T.bind(found[0]), T.bind(found[2])
-        self.count = T.bind(tir.max(tir.min(found[1] - found[0], i32(high)), i32(0)))
+        count = T.bind(tir.max(tir.min(found[1] - found[0], i32(high)), i32(0)))
+        if spec.slots is None:
+            self.count = count
+            return
+        # A branch without a slot is left out; rows of no branch are not.
+        own = self.w.ctx.env[spec.slots].load([wide(tir.min(self.branch, i32(spec.branches - 1)))])
+        absent = tir.And(self.branch < spec.branches, own < i32(0))
+        self.count = T.bind(tir.Select(absent, i32(0), count))
 
     def _rows(self) -> None:
         """Rows beyond the last of the tile are the last one again."""
@@ -266,7 +283,7 @@ class _Body:
                     s
                     + tir.if_then_else(
                         self.branch < spec.branches,
-                        bias.load([self.matrix, wide(spec.column(column, part))]),
+                        bias.load([self.own, wide(spec.column(column, part))]),
                         f32(0.0),
                     )
                     for part, s in enumerate(sums)
