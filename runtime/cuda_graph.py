@@ -11,7 +11,8 @@ of the stream which made it is issued that begins after all readers of it have e
 
 Steps that choose among plans by what data tell cut a plan into *pieces*, each a CUDA graph of its
 own that begins after everything before it has ended. Between two pieces the host reads the offsets
-or the truth value that decide, and has the plans run that have something to do.
+or the truth value that decide, and has the plans run that have something to do. Steps that bring
+weights from host memory cut it, too, and so do the kernels that read these (`paging`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,14 +30,17 @@ import torch
 from . import library
 from .counts import Counts
 from .gpu_device import ALIGNMENT, Device, Function
+from .paging import Paging
 from .plan import (
     BranchStep,
+    FetchStep,
     KernelStep,
     LibraryStep,
     Plan,
     PlanError,
     Step,
     TensorRef,
+    cuts,
     touched,
 )
 from .sizes import evaluate
@@ -76,7 +80,8 @@ class GpuExecutor:
 
     ``constants`` maps names to tensors on the device, ``functions`` kernel hashes to what launches
     them, ``calls`` names of library targets that are not operators to callables; ``keep`` holds
-    what must stay alive, ``parts`` are what runs the plans that its branch steps name. With
+    what must stay alive, ``parts`` are what runs the plans that its branch steps name, ``paging``
+    brings the weights that its fetch steps name. With
     ``graph`` the second run of the plan is captured and replayed from then on; where that fails,
     ``refusal`` says why and every call launches the steps.
     """
@@ -92,6 +97,7 @@ class GpuExecutor:
         graph: bool = True,
         keep: Any = None,
         parts: Mapping[str, GpuPart] | None = None,
+        paging: Paging | None = None,
     ) -> None:
         if len(plan.lanes) != len(plan.steps) or plan.symbols:
             raise PlanError("the plan is not one for a GPU: compile again")
@@ -103,11 +109,16 @@ class GpuExecutor:
         self.parts = dict(parts or {})
         if set(named) - set(self.parts):
             raise PlanError("plans of branches are missing: compile again")
+        fetches = [s for s in plan.steps if isinstance(s, FetchStep)]
+        if fetches and paging is None:
+            raise PlanError("weights of the plan are in host memory, but nothing fetches them")
+        self.paging = paging
         self.plan, self.functions, self.device, self.keep = plan, functions, device, keep
         self.counts = Counts(named)
         self.refusal = ""
         self._wanted = graph
-        self._pieces = _pieces(plan.steps)
+        self._cuts = cuts(plan.steps)
+        self._pieces = _pieces(plan.steps, self._cuts)
         self._lock = threading.Lock()
         calls = calls or {}
         self._targets = {
@@ -125,7 +136,8 @@ class GpuExecutor:
             signalled = {k for lane in plan.lanes for k in lane.waits}
             self._ended = {k: device.event() for k in signalled}
             self._read = device.event()
-            self._told = {s.name: device.host(_bytes(s.selector)) for s in branches}
+            deciding = [*branches, *fetches]
+            self._told = {s.name: device.host(_bytes(s.selector)) for s in deciding}
             device.record(self._idle, device.current())
         self._live: dict[str, Any] = {}
         self._warm = False
@@ -143,6 +155,8 @@ class GpuExecutor:
             if buffer.kind == "arena":
                 memory[name] = arena[evaluate(buffer.offset, {}) :]
             elif buffer.kind == "const":
+                if self.paging is not None and name in self.paging:
+                    continue  # that lies now here, now there
                 if name not in constants:
                     raise PlanError(f"constant {name!r} of the plan is missing: compile again")
                 memory[name] = constants[name]
@@ -198,12 +212,13 @@ class GpuExecutor:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """One call at a time, on the device as well."""
-        device = self.device
+        device, paging = self.device, self.paging
         with self._lock, device.activate():
             caller = device.current()
             device.wait(caller, self._idle)  # another caller's stream may have had the last call
             try:
-                yield
+                with contextlib.nullcontext() if paging is None else paging.turn(caller):
+                    yield
             finally:
                 device.record(self._idle, caller)
 
@@ -221,7 +236,7 @@ class GpuExecutor:
             if piece.first < piece.end:
                 self._run_piece(piece, caller)
             if piece.end < len(self.plan.steps):
-                self._choose(self.plan.steps[piece.end], caller)
+                self._run_apart(self.plan.steps[piece.end], caller)
         self._warm = True
 
     def _run_piece(self, piece: _Piece, caller: Any) -> None:
@@ -287,9 +302,22 @@ class GpuExecutor:
         elif isinstance(step, LibraryStep):
             self._call(step)
         else:
-            raise PlanError(f"{step.name} fetches weights, which no GPU plan may: compile again")
+            raise PlanError(f"{step.name} cannot be issued with others: compile again")
 
-    # -- branches -----------------------------------------------------------------------------
+    # -- between pieces -----------------------------------------------------------------------
+
+    def _run_apart(self, step: Step, caller: Any) -> None:
+        """Runs a step at which a plan is cut, on the caller's stream."""
+        if isinstance(step, BranchStep):
+            self._choose(step, caller)
+            return
+        assert self.paging is not None
+        if isinstance(step, FetchStep):
+            told = self._tell(step.selector, self._told[step.name], caller)
+            self.paging.fetch(step, told.tolist(), caller)
+            return
+        for _ in self.paging.launches(step, caller):  # type: ignore[arg-type]
+            self._run(step, caller)
 
     def _choose(self, step: Any, caller: Any) -> None:
         """Runs the plans of a `BranchStep` that have something to do, in their order."""
@@ -323,6 +351,8 @@ class GpuExecutor:
 
     def _pointer(self, ref: TensorRef) -> int:
         base = self._memory.get(ref.buffer)
+        if base is None and self.paging is not None and ref.buffer in self.paging:
+            base = self.paging.memory(ref.buffer)
         if base is None:
             base = self._live[ref.buffer]
         return base.data_ptr() + evaluate(ref.offset, {}) * ITEMSIZE[ref.dtype]
@@ -382,10 +412,10 @@ def view(base: Any, ref: TensorRef) -> Any:
     return base.as_strided(_ints(ref.shape), _ints(ref.strides), offset)
 
 
-def _pieces(steps: Sequence[Step]) -> list[_Piece]:
-    """What lies before, between and behind branch steps."""
-    cuts = [k for k, step in enumerate(steps) if isinstance(step, BranchStep)]
-    firsts, ends = [0, *(k + 1 for k in cuts)], [*cuts, len(steps)]
+def _pieces(steps: Sequence[Step], cut: Set[int]) -> list[_Piece]:
+    """What lies before, between and behind steps at which a plan is cut."""
+    at = sorted(cut)
+    firsts, ends = [0, *(k + 1 for k in at)], [*at, len(steps)]
     return [_Piece(first, end) for first, end in zip(firsts, ends, strict=True)]
 
 
@@ -397,12 +427,13 @@ def releases(plan: Plan) -> list[list[str]]:
     """
     before: list[int] = []
     last: dict[int, int] = {}
-    earlier = 0  # everything up to the last branch step
-    for number, (step, lane) in enumerate(zip(plan.steps, plan.lanes, strict=True)):
+    cut = cuts(plan.steps)
+    earlier = 0  # everything up to the last step at which the plan is cut
+    for number, lane in enumerate(plan.lanes):
         bits = earlier
         for k in (*lane.waits, *([last[lane.stream]] if lane.stream in last else [])):
             bits |= before[k] | 1 << k
-        if isinstance(step, BranchStep):
+        if number in cut:
             bits, earlier = (1 << number) - 1, (2 << number) - 1
         before.append(bits)
         last[lane.stream] = number
@@ -417,17 +448,17 @@ def releases(plan: Plan) -> list[list[str]]:
         users.pop(ref.buffer, None)
     found: list[list[str]] = [[] for _ in plan.steps]
     for name, bits in users.items():
-        for number in _later_on(plan, maker[name]):
+        for number in _later_on(plan, maker[name], cut):
             if not bits & ~before[number]:
                 found[number].append(name)
                 break
     return found
 
 
-def _later_on(plan: Plan, first: int) -> Iterator[int]:
+def _later_on(plan: Plan, first: int, cut: Set[int]) -> Iterator[int]:
     """Later steps that are issued on the stream of a step."""
     stream, later = plan.lanes[first].stream, range(first + 1, len(plan.lanes))
-    issued = (k for k in later if not isinstance(plan.steps[k], BranchStep))
+    issued = (k for k in later if k not in cut)
     return (k for k in issued if plan.lanes[k].stream == stream)
 
 

@@ -7,7 +7,7 @@ syntax over the symbols (``"4*s0*(s0 + 1)"``) and evaluated when a call fixes th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -133,6 +133,7 @@ class FetchStep:
     ``banks`` are constants that lie on a slower tier, with a unit for each branch; wanted are the
     units b for which ``selector[b] < selector[b + 1]`` (the offsets of a route). Where they do not
     fit together, the steps that follow run in parts. ``router`` names what routes, "" if unknown.
+    On a GPU ``table`` is a constant that kernels read, with the slot of each unit.
     """
 
     name: str
@@ -140,6 +141,7 @@ class FetchStep:
     selector: TensorRef
     router: str = ""
     group: int = -1
+    table: str = ""
 
 
 Step = KernelStep | LibraryStep | BranchStep | FetchStep
@@ -154,6 +156,19 @@ def touched(step: Step) -> tuple[TensorRef | None, ...]:
     if isinstance(step, FetchStep):
         return (step.selector,)
     return (step.selector, *step.refs, *step.results)
+
+
+def cuts(steps: Sequence[Step]) -> frozenset[int]:
+    """Numbers of the steps of a GPU's plan that the host issues by itself: those that choose among
+    plans, those that fetch weights, and kernels that find weights by a table.
+    """
+    tables = {step.table for step in steps if isinstance(step, FetchStep)}
+    return frozenset(
+        number
+        for number, step in enumerate(steps)
+        if isinstance(step, BranchStep | FetchStep)
+        or (isinstance(step, KernelStep) and any(a.buffer in tables for a in step.args))
+    )
 
 
 @dataclass(frozen=True)

@@ -394,7 +394,11 @@ class Tier:
             parts += self.sites[site].units[unit]
         self._count.dropped += len(keys)
         if parts:
-            drop(parts)
+            self._let_go(keys, parts)
+
+    def _let_go(self, keys: Sequence[Key], parts: Sequence[tuple[Bank, int]]) -> None:
+        """Gives up the memory of units, which are these ``parts`` of banks."""
+        drop(parts)
 
     def _make_room(self, size: int) -> None:
         """Drops the least worthy units until ``size`` more bytes fit."""

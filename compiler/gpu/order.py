@@ -8,23 +8,24 @@ from typing import Any
 
 from ...passes.gpu_tasks import GpuTask
 from ...passes.streams import Streams
-from ...runtime.plan import BranchStep, KernelStep, LibraryStep, Step, TensorRef
+from ...runtime.plan import BranchStep, FetchStep, KernelStep, Step, TensorRef, cuts
 from ...runtime.spans import span_of
 
 
 def dependencies(steps: Sequence[Step], impure: set[str]) -> list[tuple[int, ...]]:
     """Which earlier steps each one must come after, by the memory that they touch.
 
-    Steps named in ``impure`` keep their order among each other, and nothing passes a step that
-    chooses among plans.
+    Steps named in ``impure`` keep their order among each other, and nothing passes a step at which
+    a plan is cut.
     """
     seen: dict[str, list[tuple[int, Any, bool]]] = {}
     found = []
-    last_impure = last_choice = -1
+    last_impure = last_cut = -1
+    cut = cuts(steps)
     for number, step in enumerate(steps):
-        after = {last_choice} if last_choice >= 0 else set()
-        if isinstance(step, BranchStep):
-            after, last_choice = set(range(number)), number
+        after = {last_cut} if last_cut >= 0 else set()
+        if number in cut:
+            after, last_cut = set(range(number)), number
         if step.name in impure:
             after |= {last_impure} if last_impure >= 0 else set()
             last_impure = number
@@ -46,7 +47,8 @@ def dependencies(steps: Sequence[Step], impure: set[str]) -> list[tuple[int, ...
 def _accesses(step: Step) -> list[tuple[TensorRef, bool]]:
     if isinstance(step, KernelStep):
         return [(ref, k >= step.reads) for k, ref in enumerate(step.args)]
-    assert isinstance(step, LibraryStep | BranchStep)
+    if isinstance(step, FetchStep):
+        return [(step.selector, False)]
     results = [(ref, True) for ref in step.results if ref is not None]
     read = (step.selector, *step.refs) if isinstance(step, BranchStep) else step.refs
     return [*((ref, False) for ref in read), *results]
