@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -12,23 +12,26 @@ from .options import Executable, Options
 
 if TYPE_CHECKING:
     from .weights.budget import WeightStore
+    from .weights.host import HostStore
 
 
 def build(captured: Captured, options: Options, store: WeightStore | None = None) -> Executable:
     """Compiles outside of whatever modes the caller happens to be in, for the device of the inputs
     and weights.
 
-    ``store`` keeps the weights where there is a budget for them. Raises NotImplementedError for a
-    budget on a GPU.
+    ``store`` keeps the weights where there is a budget for them; it is one for the device
+    (`store_at`). Raises NotImplementedError where it is not.
     """
     with plain_modes():
         device = gpu_of(captured)
         if device is not None:
             from .gpu.compiled import CompiledForGpu
 
-            if store is not None:
-                raise NotImplementedError("weights of a model on a GPU are not kept to a budget")
-            return CompiledForGpu(captured, options, device)
+            if store is None:
+                return CompiledForGpu(captured, options, device)
+            if store.place != device:
+                raise NotImplementedError("weights of a model on a GPU are kept for another device")
+            return CompiledForGpu(captured, options, device, cast("HostStore", store))
         from .pipeline import compile_graph  # the passes are imported when they are needed
 
         return compile_graph(captured, options, store)
@@ -56,3 +59,16 @@ def store_for(options: Options) -> WeightStore | None:
     from .weights.budget import WeightStore
 
     return WeightStore(options.weight_budget)
+
+
+def store_at(store: WeightStore, device: torch.device | None) -> WeightStore:
+    """What keeps weights to the budget of ``store`` on a GPU, or on the CPU: itself, if it does."""
+    if store.place == device:
+        return store
+    if device is None:
+        from .weights.budget import WeightStore
+
+        return WeightStore(store.budget)
+    from .weights.host import HostStore
+
+    return HostStore(store.budget, device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .build import build, gpu_of
+from .build import build, gpu_of, store_at
 from .capture.arguments import argument_names, positional, tensor_names
 from .capture.captured import Captured
 from .capture.dynamic import Declared, opening
@@ -135,10 +135,12 @@ class Specialiser:
         try:
             if self.store is None:
                 return build(captured, self.options)
-            if gpu_of(captured) is not None:
-                reason = "weights of a model on a GPU are not kept to a budget; the original runs"
+            device = gpu_of(captured)
+            if device is not None and self.target is None:
+                reason = "weights of a loaded program on a GPU are not kept to a budget"
                 self.notes.say("PLT-PRE-010", reason, "leave out weight_budget, or use the CPU")
                 return None
+            self.store = store_at(self.store, device)
             with plain_modes(), self.store.moved(captured, self.modules) as stuck:
                 if stuck:
                     self.notes.say(

@@ -3,11 +3,11 @@
 A routed product reads the matrices of those experts that the routes name, a branch of a router its
 own weights if any cell goes there, and of a `torch.cond` one side runs, which is a branch, too. So
 only these must be in memory. The pass marks the weights whose every reader is such a product, and
-those that only branches read; the lowering puts them into files, what a route wants is fetched
-before it is read, and the runtime keeps the budget (`runtime/tier.py`): it loads what is likely to
-be wanted next ahead of time, everything else on demand, and drops what is worth least. Results do
-not depend on any of it. The idea is Brainstorm's (Cui et al., OSDI 2023), which loads weights
-speculatively to a GPU.
+those that only branches read; the lowering puts them into files (for a GPU, those of products into
+host memory), what a route wants is fetched before it is read, and the runtime keeps the budget
+(`runtime/tier.py`): it loads what is likely to be wanted next ahead of time, everything else on
+demand, and drops what is worth least. Results do not depend on any of it. The idea is Brainstorm's
+(Cui et al., OSDI 2023), which loads weights speculatively to a GPU.
 
 The budget of a graph lies in its ``meta["weight_budget"]``; without one nothing happens.
 """

@@ -333,6 +333,8 @@ CATALOGUE: dict[str, str] = {
     "PLT-PRE-008": "The model's own weights were made in inference mode, so they stay in memory.",
     "PLT-PRE-009": "A program for another call needs more than the budget that was enough so far.",
     "PLT-PRE-010": "Weights of a model on a GPU are not kept to a budget, so the original runs.",
+    "PLT-PRE-011": "Weights of a model on a GPU that slots cannot hold stay in its memory.",
+    "PLT-PRE-012": "The model's own experts stay in a GPU's memory, beside those in host memory.",
     "PLT-PRF-001": "There are no batches to profile a model with, or it fails on one.",
     "PLT-PRF-002": "A profile is of another model.",
     "PLT-PRF-003": "The file to save a profile to cannot be written.",

@@ -97,7 +97,7 @@ class GpuExecutor:
         graph: bool = True,
         keep: Any = None,
         parts: Mapping[str, GpuPart] | None = None,
-        paging: Paging | None = None,
+        fetching: Paging | None = None,
     ) -> None:
         if len(plan.lanes) != len(plan.steps) or plan.symbols:
             raise PlanError("the plan is not one for a GPU: compile again")
@@ -110,9 +110,9 @@ class GpuExecutor:
         if set(named) - set(self.parts):
             raise PlanError("plans of branches are missing: compile again")
         fetches = [s for s in plan.steps if isinstance(s, FetchStep)]
-        if fetches and paging is None:
+        if fetches and fetching is None:
             raise PlanError("weights of the plan are in host memory, but nothing fetches them")
-        self.paging = paging
+        self.fetching = fetching
         self.plan, self.functions, self.device, self.keep = plan, functions, device, keep
         self.counts = Counts(named)
         self.refusal = ""
@@ -155,7 +155,7 @@ class GpuExecutor:
             if buffer.kind == "arena":
                 memory[name] = arena[evaluate(buffer.offset, {}) :]
             elif buffer.kind == "const":
-                if self.paging is not None and name in self.paging:
+                if self.fetching is not None and name in self.fetching:
                     continue  # that lies now here, now there
                 if name not in constants:
                     raise PlanError(f"constant {name!r} of the plan is missing: compile again")
@@ -212,12 +212,12 @@ class GpuExecutor:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """One call at a time, on the device as well."""
-        device, paging = self.device, self.paging
+        device, fetching = self.device, self.fetching
         with self._lock, device.activate():
             caller = device.current()
             device.wait(caller, self._idle)  # another caller's stream may have had the last call
             try:
-                with contextlib.nullcontext() if paging is None else paging.turn(caller):
+                with contextlib.nullcontext() if fetching is None else fetching.turn(caller):
                     yield
             finally:
                 device.record(self._idle, caller)
@@ -311,12 +311,12 @@ class GpuExecutor:
         if isinstance(step, BranchStep):
             self._choose(step, caller)
             return
-        assert self.paging is not None
+        assert self.fetching is not None
         if isinstance(step, FetchStep):
             told = self._tell(step.selector, self._told[step.name], caller)
-            self.paging.fetch(step, told.tolist(), caller)
+            self.fetching.fetch(step, told.tolist(), caller)
             return
-        for _ in self.paging.launches(step, caller):  # type: ignore[arg-type]
+        for _ in self.fetching.launches(step, caller):  # type: ignore[arg-type]
             self._run(step, caller)
 
     def _choose(self, step: Any, caller: Any) -> None:
@@ -351,8 +351,8 @@ class GpuExecutor:
 
     def _pointer(self, ref: TensorRef) -> int:
         base = self._memory.get(ref.buffer)
-        if base is None and self.paging is not None and ref.buffer in self.paging:
-            base = self.paging.memory(ref.buffer)
+        if base is None and self.fetching is not None and ref.buffer in self.fetching:
+            base = self.fetching.memory(ref.buffer)
         if base is None:
             base = self._live[ref.buffer]
         return base.data_ptr() + evaluate(ref.offset, {}) * ITEMSIZE[ref.dtype]

@@ -15,6 +15,18 @@ Function = Callable[[Sequence[int], int], None]
 """Launches a kernel: pointers to its step's arguments, and a stream (a CUstream)."""
 
 
+class HostMemory:
+    """Memory of the host (uint8) that a device copies from, and reads where it lies."""
+
+    def __init__(self, host: torch.Tensor) -> None:
+        self.host = host
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        place = self.host.data_ptr(), False
+        return {"shape": (self.host.numel(),), "typestr": "|u1", "data": place, "version": 2}
+
+
 class Device(Protocol):
     """What the executor needs of a GPU and of torch on it. Streams and events are its own."""
 
@@ -60,6 +72,10 @@ class Device(Protocol):
 
     def host(self, nbytes: int) -> torch.Tensor:
         """Memory of the host that the device copies to and from by itself (uint8)."""
+        ...
+
+    def shown(self, memory: HostMemory) -> torch.Tensor:
+        """The same memory, which lives as long, as a tensor of the device (uint8)."""
         ...
 
     def attend(self, event: Any) -> None:
@@ -126,6 +142,12 @@ class TorchDevice:
     def host(self, nbytes: int) -> torch.Tensor:
         """Pinned memory."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def shown(self, memory: HostMemory) -> torch.Tensor:
+        """Pinned memory has one address for the host and every GPU, which torch takes for that of
+        the GPU it is pinned for.
+        """
+        return torch.as_tensor(memory, device=self.device)
 
     def attend(self, event: Any) -> None:
         """See `Device`."""

@@ -65,13 +65,18 @@ class Paging:
     ) -> None:
         self.device, self.tier = device, tier
         self._tables: dict[str, _Table] = {}
+        self.sites: dict[str, Site] = {}
+        """By the name of the step that fetches."""
         self._sites: dict[str, Site] = {}  # by table: all its fetches bring the same
         self._number: dict[str, int] = {}  # which of the matrices of an expert a bank has
         self._counts: dict[str, list[int] | None] = {}  # by table, where experts come in waves
         self._wanted: dict[str, list[int]] = {}
         self._read: dict[str, list[Any]] = {}  # events, by kernel step
         for step in plan.steps:
-            if not isinstance(step, FetchStep) or step.table in self._tables:
+            if not isinstance(step, FetchStep):
+                continue
+            if step.table in self._tables:
+                self.sites[step.name] = self._sites[step.table]
                 continue
             if any(name not in banks for name in step.banks):
                 raise PlanError(f"weights that {step.name} fetches are missing: compile again")
@@ -80,7 +85,7 @@ class Paging:
             if [b.matrix for b in own] != list(tier.slots.layout) or own[0].count != units:
                 raise PlanError(f"weights that {step.name} fetches are others: compile again")
             self._tables[step.table] = _Table(device, units)
-            self._sites[step.table] = tier.site_of(own)
+            self.sites[step.name] = self._sites[step.table] = tier.site_of(own)
             self._number |= {name: k for k, name in enumerate(step.banks)}
         weakref.finalize(self, tier.leave, list(self._sites.values()))
 

@@ -16,6 +16,7 @@ import torch
 
 from ...runtime.cuda_graph import GpuExecutor, GpuPart
 from ...runtime.gpu_device import Device, Function
+from ...runtime.paging import Paging
 from ..modes import plain_modes
 from .lower import GpuLowered, RowBranch
 
@@ -35,22 +36,40 @@ class Loader(Protocol):
         ...
 
 
-def assemble(lowered: GpuLowered, device: Device, loader: Loader) -> GpuExecutor:
-    """What runs a lowered plan on a device."""
+class Host(Protocol):
+    """What keeps experts in host memory."""
+
+    def paging(self, lowered: GpuLowered) -> Paging:
+        """What fetches the banks of a plan."""
+        ...
+
+    def resident(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A constant in the device's own memory."""
+        ...
+
+
+def assemble(
+    lowered: GpuLowered, device: Device, loader: Loader, host: Host | None = None
+) -> GpuExecutor:
+    """What runs a lowered plan on a device; the experts that it fetches are in ``host``."""
     parts: dict[str, GpuPart] = {
-        name: assemble(part, device, loader) for name, part in lowered.parts.items()
+        name: assemble(part, device, loader, host) for name, part in lowered.parts.items()
     }
     for name, branch in lowered.rows.items():
         parts[name] = Bucketed(branch, device, loader)
+    constants = {n: t for n, t in lowered.constants.items() if n not in lowered.banks}
+    if host is not None:
+        constants = {name: host.resident(tensor) for name, tensor in constants.items()}
     return GpuExecutor(
         lowered.plan,
-        {name: loader.constant(tensor) for name, tensor in lowered.constants.items()},
+        {name: loader.constant(tensor) for name, tensor in constants.items()},
         loader.functions(lowered),
         device,
         lowered.calls,
         graph=lowered.graphable,
         keep=loader,
         parts=parts,
+        fetching=host.paging(lowered) if host is not None and lowered.banks else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ from ...passes.remarks import Remark
 from ...runtime.cuda_graph import GpuExecutor
 from ...runtime.gpu_device import ALIGNMENT, Function, TorchDevice
 from ..capture.captured import Captured
-from ..options import Options
+from ..options import Bettable, Options
+from ..weights.host import HostStore
 from .branches import assemble
 from .lower import GpuLowered, Launchable
 from .pipeline import planned
@@ -27,25 +29,38 @@ _ROUNDS = 30  # replays of either plan, in turns, to tell whether fused launches
 class CompiledForGpu:
     """A graph compiled for a GPU: implements `options.Executable`."""
 
-    def __init__(self, captured: Captured, options: Options, device: torch.device) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        options: Options,
+        device: torch.device,
+        store: HostStore | None = None,
+    ) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         arch, model = f"sm_{major}{minor}", model_of(torch.cuda.get_device_properties(device))
-        plan = planned(captured, options.pipeline, arch, model)
+        kept = () if store is None else (store.budget, store.layout)
+        plan = planned(captured, options.pipeline, arch, model, *kept)
         self.graph = plan.graph
         self.lowered = plan.lower()
-        self.executor = executor(self.lowered, device)
-        self._remarks = [*plan.remarks, *self.lowered.remarks]
+        told = [] if store is None else store.admit(captured, plan, self.lowered)
+        self.executor = executor(self.lowered, device, store)
+        self._remarks = [*plan.remarks, *self.lowered.remarks, *told]
         if self.lowered.fused and options.tune != "off":
             apart = plan.lower(fused=False)
-            other = executor(apart, device)
-            fused, alone = race(
-                [self.executor.run, other.run], _made_up(captured, device), _Clock(device)
-            )
+            other = executor(apart, device, store)
+            with contextlib.nullcontext() if store is None else store.trying():
+                fused, alone = race(
+                    [self.executor.run, other.run], _made_up(captured, device), _Clock(device)
+                )
             if fused >= alone:
                 self.lowered, self.executor = apart, other
                 reason = f"{fused * 1e6:.1f} us with fused launches, {alone * 1e6:.1f} us without"
-                self._remarks = [*plan.remarks, *apart.remarks]
+                self._remarks = [*plan.remarks, *apart.remarks, *told]
                 self._remarks.append(Remark("PLT-GPU-006", "missed", "fuse-horizontal", (), reason))
+        if store is not None:
+            store.served(self.executor, plan, self.lowered)
+            if isinstance(options.profile, Bettable):
+                store.learn(self.executor, options.profile)
         self.plan = self.lowered.plan
         self.run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]] = self.executor.run
 
@@ -76,9 +91,11 @@ def model_of(properties: Any) -> Gpu:
     )
 
 
-def executor(lowered: GpuLowered, device: torch.device) -> GpuExecutor:
-    """What runs a lowered plan on a GPU."""
-    return assemble(lowered, TorchDevice(device), _Loader(device))
+def executor(
+    lowered: GpuLowered, device: torch.device, store: HostStore | None = None
+) -> GpuExecutor:
+    """What runs a lowered plan on a GPU; the experts that it fetches are in ``store``."""
+    return assemble(lowered, TorchDevice(device), _Loader(device), store)
 
 
 class _Loader:

@@ -44,6 +44,7 @@ from ...runtime.gpu_device import ALIGNMENT
 from ...runtime.plan import (
     BranchStep,
     Buffer,
+    FetchStep,
     KernelStep,
     Lane,
     LibraryStep,
@@ -57,6 +58,7 @@ from ..lowering.lower import lower
 from ..lowering.lowered import Lowered
 from ..placed.graph import flops_of
 from .order import dependencies, on_streams
+from .paged import fetched
 from .select import GpuKernels, Made
 
 _TILE = 4096  # elements of a product that one block of the library's makes, by assumption
@@ -102,7 +104,9 @@ class GpuLowered:
 
     ``kernels`` are by hash, their images and CUDA C in ``images`` and ``sources``; ``seconds`` is
     the predicted time. ``graphable`` tells whether it may become a CUDA graph. ``parts`` are the
-    sides of `torch.cond`s, ``rows`` the branches of routers, by their names in the plan.
+    sides of `torch.cond`s, ``rows`` the branches of routers, by their names in the plan. ``banks``
+    are constants that the plan fetches from host memory, by name the attribute of the graph that
+    each is; ``stayed`` are bytes that could not.
     """
 
     plan: Plan
@@ -119,6 +123,8 @@ class GpuLowered:
     remarks: list[Remark] = field(default_factory=list)
     parts: dict[str, GpuLowered] = field(default_factory=dict)
     rows: dict[str, RowBranch] = field(default_factory=dict)
+    banks: dict[str, str] = field(default_factory=dict)
+    stayed: int = 0
 
 
 def lower_gpu(
@@ -137,8 +143,12 @@ def lower_gpu(
         lowered = lower(graph, kernels.groups(graph), kernels, {})
         if len(kernels.heavy) == known:
             break  # else what follows a declined product becomes a kernel of its own
+    paged = fetched(lowered, graph)
+    lowered.plan = replace(lowered.plan, steps=paged.steps)
     result = _Planner(graph, lowered, kernels, fused).run()
-    result.remarks[:0] = [r for r in lowered.remarks if r.pass_name != "plan-memory"]
+    told = [r for r in lowered.remarks if r.pass_name != "plan-memory"]
+    result.remarks[:0] = [*told, *paged.remarks]
+    result.banks, result.stayed = paged.banks, paged.stayed
     return result
 
 
@@ -222,6 +232,8 @@ class _Planner:
                 nodes.append(Node(task, candidates))
             elif isinstance(step, BranchStep):
                 nodes.append(Node(replace(self._branches(step), after=after)))
+            elif isinstance(step, FetchStep):
+                nodes.append(Node(GpuTask(step.name, self.gpu.least, 1.0, 0, after)))
             else:
                 assert isinstance(step, LibraryStep)
                 nodes.append(Node(replace(self._library(step), after=after)))

@@ -30,9 +30,11 @@ def add(
     banks: tuple[str, ...],
     offsets: fx.Node,
     selector: TensorRef,
+    table: str = "",
 ) -> None:
     """Appends what fetches ``banks``, which ``step`` reads, to ``steps``; or has the last fetch
-    bring them, too, if it is by the same offsets (``selector`` in the plan).
+    bring them, too, if it is by the same offsets (``selector`` in the plan). For a GPU ``table`` is
+    where the step finds them.
     """
     number = next((i for i in range(len(steps))[::-1] if _fetches(steps[i])), None)
     last = None if number is None else steps[number]
@@ -42,7 +44,8 @@ def add(
     name = router_name(offsets.args[0]) if offsets.args else None  # type: ignore[arg-type]
     call = sum(isinstance(s, FetchStep) and s.router.startswith(f"{name}#") for s in steps)
     router = "" if name is None else f"{name}#{call}"
-    steps.append(FetchStep(f"fetch_{step.name}_{len(steps)}", banks, selector, router))
+    fetch = f"fetch_{step.name}_{len(steps)}"
+    steps.append(FetchStep(fetch, banks, selector, router, table=table))
 
 
 def _fetches(step: Step) -> bool:

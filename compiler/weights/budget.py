@@ -40,6 +40,7 @@ from ..capture.captured import Captured
 from ..errors import BudgetError, FileError
 
 if TYPE_CHECKING:
+    from ...runtime.cuda_graph import GpuExecutor
     from ...runtime.executor import Executor
     from ..routing.profile import Profile
 
@@ -75,6 +76,10 @@ _FILES: dict[int, _Filed] = {}
 
 class WeightStore:
     """Banks, files and the tier of one compiled model. ``budget`` is what `plait.compile` takes."""
+
+    where = "a file"
+    place: torch.device | None = None
+    """The GPU that it is for."""
 
     def __init__(self, budget: int | str) -> None:
         self.budget = budget
@@ -118,7 +123,7 @@ class WeightStore:
                 f"largest expert's or branch's weights are {_mib(needed)}"
                 if needed
                 else "there are no routed products with kernels, and no branches with large "
-                "weights, that could lie in a file"
+                f"weights, that could lie in {self.where}"
             )
             least = (always + needed) if needed else tiered.total
             text = f"weight_budget={self.budget!r} is {_mib(tiered.budget)}: {detail}"
@@ -258,13 +263,13 @@ class WeightStore:
         stuck = 0
         try:
             module = captured.graph_module
-            holders = _holders(modules)
+            found_by = holders(modules)
             for name in sorted(_chosen_constants(module)):
                 tensor = getattr(module, name)
-                found = holders.get(tensor.untyped_storage().data_ptr(), [])
+                found = found_by.get(tensor.untyped_storage().data_ptr(), [])
                 if any(t.is_inference() for t in (tensor, *found)):
                     stuck += tensor.nbytes  # torch would give it other memory, and then not know it
-                elif all(_same_memory(tensor, parameter) for parameter in found):
+                elif all(same_memory(tensor, parameter) for parameter in found):
                     setattr(module, name, self._move(tensor, found))
             yield stuck
         finally:
@@ -303,7 +308,7 @@ class WeightStore:
 
     # -- forecasts --------------------------------------------------------------------------------
 
-    def learn(self, executor: Executor, profile: Profile) -> None:
+    def learn(self, executor: Executor | GpuExecutor, profile: Profile) -> None:
         """Starts the forecasts of an executor's sites, and of its parts', from a profile."""
         if self.tier is None:
             return
@@ -318,7 +323,7 @@ class WeightStore:
                 forecast.prior_pair(before, after, table)
 
 
-def _sites(executor: Executor) -> Iterator[tuple[str, int]]:
+def _sites(executor: Executor | GpuExecutor) -> Iterator[tuple[str, int]]:
     """Routers and the numbers of their sites, of an executor and its parts."""
     for step in executor.plan.steps:
         fetching = executor.fetching
@@ -362,7 +367,7 @@ def _dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _holders(modules: Sequence[nn.Module]) -> dict[int, list[torch.Tensor]]:
+def holders(modules: Sequence[nn.Module]) -> dict[int, list[torch.Tensor]]:
     """The parameters and buffers of modules by the address of their storage, each once."""
     found: dict[int, dict[int, torch.Tensor]] = {}
     for module in (m for root in modules for m in root.modules()):
@@ -375,7 +380,7 @@ def _holders(modules: Sequence[nn.Module]) -> dict[int, list[torch.Tensor]]:
     return {address: list(tensors.values()) for address, tensors in found.items()}
 
 
-def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are one, of all that their storage holds."""
     whole = a.untyped_storage().nbytes() == a.nbytes
     same = a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()

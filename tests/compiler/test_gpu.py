@@ -284,13 +284,14 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[GpuLowered]:
     """Lets `plait.compile` take the CPU for a GPU; what it compiled."""
     made: list[GpuLowered] = []
 
-    def executor(lowered: GpuLowered, device: torch.device) -> _Here:
-        assert device == torch.device("cpu")
+    def executor(lowered: GpuLowered, device: torch.device, store: Any) -> _Here:
+        assert device == torch.device("cpu") and store is None
         made.append(lowered)
         return _Here(lowered, tmp_path / str(len(made)))
 
     properties = SimpleNamespace(multi_processor_count=132, max_threads_per_multi_processor=2048)
-    monkeypatch.setattr(build, "gpu_of", lambda captured: torch.device("cpu"))
+    for module in (build, specialise):
+        monkeypatch.setattr(module, "gpu_of", lambda captured: torch.device("cpu"))
     monkeypatch.setattr(compiled, "executor", executor)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
@@ -341,18 +342,6 @@ def test_compile_of_a_model_that_chooses(here: list[GpuLowered]) -> None:
     assert len(here) == 1 and "PLT-CAP-015" not in {r.id for r in compiled.remarks}
     lines = compiled.explain().splitlines()
     assert "  true_graph_0 ran 3 times" in lines and "  false_graph_0 ran 2 times" in lines
-
-
-def test_a_budget_for_weights_on_a_gpu_is_refused_by_name(
-    here: list[GpuLowered], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(specialise, "gpu_of", lambda captured: torch.device("cpu"))
-    model, x = Chooses().eval(), torch.rand(4)
-    with torch.no_grad():
-        compiled = plait.compile(model, weight_budget="50%")
-        with pytest.warns(UserWarning, match="PLT-PRE-010"):
-            torch.testing.assert_close(compiled(x), model(x))
-    assert not here and "PLT-CAP-015" not in {r.id for r in compiled.remarks}
 
 
 def test_the_model_of_a_gpu_follows_its_multiprocessors() -> None:

@@ -11,6 +11,7 @@ import torch
 import plait
 from plait.compiler.build import gpu_of
 
+from .budgets import Net, example
 from .test_gpu import OWN, Cell
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -58,6 +59,25 @@ def test_a_model_on_a_gpu_computes_what_eager_does(pipeline: str | None) -> None
     (program,) = compiled.programs
     assert program.executable.executor.refusal == ""  # it ran as one CUDA graph
     assert "PLT-CAP-015" not in {r.id for r in compiled.remarks}
+
+
+@needs_gpu
+@pytest.mark.parametrize("share", ["20%", "60%"])
+@torch.no_grad()
+def test_experts_come_from_host_memory(share: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    net, other = Net().eval().cuda(), Net().eval().cuda()
+    other.load_state_dict(net.state_dict())
+    model = plait.compile(net, weight_budget=share)
+    for seed in range(8):
+        given = [t.cuda() for t in example(3, seed)]
+        torch.testing.assert_close(model(*given), other(*given), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net(*given), other(*given), rtol=1e-4, atol=1e-5)
+    assert model.weight_tier is not None
+    counters = model.weight_tier.counters
+    assert counters.fetches == 16 and counters.misses and not counters.over
+    assert "PLT-CAP-015" not in {r.id for r in model.remarks}
 
 
 @needs_gpu

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from plait.runtime.gpu_device import HostMemory
+
 CALLER = "caller"
 
 
@@ -42,6 +44,7 @@ class FakeGpu:
         self._spare: dict[tuple[Any, bool], list[torch.Tensor]] = {}
         self._graph: list[tuple[Any, str, Any]] | None = None
         self._joined: set[Any] = set()
+        self._shown: list[HostMemory] = []
 
     def activate(self) -> contextlib.AbstractContextManager[None]:
         return torch.no_grad()
@@ -166,6 +169,10 @@ class FakeGpu:
 
     def host(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), 77, dtype=torch.uint8)
+
+    def shown(self, memory: HostMemory) -> torch.Tensor:
+        self._shown.append(memory)
+        return memory.host
 
     def attend(self, event: Any) -> None:
         assert self._graph is None, "the host cannot wait for what is captured"

@@ -166,7 +166,7 @@ class _Setup:
         for number in range(2):
             plan = _plan(layers, 1 + number, apart=number == 1)
             paging = Paging(plan, self.device, self.tier, self.banks)
-            made = GpuExecutor(plan, {}, functions, self.device, graph=graph, paging=paging)
+            made = GpuExecutor(plan, {}, functions, self.device, graph=graph, fetching=paging)
             self.executors.append(made)
 
     def call(self, number: int) -> Callable[[], None]:
