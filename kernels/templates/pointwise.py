@@ -31,6 +31,7 @@ from .pointwise_axes import Accesses, Axis, Probe, initial_axes, output_index
 
 _GRAIN = 32768
 _ABREAST = 4
+_SHORT = 64  # elements of a row that is walked together with the axis around it
 MOST_LOADS = 512  # joins of joins double their code each time
 
 
@@ -243,12 +244,18 @@ class _Builder:
     ) -> tuple[Dim, Callable[[Expr], None]]:
         """The number of tasks of a region and the function that emits one."""
         *outer, inner = axes
+        short = inner.extent if outer and _is_short(inner.extent) else 0
+        if short:  # finding a row's place would take longer than the row
+            *outer, inner = outer
         rows, length = product([a.extent for a in outer]), inner.extent
         lanes = 1 if probe.lanes_differ(axes) else self._lanes()
         touched = sum(a.dtype.itemsize for a in self.outputs) + sum(
             n.meta["val"].dtype.itemsize for n in self.group.inputs
         )
         chunk = max(lanes, self.grain // touched // lanes * lanes)
+        if short:
+            chunk = max(1, chunk // short)
+        multiple = 1 if short else lanes
         rank = len(region.arg.shape)
 
         def element(row: Sequence[Expr], column: Expr) -> None:
@@ -264,7 +271,13 @@ class _Builder:
                     output.store(plain(value), own)
 
         def run(row: Expr, start: Expr, size: Any) -> None:
-            place = unravel(row, [emitter.dim(a.extent) for a in outer])
+            place = [T.bind(i) for i in unravel(row, [emitter.dim(a.extent) for a in outer])]
+            if short:
+                with _serial(start, size) as middle:
+                    for column in _columns(i64(0), short, lanes, self.abreast):
+                        with column as c:
+                            element([*place, middle], c)
+                return
             for column in _columns(start, size, lanes, self.abreast):
                 with column as c:
                     element(place, c)
@@ -285,7 +298,7 @@ class _Builder:
 
             return ceil_div(rows, block), rows_body
         if isinstance(length, int):
-            chunk = _even(length, chunk, lanes)
+            chunk = _even(length, chunk, multiple)
         pieces = ceil_div(length, chunk)
 
         def piece_body(task: Expr) -> None:
@@ -303,6 +316,10 @@ class _Builder:
         """Vector length: as wide as the widest element type that is common here."""
         dtypes = [a.dtype for a in self.outputs] + [n.meta["val"].dtype for n in self.group.inputs]
         return max(1, self.target.vector_bytes // (8 if _all_wide(dtypes) else 4))
+
+
+def _is_short(length: Dim) -> bool:
+    return isinstance(length, int) and length <= _SHORT
 
 
 def _nothing(task: Expr) -> None:

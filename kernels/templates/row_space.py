@@ -22,6 +22,7 @@ from ..ops import argument, category
 from ..ops.common import dims_of, i64
 from ..ops.norms import groups_of
 from ..ops.reductions import reduced_axes
+from .pointwise_axes import estimate
 
 HEAVY = ("rows", "reduce", "scan")
 
@@ -32,7 +33,7 @@ class RowSpace:
 
     ``dims`` are its sizes, ``axes`` the folded ones (ascending). ``shape`` is the operand's shape,
     which differs from ``dims`` if ``grouped``: then dims 1 and 2 are the channels. ``order`` lists
-    the dimensions by falling stride of the largest tensor, where strides are known.
+    the dimensions by falling stride of the largest tensor, symbols taken for likely sizes.
     """
 
     dims: tuple[Dim, ...]
@@ -165,10 +166,10 @@ def _order(group: Group, io: IO, shape: tuple[Dim, ...]) -> tuple[int, ...]:
     """Dimensions by falling stride of the first input (else output) that spans the space."""
     args: list[TensorArg] = [io[n] for n in (*group.inputs, *group.outputs) if n in io]
     for arg in args:
-        if arg.shape == shape and all(isinstance(s, int) for s in arg.strides):
+        if arg.shape == shape:
             sizes = [size(d) for d in shape]
-            key: Any = [
-                (0 if sizes[i] == 1 else -abs(arg.strides[i]), i)  # type: ignore[arg-type]
+            key = [
+                (0 if sizes[i] == 1 else -abs(estimate(arg.strides[i])), i)
                 for i in range(len(shape))
             ]
             # A dimension of 1 has no stride to speak of: it goes first.

@@ -242,6 +242,31 @@ def test_sizes_known_at_run_time(name: str, abreast: int) -> None:
         torch.testing.assert_close(got, function(x), check_stride=False)
 
 
+def test_places_of_short_rows_are_not_found_one_by_one() -> None:
+    """Channels in two groups are shuffled pair by pair; quotients of sizes known at run time are
+    taken once for all pairs of a pixel.
+    """
+    function = lambda x: x.unflatten(1, (2, 10)).transpose(1, 2).flatten(1, 2) + 1  # noqa: E731
+    last = {"memory_format": torch.channels_last}
+    dims = [ExportDim.DYNAMIC, ExportDim.STATIC, ExportDim.DYNAMIC, ExportDim.DYNAMIC]
+    module = _exported(function, [torch.randn(2, 20, 6, 7).contiguous(**last)], [dims])
+    (out,) = outputs_of(module)
+    group = group_for([out])
+    (given,) = group.inputs
+    value = given.meta["val"]
+    arg = TensorArg(value.dtype, *(tuple(map(_size, s)) for s in (value.shape, value.stride())))
+    kernel = pointwise.lower(group, {given: arg, out: arg}, host(), {"grain": 512, "abreast": 4})
+    text = str(kernel.func)
+    pairs = text[text.index("range(T.int64(10))") :]
+    assert not re.search("//|%", pairs), text
+    batch = Batch([kernel])
+    for shape in ((1, 20, 1, 1), (2, 20, 5, 3), (3, 20, 8, 16)):
+        x = torch.randn(shape).contiguous(**last)
+        names = {str(s): d for s, d in zip(arg.shape, shape, strict=True) if str(s) != "20"}
+        (got,) = batch.run(kernel.name, [x], names)
+        torch.testing.assert_close(got, function(x), check_stride=False)
+
+
 def _size(size: Any) -> Any:
     return size if isinstance(size, int) else size.node.expr
 

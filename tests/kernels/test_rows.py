@@ -248,6 +248,23 @@ def test_sizes_known_at_run_time() -> None:
     check(cases, atol=1e-5, rtol=1e-5)
 
 
+def test_lanes_are_channels_where_sizes_of_images_are_known_at_run_time() -> None:
+    last, dim = {"memory_format": torch.channels_last}, torch.export.Dim.DYNAMIC
+    example = torch.randn(2, 12, 5, 7).contiguous(**last)
+    cases = []
+    for name, function in {
+        "mean": lambda x: x.mean((2, 3), keepdim=True),
+        "instance": lambda x: F.instance_norm(x),
+    }.items():
+        for i, shape in enumerate([(2, 12, 6, 9), (3, 12, 17, 2)]):
+            x = torch.randn(shape).contiguous(**last)
+            open_sizes = [{0: dim, 2: dim, 3: dim}]
+            c = case(rows, f"{name}{i}", function, example, dynamic=open_sizes, run=[x])
+            assert c.kernel.config["lane"] in (1, rows.CHANNELS), name
+            cases.append(c)
+    check(cases, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("shift", [0.0, 1000.0])
 def test_errors_are_no_worse_than_torchs(shift: float) -> None:
     torch.manual_seed(0)
