@@ -40,6 +40,9 @@ def allocate(arg: TensorArg, values: Mapping[str, int]) -> torch.Tensor:
 
 def fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
     """Random contents that keep sums of products near one."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    once = [d if step or not d else 1 for d, step in steps]  # what is expanded is written once
+    tensor = tensor.as_strided(once, tensor.stride())
     if tensor.dtype.is_floating_point:
         tensor.copy_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype) * 0.5)
     else:

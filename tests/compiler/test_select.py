@@ -85,3 +85,22 @@ def test_without_tuning_nothing_is_raced(fresh: Database) -> None:
         compiled = plait.compile(model, example_inputs=x, tune="off")
     assert compiled.programs[0].executable.kernels.raced == 0
     assert all(isinstance(s, KernelStep) for s in compiled.plan.steps)
+
+
+def test_what_is_expanded_is_raced_like_anything_else(fresh: Database) -> None:
+    """Relative positions of local attention: one matrix for all blocks."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(23, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.t()
+
+    torch.manual_seed(0)
+    model, x = Positions().eval(), torch.randn(64, 8, 8, 32).transpose(1, 2)
+    with torch.no_grad():
+        compiled = plait.compile(model, example_inputs=x)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert compiled.programs and "PLT-CAP-015" not in remarks(compiled)
