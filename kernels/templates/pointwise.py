@@ -9,7 +9,7 @@ length is known only at run time. A join that is the group's only output is writ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ from .pointwise_axes import Accesses, Axis, Probe, initial_axes, output_index
 _GRAIN = 32768
 _ABREAST = 4
 _SHORT = 64  # elements of a row that is walked together with the axis around it
+_TILE = 16  # neighbours in one cache line, of which each is in a row of its own
+_TILED = 256  # elements of such a row that are walked before the next one is
 MOST_LOADS = 512  # joins of joins double their code each time
 
 
@@ -243,10 +245,13 @@ class _Builder:
         self, emitter: Emitter, region: _Region, probe: Probe, axes: list[Axis]
     ) -> tuple[Dim, Callable[[Expr], None]]:
         """The number of tasks of a region and the function that emits one."""
-        *outer, inner = axes
+        tiled = probe.tiled(axes, _TILE) if len(axes) > 1 else None
+        *outer, inner = axes = tiled or axes
         short = inner.extent if outer and _is_short(inner.extent) else 0
         if short:  # finding a row's place would take longer than the row
             *outer, inner = outer
+        elif tiled:
+            outer.pop()
         rows, length = product([a.extent for a in outer]), inner.extent
         lanes = 1 if probe.lanes_differ(axes) else self._lanes()
         touched = sum(a.dtype.itemsize for a in self.outputs) + sum(
@@ -255,6 +260,8 @@ class _Builder:
         chunk = max(lanes, self.grain // touched // lanes * lanes)
         if short:
             chunk = max(1, chunk // short)
+        elif tiled:
+            chunk = min(chunk, _TILED)
         multiple = 1 if short else lanes
         rank = len(region.arg.shape)
 
@@ -278,9 +285,11 @@ class _Builder:
                         with column as c:
                             element([*place, middle], c)
                 return
-            for column in _columns(start, size, lanes, self.abreast):
-                with column as c:
-                    element(place, c)
+            with _serial(i64(0), _TILE) if tiled else nullcontext() as middle:
+                around = [middle] if tiled else []
+                for column in _columns(start, size, lanes, self.abreast):
+                    with column as c:
+                        element([*place, *around], c)
 
         if isinstance(length, int) and length <= chunk:
             block = max(1, chunk // length)

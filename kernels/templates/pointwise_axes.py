@@ -137,6 +137,35 @@ class Probe:
                     break
         return axes
 
+    def tiled(self, axes: list[Axis], tile: int) -> list[Axis] | None:
+        """The axes with ``tile`` steps of another one right around the innermost, if something that
+        is read lies along that other axis instead: cache lines of it are used as wholes.
+
+        None where there is no such axis.
+        """
+        variables = self.variables(axes)
+        here = self._at(axes, variables).offsets
+
+        def steps(i: int) -> list[Any]:
+            moved = [v + 1 if k == i else v for k, v in enumerate(variables)]
+            ahead = self._at(axes, moved).offsets
+            found = [self.simplify(b - a) for a, b in zip(here, ahead, strict=True)]
+            return [int(s) if isinstance(s, tir.IntImm) else None for s in found]
+
+        inward = steps(len(axes) - 1)
+        if all(step in (0, 1) for step in inward):
+            return None
+        for i, axis in enumerate(axes[:-1]):
+            *whole, (dim, extent) = axis.parts
+            if not isinstance(extent, int) or extent % tile:
+                continue
+            if any(s == 1 and t not in (0, 1) for s, t in zip(steps(i), inward, strict=True)):
+                parts = (*whole, (dim, extent // tile))
+                outer = Axis(product([size for _, size in parts]), parts)
+                tiles = Axis(tile, ((dim, tile),))
+                return [*axes[:i], outer, *axes[i + 1 : -1], tiles, axes[-1]]
+        return None
+
     def lanes_differ(self, axes: Sequence[Axis]) -> bool:
         """Whether a guarded load's condition depends on the innermost axis."""
         variables = self.variables(axes)

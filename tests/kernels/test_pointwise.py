@@ -267,6 +267,26 @@ def test_places_of_short_rows_are_not_found_one_by_one() -> None:
         torch.testing.assert_close(got, function(x), check_stride=False)
 
 
+def test_what_lies_across_the_output_is_read_by_cache_lines() -> None:
+    """From channels last to windows, or to planes: sixteen channels of some pixels at a time."""
+    windows = lambda x: x.unfold(2, 6, 4).unfold(3, 6, 4).reshape(1, 32, 4, 36) + 1  # noqa: E731
+    planes = lambda x: x.relu().contiguous(memory_format=torch.contiguous_format)  # noqa: E731
+    added = lambda x: x + torch.arange(x.shape[1] * 1.0)[:, None, None]  # noqa: E731
+    for function, shape in (
+        (windows, (1, 32, 10, 10)),
+        (planes, (2, 48, 17, 20)),
+        (planes, (1, 40, 17, 20)),  # no whole number of lines
+        (added, (2, 16, 3, 100)),
+    ):
+        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        out = tensor_arg(torch.empty(function(x).shape))
+        for grain in (4096, 32768):
+            kernel = lower(function, [x], {0: out}, grain=grain)
+            compare(function, [x], kernel)
+            lines = re.search(r"(range|grid)\(T.int64\(16\)", str(kernel.func))
+            assert bool(lines) == (shape[1] % 16 == 0), str(kernel.func)
+
+
 def _size(size: Any) -> Any:
     return size if isinstance(size, int) else size.node.expr
 
