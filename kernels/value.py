@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import tvm.tirx as tir
 
+from .abi import Dim
 from .emit import Emitter, Expr, Ref, compute_dtype
 
 
@@ -23,12 +24,15 @@ class Value:
     """A tensor (or 0-d scalar) during lowering.
 
     ``shape`` holds int64 TIR expressions or Python ints; ``load(index)`` returns the element at a
-    logical index as a TIR expression of ``compute_dtype(dtype)``. It must be pure.
+    logical index as a TIR expression of ``compute_dtype(dtype)``. It must be pure. ``strides`` are
+    those of a tensor that is read as it lies, whatever its index: where dimensions follow each
+    other in memory, the last one's may go on into the others.
     """
 
     shape: tuple[Any, ...]
     dtype: torch.dtype
     load: Callable[[Sequence[Expr]], Expr]
+    strides: tuple[Dim, ...] | None = None
 
     @staticmethod
     def of(ref: Ref) -> Value:

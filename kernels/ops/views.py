@@ -77,11 +77,24 @@ def reshape(source: Value, have: Sequence[Dim], want: Sequence[Dim], ctx: Contex
         own: list[Expr] = [i64(0)] * len(old)
         for a, b in groups:
             position = linear([index[i] for i in b], [new[i] for i in b])
+            if _is_dense([have[i] for i in a], source.strides and [source.strides[i] for i in a]):
+                own[a[-1]] = position
+                continue
             for i, part in zip(a, unravel(position, [old[i] for i in a]), strict=True):
                 own[i] = part
         return source.load(own)
 
     return Value(tuple(new), source.dtype, load)
+
+
+def _is_dense(dims: Sequence[Dim], strides: Sequence[Dim] | None) -> bool:
+    """Whether dimensions, some of which are known at run time only, are one in memory. (Of those
+    that are known TVM can tell.)
+    """
+    if strides is None or all(isinstance(d, int) for d in dims):
+        return False
+    steps = zip(strides, strides[1:], dims[1:], strict=False)
+    return all(_same(outer, inner * dim) for outer, inner, dim in steps)
 
 
 @converter(

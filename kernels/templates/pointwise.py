@@ -313,11 +313,11 @@ class _Builder:
         def piece_body(task: Expr) -> None:
             count = emitter.dim(pieces)
             row = tir.floordiv(task, count) if outer else i64(0)
-            start = (tir.floormod(task, count) if outer else task) * i64(chunk)
+            start = T.bind((tir.floormod(task, count) if outer else task) * i64(chunk))
             if isinstance(length, int):
                 run(row, tir.min(start, i64(length - chunk)), chunk)
             else:
-                run(row, start, tir.min(i64(chunk), emitter.dim(length) - start))
+                run(row, start, T.bind(tir.min(i64(chunk), emitter.dim(length) - start)))
 
         return product([rows, pieces]), piece_body
 
@@ -356,7 +356,7 @@ def _recording(ref: Ref, offsets: list[Expr], simplify: Callable[[Expr], Expr]) 
             return tir.reinterpret("bfloat16", bits[offset])
         return plain(ref.load_flat(offset))
 
-    return Value(tuple(ref.shape), ref.arg.dtype, load)
+    return Value(tuple(ref.shape), ref.arg.dtype, load, ref.arg.strides)
 
 
 def _bits(ref: Ref) -> Any:

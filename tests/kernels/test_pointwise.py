@@ -13,7 +13,7 @@ from torch.export import Dim as ExportDim
 from torch.export import export
 
 from plait.kernels.abi import Kernel, TensorArg, contiguous_strides
-from plait.kernels.group import Unsupported
+from plait.kernels.group import Group, Unsupported
 from plait.kernels.target import host
 from plait.kernels.templates import pointwise
 
@@ -265,6 +265,31 @@ def test_places_of_short_rows_are_not_found_one_by_one() -> None:
         names = {str(s): d for s, d in zip(arg.shape, shape, strict=True) if str(s) != "20"}
         (got,) = batch.run(kernel.name, [x], names)
         torch.testing.assert_close(got, function(x), check_stride=False)
+
+
+def test_reshapes_of_dense_memory_need_no_divisions_at_sizes_known_at_run_time() -> None:
+    """Boxes that a detector finds at each place, in rows of four, from channels last."""
+    function = lambda x: x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4) * 2  # noqa: E731
+    dims = [ExportDim.DYNAMIC, ExportDim.STATIC, ExportDim.DYNAMIC, ExportDim.DYNAMIC]
+    module = _exported(function, [torch.randn(2, 12, 6, 7)], [dims])
+    (out,) = outputs_of(module)
+    (turned,) = module.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default)
+    nodes = tuple(n for n in turned.users) + (out,)
+    io = {}
+    for node in (turned, out):
+        shape = tuple(map(_size, node.meta["val"].shape))
+        io[node] = TensorArg(torch.float32, shape, _contiguous(shape))
+    group = Group("pointwise", nodes, (turned,), (out,))
+    kernel = pointwise.lower(group, io, host(), {"grain": 4096, "abreast": 4})
+    loops = str(kernel.func)[str(kernel.func).index("T.vectorized") :]
+    assert not re.search(r"% T.int64\(12\)|// T.int64\(12\)", loops), loops
+    batch = Batch([kernel])
+    for shape in ((1, 1, 1, 12), (2, 9, 5, 12)):
+        x = torch.randn(shape)
+        sizes = zip(io[turned].shape, shape, strict=True)
+        names = {str(s): d for s, d in sizes if str(s) != "12"}
+        (got,) = batch.run(kernel.name, [x], names)
+        torch.testing.assert_close(got, x.reshape(shape[0], -1, 4) * 2, check_stride=False)
 
 
 def test_what_lies_across_the_output_is_read_by_cache_lines() -> None:
