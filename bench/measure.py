@@ -14,6 +14,7 @@ import psutil
 SLICE = 0.25  # seconds of calls of one engine in one round
 SETTLE = 0.02  # pause between engines: idle threads of the last one stop spinning
 SHORTEST = 1e-4  # shorter calls are timed several at a time
+PATIENCE = 4  # a slice ends after so many times its seconds, however many calls have been made
 
 
 @dataclass
@@ -48,7 +49,8 @@ def interleave(
 
     Every round gives each call a slice of about ``seconds``; the order rotates from round to round,
     so that drift of the machine and what the predecessor left behind touch all of them alike. A
-    slice starts with warming calls, which also tell how many timed calls fit into it.
+    slice starts with warming calls, which also tell how many timed calls fit into it; where the
+    machine gets busy, so that they take a thousand times as long, it ends early.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, not {rounds}")
@@ -66,9 +68,9 @@ def interleave(
 
 def _slice(call: Callable[[], object], seconds: float, clock: Callable[[], float]) -> list[float]:
     call()
-    start = clock()
+    began = clock()
     call()
-    once = max(clock() - start, 1e-7)
+    once = max(clock() - began, 1e-7)
     batch = max(1, math.ceil(SHORTEST / once))
     count = min(1000, max(2, round(seconds / (once * batch))))
     samples = []
@@ -76,7 +78,10 @@ def _slice(call: Callable[[], object], seconds: float, clock: Callable[[], float
         start = clock()
         for _ in range(batch):
             call()
-        samples.append((clock() - start) / batch)
+        now = clock()
+        samples.append((now - start) / batch)
+        if now - began > PATIENCE * seconds:
+            break
     return samples
 
 

@@ -46,6 +46,16 @@ def test_short_calls_are_timed_in_batches() -> None:
     assert len(clock.order) > 50 * len(timing.samples)
 
 
+def test_a_slice_ends_in_time_where_calls_get_slow() -> None:
+    clock = Clock()
+    fast, slow = clock.call("a", 1e-5), clock.call("a", 0.1)
+    timing = interleave(
+        {"a": lambda: (fast if len(clock.order) < 100 else slow)()}, 1, 0.25, lambda: clock.now
+    )["a"]
+    assert clock.now < 5
+    assert len(timing.samples) > 2
+
+
 def test_interleave_needs_a_round() -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         interleave({}, 0)
