@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class Bundle:
     """Compiled kernels.
 
     ``data`` is the shared library (None when it exists in this process only), ``symbols`` the
-    kernels in it, ``failed`` the others with the compiler's message, ``seconds`` the wall time.
+    kernels in it, ``failed`` the others with the compiler's message, ``seconds`` the wall time,
+    ``unlinked`` why there is no shared library although there is a C compiler.
     """
 
     data: bytes | None
@@ -52,6 +53,7 @@ class Bundle:
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     library: loader.Library | None = None
+    unlinked: str = ""
 
     @property
     def persistent(self) -> bool:
@@ -83,8 +85,8 @@ def build(
     Every kernel must have a name of its own that is a C identifier (ValueError otherwise); it
     becomes the symbol. A kernel that does not compile is left out and named in ``Bundle.failed``.
     ``jobs`` threads are used (default: the CPUs this process may run on); ``link=False`` compiles
-    into this process without the C compiler. Raises BuildError when nothing compiled, or the
-    linker failed.
+    into this process without the C compiler, as is done where that cannot link. Raises BuildError
+    when nothing compiled.
     """
     started = time.perf_counter()
     functions: dict[str, Any] = {}
@@ -113,7 +115,11 @@ def build(
             name, why = next(iter(failed.items()))
             raise BuildError(f"none of {len(failed)} kernels compiled; {name}: {why}")
         if compiler:
-            data = _link(compiler, products, Path(scratch) / "bundle.so")
+            try:
+                data = _link(compiler, products, Path(scratch) / "bundle.so")
+            except (BuildError, OSError) as error:
+                bundle = build(kernels, target, jobs=jobs, link=False)
+                return replace(bundle, unlinked=str(error), seconds=time.perf_counter() - started)
             return Bundle(data, symbols, failed, time.perf_counter() - started)
     addresses = {n: int(m[f"{n}__address"]()) for m, names in products for n in names}
     library = loader.Library(None, addresses, keep=products)
@@ -187,7 +193,8 @@ def _link(compiler: Iterable[str], objects: list[Path], output: Path) -> bytes:
     if not objects:  # an empty batch still is a library
         command[-1:] = ["-x", "c", os.devnull]
     # Compilers have working files of their own, for which they know fewer places than Python.
-    surroundings = {**os.environ, "TMPDIR": str(output.parent)}
+    # Where no PATH is set, they were found in the usual places, where their parts are, too.
+    surroundings = {"PATH": os.defpath, **os.environ, "TMPDIR": str(output.parent)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings)
     if done.returncode != 0:
         tail = done.stderr.strip()[-2000:]

@@ -253,6 +253,10 @@ class Database:
         rows = self.index.rows("progress", "task = ? AND version = ?", (task, self.version))
         return json.loads(rows[0][-1]) if rows else None
 
+    def unlinked(self, why: str) -> None:
+        """Notes that kernels live in this process only, since the C compiler failed on them."""
+        self.index.say("PLT-CAC-005", why, "CC=... names another C compiler")
+
     def set_progress(self, task: str, state: dict[str, Any]) -> None:
         """Keeps where a long-running task is, so that an interrupted one can go on."""
         self.index.write([("progress", (task, self.version, json.dumps(state)))])

@@ -164,6 +164,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-CAC-002": "The index of the kernel cache was damaged; what is missing is made again.",
     "PLT-CAC-003": "A library in the kernel cache is unusable; its kernels are made again.",
     "PLT-CAC-004": "A kernel in the cache was damaged; it is made again.",
+    "PLT-CAC-005": "The C compiler cannot link; kernels of this process are not kept.",
     "PLT-CAP-001": "The model could not be captured as one graph; the original runs instead.",
     "PLT-CAP-002": "An input dimension became dynamic because a second size was seen.",
     "PLT-CAP-003": "Gradients were asked for; the original model ran this call.",

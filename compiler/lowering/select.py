@@ -212,6 +212,8 @@ class Kernels:
                 self._declined[key] = Unsupported("PLT-KER-003", f"code generation failed: {error}")
             return
         self.built += len(kernels)
+        if bundle.unlinked:
+            self.store.unlinked(bundle.unlinked)
         winners: list[Entry] = []
         measured: list[Measured] = []
         for key, item in pending.items():

@@ -11,6 +11,7 @@ from torch import nn
 import plait
 from plait.compiler.lowering import select
 from plait.compiler.lowering.trial import Trial
+from plait.kernels import build
 from plait.kernels.database import Database
 from plait.runtime.plan import KernelStep, LibraryStep
 
@@ -76,6 +77,17 @@ def test_wrong_candidates_never_run(fresh: Database, monkeypatch: pytest.MonkeyP
     compiled, *_ = compiled_linear()
     assert "wrong result" in remarks(compiled)["PLT-KER-006"]
     assert all(isinstance(s, LibraryStep) for s in compiled.plan.steps)
+
+
+def test_where_the_c_compiler_cannot_link_kernels_run_all_the_same(
+    fresh: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "c_compiler", lambda: ("false",))
+    compiled, model, x = compiled_linear()
+    assert all(isinstance(s, KernelStep) for s in compiled.plan.steps)
+    assert "linker failed" in remarks(compiled)["PLT-CAC-005"]
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
 
 
 def test_without_tuning_nothing_is_raced(fresh: Database) -> None:

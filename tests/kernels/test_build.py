@@ -132,10 +132,20 @@ def test_cc_names_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     build_module.c_compiler.cache_clear()
 
 
-def test_a_failing_linker_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "c_compiler", lambda: (sys.executable, "-c", "exit('bad')"))
-    with pytest.raises(BuildError, match="linker failed.*bad"):
-        build([scale("a", 2.0)], host())
+@pytest.mark.parametrize("command", [(sys.executable, "-c", "exit('bad')"), ("/proc/bad",)])
+def test_where_the_linker_fails_code_lives_in_the_process(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "c_compiler", lambda: command)
+    bundle = build([scale("a", 2.0)], host())
+    assert not bundle.persistent and "bad" in bundle.unlinked
+    check(bundle.address("a"), 2.0)
+
+
+def test_without_a_path_the_linker_finds_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PATH")
+    bundle = build([scale("a", 2.0)], host())
+    assert bundle.persistent and not bundle.unlinked
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm is not installed")

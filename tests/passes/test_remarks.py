@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plait.passes import remarks
@@ -24,6 +24,7 @@ any_remark = st.builds(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(any_remark, max_size=4))
 def test_json_round_trip_keeps_everything(items):
     assert remarks.loads(remarks.dumps(items)) == tuple(items)
