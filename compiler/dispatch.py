@@ -208,16 +208,22 @@ class Dispatcher:
         if found is self:
             if torch.compiler.is_dynamo_compiling():
                 return self._original(args, kwargs)
+            refused = None
             try:
                 found = self._find(key, tensors, args, kwargs)
-            except Refused as refused:
+            except Refused as error:  # of which errors of the original's own should not tell
+                refused = error
+            if refused is not None:
                 return self._first_refusal(refused, key, tensors, args, kwargs)
         if found is None:
             return self._original(args, kwargs)
         if found[0].choosy:  # type: ignore[index]
+            refused = None
             try:
                 found = self._decided(found, key, tensors, args, kwargs)  # type: ignore[arg-type]
-            except Refused as refused:
+            except Refused as error:
+                refused = error
+            if refused is not None:
                 return self._first_refusal(refused, key, tensors, args, kwargs)
             if found is None:
                 return self._original(args, kwargs)
@@ -234,13 +240,13 @@ class Dispatcher:
             objects = [objects[i] for i in order.objects]
         try:
             return program.run(tensors, objects)
-        except Unfit as unfit:
-            return self._unfit(unfit, args, kwargs)
+        except Unfit as error:
+            unfit = error
         except RuntimeError:
             if all(map(is_plain, tensors)):
                 raise
-        # The key does not tell sparse tensors from dense ones; kernels notice before they start.
-        unfit = Unfit("PLT-CAP-008", "an argument is not a plain dense tensor")
+            # The key does not tell sparse tensors from dense ones; kernels notice before they start
+            unfit = Unfit("PLT-CAP-008", "an argument is not a plain dense tensor")
         return self._unfit(unfit, args, kwargs)
 
     def _unfit(self, unfit: Unfit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

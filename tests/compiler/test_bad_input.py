@@ -220,6 +220,16 @@ def test_wrong_arguments_at_the_first_call_leave_no_trace(
     assert compiled(torch.ones(12)).shape == (3, 4) and len(compiled.programs) == 1
 
 
+def test_errors_of_the_originals_own_tell_of_nothing_else() -> None:
+    compiled = compile(lambda x: x @ torch.ones(4, 2))
+    dense = compile(lambda x: (x + 1).view(2, 3))
+    dense(torch.ones(2, 3))
+    for model, x in ((compiled, torch.ones(2, 3)), (dense, torch.ones(2, 3).to_sparse())):
+        with pytest.raises(Exception) as caught:
+            model(x)
+        assert caught.value.__context__ is None
+
+
 def test_a_hook_may_supply_arguments_that_the_signature_wants() -> None:
     class Sum(nn.Module):
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
