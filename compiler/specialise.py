@@ -128,7 +128,16 @@ class Specialiser:
         if slow:
             reason = f"changes of {slow} cannot be read from memory, so each is asked at every call"
             self.notes.add("PLT-CAP-022", reason, kind="note")
-        return Program(captured, executable, self.modules)
+        program = Program(captured, executable, self.modules)
+        if program.watch is not None and program.watch.uncounted:
+            self.notes.add(
+                "PLT-CAP-028",
+                "torch counts no changes of weights that were made in inference mode, so only some "
+                "of their elements are compared before a call",
+                "make or load the model outside of torch.inference_mode()",
+                "note",
+            )
+        return program
 
     def build(self, captured: Captured) -> Executable | None:
         """The executable, or None (said) where code generation fails: the original still runs."""

@@ -8,7 +8,6 @@ else in the same dictionary changed) the table is taken again.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 
 from ...runtime.words import Words
 from ..capture.arguments import is_plain
+from . import samples
 from .layout import INLINE, WORD, dict_tag, tensor_layout
+from .samples import word
 
 Row = tuple[int, int]
 _TRIES = 3
@@ -78,7 +79,7 @@ def tag_rows(tables: Iterable[Any]) -> list[Row] | None:
         return []
     if tag is None or not all(isinstance(t, dict) for t in unique.values()):
         return None
-    return [(place + tag, _word(place + tag)) for place in sorted(unique)]
+    return [(place + tag, word(place + tag)) for place in sorted(unique)]
 
 
 def readable(tensor: Tensor) -> bool:
@@ -88,7 +89,7 @@ def readable(tensor: Tensor) -> bool:
 
 
 def tensor_rows(tensors: Sequence[Tensor]) -> list[Row]:
-    """Rows for the memory, version, sizes and strides of `readable` tensors.
+    """Rows for the memory, version, sizes and strides of `readable` tensors, and for `samples`.
 
     Of all tensors come first the pointers to what later rows look into, and rows of a kind in the
     order of their addresses, as memory is read best.
@@ -111,12 +112,13 @@ def tensor_rows(tensors: Sequence[Tensor]) -> list[Row]:
         if tensor.is_inference():  # such have no counter
             impls.add((impl + at.impl_counter, 0))
             continue
-        counter = _word(impl + at.impl_counter)
+        counter = word(impl + at.impl_counter)
         impls.add((impl + at.impl_counter, counter))
         if counter:
             version = counter + at.counter_version
-            ends.add((version, _word(version) >> 32 << 32 | tensor._version))
-    return [*sorted(objects), *sorted(impls), *sorted(ends)]
+            ends.add((version, word(version) >> 32 << 32 | tensor._version))
+    contents = samples.rows(filter(samples.uncounted, tensors))
+    return [*sorted(objects), *sorted(impls), *sorted(ends), *contents]
 
 
 def table(tables: Iterable[Any], tensors: Sequence[Tensor]) -> Words | None:
@@ -129,7 +131,3 @@ def table(tables: Iterable[Any], tensors: Sequence[Tensor]) -> Words | None:
         return None
     words = Words([*tags, *tensor_rows(tensors)], free=len(tags), keep=(tables, list(tensors)))
     return None if words.moved() else words
-
-
-def _word(address: int) -> int:
-    return ctypes.c_uint64.from_address(address).value

@@ -1,8 +1,9 @@
 """Notices cheaply that the tensors a compiled program was prepared from have changed.
 
-Weights change in three ways: in place (the version counter counts), by ``.data`` (address, sizes or
-strides differ) and by replacing the tensor in its module (the object differs). Full checks ask
-every object, at 0.2 to 0.5 microseconds each; `quick` spares nearly all calls that.
+Weights change in three ways: in place (the version counter counts, or else `samples` differ), by
+``.data`` (address, sizes or strides differ) and by replacing the tensor in its module (the object
+differs). Full checks ask every object, at 0.2 to 0.5 microseconds each; `quick` spares nearly all
+calls that.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from . import samples
 from .layout import dict_tag
 from .quick import quick, readable, table
 from .settings import Settings
@@ -31,17 +33,22 @@ _TRAINING = itertools.repeat("training")
 
 def _alteration(tensors: Sequence[Tensor]) -> Callable[[], bool]:
     """A function that tells whether one of ``tensors`` holds other values, or others of its memory,
-    than now.
+    than now; of those that torch does not count for, by `samples`.
     """
     counted = [t for t in tensors if not t.is_inference()]
     versions = sum(map(_version, counted))  # each only grows, so the sum tells
     aspects = Tensor.data_ptr, Tensor.size, Tensor.stride
     states = [list(map(aspect, tensors)) for aspect in aspects]
+    sampled = samples.rows(filter(samples.uncounted, tensors))
 
     def altered() -> bool:
-        return sum(map(_version, counted)) != versions or any(
-            list(map(aspect, tensors)) != state
-            for aspect, state in zip(aspects, states, strict=True)
+        return (
+            sum(map(_version, counted)) != versions
+            or any(
+                list(map(aspect, tensors)) != state
+                for aspect, state in zip(aspects, states, strict=True)
+            )
+            or any(samples.word(place) != content for place, content in sampled)
         )
 
     return altered
@@ -61,6 +68,8 @@ class Watch:
         owners, keys = self._owners, self._keys
         tensors = [o[k] for o, k in zip(owners, keys, strict=True)]
         altered = _alteration(tensors)
+        self.uncounted = any(t.is_inference() for t in tensors)
+        """Whether there are tensors of which not all changes are noticed."""
         plain = [t for t in tensors if readable(t)]
         odd = [t for t in tensors if not readable(t)]
 

@@ -281,6 +281,47 @@ def test_an_inference_tensor_is_watched() -> None:
     assert look.changed() and look.full()
 
 
+@pytest.mark.parametrize("shape", [(1,), (3,), (50, 70), (100, 4, 4), (5, 0), ()])
+@pytest.mark.parametrize("known", [True, False], ids=["words", "asked"])
+def test_what_is_written_to_an_inference_tensor_is_noticed(
+    shape: tuple[int, ...], known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:
+        monkeypatch.setattr(quick, "tensor_layout", lambda: None)
+    with torch.inference_mode():
+        owner = {
+            "a": torch.rand(shape),
+            "b": torch.rand(4, 6).t()[1:],
+            "c": torch.rand(2, 2).half(),
+        }
+    look = Watch({name: (owner, name) for name in owner})
+    assert look.uncounted and not look.changed() and not look.changed()
+    for tensor in owner.values():
+        with torch.inference_mode():
+            tensor.mul_(2)
+        assert look.changed() == look.full() == bool(tensor.numel())
+        look.snapshot()
+        assert not look.changed() and not look.changed()
+    if len(shape) == 3:  # one of many experts
+        with torch.inference_mode():
+            owner["a"][37] += 1
+        assert look.changed() and look.full()
+
+
+def test_a_model_made_in_inference_mode_may_load_another_state() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    compiled, x = plait.compile(model, tune="off"), torch.rand(4, 8)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(compiled(x), model(x))
+            with torch.inference_mode():
+                model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+            torch.testing.assert_close(compiled(x), model(x))
+    assert len(compiled.programs) == 1
+    assert "PLT-CAP-028" in [r.id for r in compiled.remarks]
+
+
 def test_without_layouts_objects_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (quick, watch):
         monkeypatch.setattr(module, "dict_tag", lambda: None)
