@@ -444,6 +444,8 @@ class Dispatcher:
                 )
             self.forget()
             return False
+        if self.specialiser.store is not None:
+            self.specialiser.store.forget()
         executable = self.specialiser.build(program.captured)
         if executable is None:
             return False

@@ -117,7 +117,7 @@ def tensor_rows(tensors: Sequence[Tensor]) -> list[Row]:
         if counter:
             version = counter + at.counter_version
             ends.add((version, word(version) >> 32 << 32 | tensor._version))
-    contents = samples.rows(filter(samples.uncounted, tensors))
+    contents = samples.rows(tensors)
     return [*sorted(objects), *sorted(impls), *sorted(ends), *contents]
 
 

@@ -1,8 +1,9 @@
-"""Words of tensors that torch counts no changes of: what was made in inference mode.
+"""Words of tensors, for changes that torch does not count: those made through ``.data``, and all to
+what was made in inference mode.
 
-All that notices a change within such a tensor is its memory, and to compare all of that would take
-as long as a run. Whatever writes to a tensor as a whole, as an optimizer does or loading a state,
-changes some of a few words spread over it; one element that is written alone may stay unnoticed.
+Nothing tells of them but the memory, and to compare all of that would take as long as a run.
+Whatever writes to a tensor as a whole, as merging an adapter does or loading a state, changes some
+of a few words spread over it; one element that is written alone may stay unnoticed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from ..capture.arguments import extent, is_plain
 
-COUNT = 16
-"""Words of a tensor; of one of more dimensions at least one for each index of the first, as of
-experts, up to `MOST`."""
+FEW, COUNT = 3, 16
+"""Words of a tensor that torch counts for, and of others; of one of three dimensions at least one
+for each index of the first, as of experts, up to `MOST`."""
 MOST = 128
 WORD = 8
 
@@ -24,20 +25,19 @@ Row = tuple[int, int]
 """An address, and the word there."""
 
 
-def uncounted(tensor: Tensor) -> bool:
-    """Whether torch does not count what is written to ``tensor``, but its memory can be read."""
-    return tensor.is_inference() and tensor.device.type == "cpu" and is_plain(tensor)
-
-
 def rows(tensors: Iterable[Tensor]) -> list[Row]:
-    """A few words of each of some `uncounted` tensors, in the order of their addresses."""
+    """A few words of each of some tensors whose memory is here, in the order of their addresses."""
     places: set[int] = set()
     for tensor in tensors:
+        if tensor.device.type != "cpu" or not is_plain(tensor):
+            continue
         begin, end = extent(tensor)
         if begin == end:
             continue
         first, last = begin // WORD, (end - 1) // WORD
-        count = max(COUNT, 2 * min(tensor.shape[0], MOST) if tensor.ndim > 1 else 0)
+        count = COUNT if tensor.is_inference() else FEW
+        if tensor.ndim == 3:
+            count = max(count, 1 + min(tensor.shape[0], MOST))
         places |= {first + (last - first) * k // (count - 1) for k in range(count)}
     return [(WORD * place, word(WORD * place)) for place in sorted(places)]
 

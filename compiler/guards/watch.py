@@ -33,13 +33,13 @@ _TRAINING = itertools.repeat("training")
 
 def _alteration(tensors: Sequence[Tensor]) -> Callable[[], bool]:
     """A function that tells whether one of ``tensors`` holds other values, or others of its memory,
-    than now; of those that torch does not count for, by `samples`.
+    than now; where torch counts nothing, `samples` tell.
     """
     counted = [t for t in tensors if not t.is_inference()]
     versions = sum(map(_version, counted))  # each only grows, so the sum tells
     aspects = Tensor.data_ptr, Tensor.size, Tensor.stride
     states = [list(map(aspect, tensors)) for aspect in aspects]
-    sampled = samples.rows(filter(samples.uncounted, tensors))
+    sampled = samples.rows(tensors)
 
     def altered() -> bool:
         return (

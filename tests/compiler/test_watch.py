@@ -322,6 +322,30 @@ def test_a_model_made_in_inference_mode_may_load_another_state() -> None:
     assert "PLT-CAP-028" in [r.id for r in compiled.remarks]
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["words", "asked"])
+def test_what_is_written_through_data_is_noticed(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:
+        monkeypatch.setattr(quick, "tensor_layout", lambda: None)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    compiled, x = plait.compile(model, tune="off"), torch.rand(4, 8)
+    with torch.no_grad():
+        compiled(x)
+        model[0].weight.data += 1  # as adapters are merged
+        torch.testing.assert_close(compiled(x), model(x))
+        model[2].bias.data.copy_(torch.rand(3))
+        torch.testing.assert_close(compiled(x), model(x))
+    experts = torch.rand(64, 4, 5)
+    owner = {"experts": experts}
+    look = Watch({"experts": (owner, "experts")})
+    for one in (0, 31, 63):
+        assert not look.changed() and not look.changed()
+        experts.data[one] *= 2
+        assert look.changed() and look.full()
+        look.snapshot()
+
+
 def test_without_layouts_objects_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (quick, watch):
         monkeypatch.setattr(module, "dict_tag", lambda: None)
