@@ -1,5 +1,7 @@
 """Size text is integer arithmetic and nothing else."""
 
+import ast
+
 import pytest
 
 from plait.runtime.sizes import evaluate
@@ -24,3 +26,17 @@ def test_anything_else_is_refused(text):
 def test_an_unknown_symbol_is_named():
     with pytest.raises(ValueError, match="s9"):
         evaluate("s9 + 1", {"s0": 1})
+
+
+def test_threads_that_meet_within_the_parser_try_again(monkeypatch):
+    real, failures = ast.parse, iter([True] * 3)
+
+    def parse(*args, **options):
+        if next(failures, False):
+            raise SystemError("AST constructor recursion depth mismatch (before=66, after=61)")
+        return real(*args, **options)
+
+    with monkeypatch.context() as patched:  # others parse, too
+        patched.setattr(ast, "parse", parse)
+        found = evaluate("4*s0 + 987654", {"s0": 5})
+    assert found == 987674
