@@ -123,7 +123,7 @@ class HostStore(WeightStore):
         """
         stuck, module = 0, captured.graph_module
         taken = {t: attribute(graph, t) for t in targets}
-        gone: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by address, what was there
+        gone: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by address
         addresses = {_address(tensor) for tensor in taken.values()}
         for name in sorted(_sources(module, addresses) if targets else ()):
             tensor = getattr(module, name)
@@ -134,14 +134,13 @@ class HostStore(WeightStore):
             if tensor.is_inference() or not sound or not tensor.is_contiguous():
                 stuck += tensor.nbytes
                 continue
-            shown = self._copied(tensor)
-            gone[_address(tensor)] = tensor, shown
+            address, before, shown = _address(tensor), tensor.detach(), self._copied(tensor)
             for parameter in own:
                 parameter.data = shown
             if own:
                 shown = own[0].detach()
                 self._holders[_address(shown)] = own
-            gone[_address(tensor)] = tensor, shown
+            gone[address] = before, shown
             setattr(module, name, shown)
         for target, tensor in taken.items():
             if _known(tensor) is None:
