@@ -12,7 +12,7 @@ from ..kernels.abi import Dim
 
 MAX_NESTING = 3
 """Divisions and remainders within each other in a size, beyond which torch's reasoning about the
-sizes of a graph takes minutes (a length that is padded to chunks and cut into them has four)."""
+sizes of a graph takes minutes (a length that is padded to pairs and halved, again and again)."""
 _DIVISIONS = (F.FloorDiv, F.CleanDiv, F.CeilDiv, F.Mod, F.PythonMod, sympy.Mod)
 
 

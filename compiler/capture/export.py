@@ -31,6 +31,7 @@ from .finite import chosen
 from .flat import Flat
 from .hooks import check_modules
 from .masks import MaskError
+from .padding import padded_sizes
 from .piecewise import decomposed
 from .quiet import functions_kept, quiet
 from .traced import Traced
@@ -92,7 +93,7 @@ def capture(
         return decomposed(found), remarks
 
     try:
-        with EXCLUSIVE, quiet(), functions_kept(), _mode_of(weights):
+        with EXCLUSIVE, quiet(), functions_kept(), padded_sizes(), _mode_of(weights):
             found, remarks, occupied = _with_cells(program)
     except CaptureError:
         raise
