@@ -33,6 +33,7 @@ from .capture.arguments import (
     watched,
 )
 from .capture.captured import misfit
+from .capture.checked import INVALID
 from .capture.dynamic import Declared, declared_dims, enlarged, varying
 from .capture.state import states_of
 from .capture.tree import Tree, flatten_call, unflatten
@@ -242,11 +243,16 @@ class Dispatcher:
             return program.run(tensors, objects)
         except Unfit as error:
             unfit = error
-        except RuntimeError:
-            if all(map(is_plain, tensors)):
+        except RuntimeError as error:
+            if INVALID in str(error) and self.target is not None:
+                unfit = None  # the original raises what the user expects
+            elif all(map(is_plain, tensors)):
                 raise
-            # The key does not tell sparse tensors from dense ones; kernels notice before they start
-            unfit = Unfit("PLT-CAP-008", "an argument is not a plain dense tensor")
+            else:
+                # The key does not tell sparse tensors from dense ones; kernels notice in time.
+                unfit = Unfit("PLT-CAP-008", "an argument is not a plain dense tensor")
+        if unfit is None:
+            return self._original(args, kwargs)
         return self._unfit(unfit, args, kwargs)
 
     def _unfit(self, unfit: Unfit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
