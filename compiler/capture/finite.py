@@ -16,7 +16,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
-import textwrap
 import types
 import weakref
 from collections.abc import Iterable, Iterator
@@ -108,10 +107,14 @@ def _code(function: types.FunctionType) -> types.CodeType | None:
     if function.__globals__.get("torch") is not torch:
         return None
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        source = inspect.getsource(function)
+        inner = source[:1].isspace()  # stays so: its texts of several lines would change
+        tree = ast.parse(f"class _:\n{source}" if inner else source)
     except (OSError, SyntaxError):
         return None
-    ast.increment_lineno(tree, code.co_firstlineno - 1)
+    ast.increment_lineno(tree, code.co_firstlineno - 1 - inner)
+    if isinstance(tree.body[0], ast.ClassDef):
+        tree.body = tree.body[0].body
     definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         return None

@@ -47,6 +47,11 @@ class Wrapped(Wraps):
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        """A text of several lines, which are indented:
+
+        Args:
+            x: what is clamped.
+        """
         x = self.linear(x)
         if not torch.isfinite(x).all():
             x = torch.clamp(x, min=-3.0, max=3.0)
