@@ -239,20 +239,19 @@ class Dispatcher:
         if order is not None:
             tensors = [tensors[i] for i in order.tensors]
             objects = [objects[i] for i in order.objects]
+        invalid = False
         try:
             return program.run(tensors, objects)
         except Unfit as error:
             unfit = error
         except RuntimeError as error:
-            if INVALID in str(error) and self.target is not None:
-                unfit = None  # the original raises what the user expects
-            elif all(map(is_plain, tensors)):
+            invalid = INVALID in str(error) and self.target is not None
+            if not invalid and all(map(is_plain, tensors)):
                 raise
-            else:
-                # The key does not tell sparse tensors from dense ones; kernels notice in time.
-                unfit = Unfit("PLT-CAP-008", "an argument is not a plain dense tensor")
-        if unfit is None:
-            return self._original(args, kwargs)
+            # The key does not tell sparse tensors from dense ones; kernels notice before they start
+            unfit = Unfit("PLT-CAP-008", "an argument is not a plain dense tensor")
+        if invalid:
+            return self._original(args, kwargs)  # it raises what the user expects
         return self._unfit(unfit, args, kwargs)
 
     def _unfit(self, unfit: Unfit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -450,13 +449,8 @@ class Dispatcher:
                 )
             self.forget()
             return False
-        if self.specialiser.store is not None:
-            self.specialiser.store.forget()
-        executable = self.specialiser.build(program.captured)
-        if executable is None:
+        if not self.specialiser.renew(program):
             return False
-        program.executable = executable
-        program.ready()
         self.notes.add("PLT-CAP-014", "weights changed; they were prepared again", kind="note")
         return True
 
@@ -483,8 +477,7 @@ class Dispatcher:
             self._table.clear()
             if self.target is not None:
                 self._buckets.clear()
-                if self.specialiser.store is not None:
-                    self.specialiser.store.forget()
+                self.specialiser.forget_weights()
             self._structure.snapshot()
             self._default, self._device = torch.get_default_dtype(), default_device()
 

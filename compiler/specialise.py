@@ -139,6 +139,20 @@ class Specialiser:
             )
         return program
 
+    def renew(self, program: Program) -> bool:
+        """Prepares a program again from other weights; False where that fails."""
+        self.forget_weights()
+        executable = self.build(program.captured)
+        if executable is not None:
+            program.executable = executable
+            program.ready()
+        return executable is not None
+
+    def forget_weights(self) -> None:
+        """What is kept of weights may be of others by now."""
+        if self.store is not None:
+            self.store.forget()
+
     def build(self, captured: Captured) -> Executable | None:
         """The executable, or None (said) where code generation fails: the original still runs."""
         try:
