@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from typing import Any
 
 import pytest
@@ -59,7 +61,7 @@ class Wrapped(Wraps):
 
 
 class Replaces(nn.Module):
-    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+    def forward(self, x: Tensor, *, scale: float = 2.0) -> Tensor:
         x = x * scale
         if torch.isnan(x).any():
             x = torch.nan_to_num(x, nan=7.0)
@@ -100,6 +102,58 @@ class Otherwise(nn.Module):
         return x
 
 
+class Calls(nn.Module):
+    """Its branch calls what may do anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.isinf(x).any():
+            x = self.told(x)
+        return x
+
+    def told(self, x: Tensor) -> Tensor:
+        """Does more than compute."""
+        self.overflows = True
+        return x.clamp(max=9.0)
+
+
+class Keeps(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.isinf(x).any():
+            x = self.last = torch.clamp(x, max=1.0)
+        return x
+
+
+class Inherits(Replaces):
+    """Its code has a cell, for ``super``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if torch.isinf(x).any():
+            x = torch.clamp(x, max=1.0)
+        return x
+
+
+class OfAnother(nn.Module):
+    """What is called torch in its file is something else."""
+
+    forward = types.FunctionType(Replaces.forward.__code__, {"torch": types.SimpleNamespace()})
+
+
+def _around(function: Any) -> Any:
+    def wrapper(self: Any, x: Tensor) -> Tensor:
+        if torch.isinf(x).any():
+            x = torch.clamp(x, max=1.0)
+        return function(self, x)
+
+    return functools.update_wrapper(wrapper, functools.partial(function))
+
+
+class Around(nn.Module):
+    """What it says it is made around has no code."""
+
+    forward = _around(Replaces.forward)
+
+
 def missed(compiled: Any) -> list[str]:
     return [r.id for r in compiled.remarks if r.pass_name == "capture" and r.kind == "missed"]
 
@@ -126,11 +180,13 @@ def test_answers_differ_between_calls() -> None:
     compiled = plait.compile(model)
     for x in (torch.ones(3), torch.tensor([1, float("nan"), 3]), torch.ones(3)):
         assert torch.equal(compiled(x), model(x))
-        assert torch.equal(compiled(x, 3.0), model(x, 3.0))
+        assert torch.equal(compiled(x, scale=3.0), model(x, scale=3.0))
     assert not missed(compiled)
 
 
-@pytest.mark.parametrize("kind", [Counts, Leaves, Otherwise])
+@pytest.mark.parametrize(
+    "kind", [Counts, Leaves, Otherwise, Calls, Keeps, Inherits, OfAnother, Around]
+)
 def test_a_branch_that_does_more_is_left_as_it_is(kind: type[nn.Module]) -> None:
     with finite.chosen([model := kind()]):
         assert "forward" not in vars(model)
@@ -142,3 +198,55 @@ def test_a_forward_that_somebody_put_there_stays() -> None:
     with finite.chosen([model]):
         assert model.forward is own
     assert model.forward is own
+
+
+def test_a_file_that_was_changed_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = inspect.getsource(Otherwise.forward).partition("        else")[0] + "        return x\n"
+
+    class Older(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.isinf(x).any():
+                x = torch.clamp(x, max=2.0)
+            return x
+
+    for limit in (2.0, 1.0):
+        finite._KNOWN.clear()
+        monkeypatch.setattr(inspect, "getsource", lambda _, n=limit: text.replace("1.0", str(n)))
+        with finite.chosen([model := Older()]):
+            assert ("forward" in vars(model)) == (limit == 2.0)
+
+
+def _doubled(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Tensor:
+        return forward(self, x) * 2
+
+    return wrapper
+
+
+def test_a_forward_below_a_decorator() -> None:
+    class Decorated(nn.Module):
+        @_doubled
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.isinf(x).any():
+                x = torch.clamp(x, max=5.0)
+            return x
+
+    compiled = plait.compile(Decorated().eval())
+    for x in (torch.ones(3), torch.tensor([1, float("inf"), 9.0])):
+        assert torch.equal(compiled(x), Decorated()(x))
+    assert not missed(compiled)
+
+
+def test_a_branch_that_changes_the_shape_is_not_a_choice() -> None:
+    class Grows(nn.Module):
+        def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+            if torch.isnan(x).any():
+                x = torch.where(kept, x, 0.0)
+            return x
+
+    compiled = plait.compile(Grows().eval())
+    kept = torch.tensor([[True, False], [False, True]])
+    for x in (torch.ones(2), torch.tensor([1, float("nan")])):
+        want = Grows()(x, kept)
+        torch.testing.assert_close(compiled(x, kept), want, equal_nan=True)
