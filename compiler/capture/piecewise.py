@@ -51,9 +51,6 @@ class _Pieces:
     """
 
     def __init__(self, program: ExportedProgram, found: Tables) -> None:
-        signature = program.graph_signature
-        if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-            raise _Uncertain
         self.source, self.tables = program.graph, found
         self.mode = fake_mode_of(self.source)
         self.new = fx.Graph()
@@ -150,7 +147,7 @@ class _Pieces:
         for other in {n for s in _storages(written) for n in self.sharing[s]}:
             if other.op != "call_function":
                 raise _Uncertain
-            earlier = other is not written and self.order[other] < now
+            earlier = self.order[other] < now
             if earlier and any(self.order[user] > now for user in other.users):
                 raise _Uncertain
         made = self._called(node, plain)
@@ -159,7 +156,6 @@ class _Pieces:
             value = plain(*args, **kwargs)
         if not _same_layout(value, node.meta["val"]):
             raise _Uncertain  # promoted, broadcast or dense where writing in place is not
-        self.env[written] = made
         return made
 
 

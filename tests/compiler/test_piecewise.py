@@ -95,6 +95,23 @@ def _of_an_input(x: Tensor) -> Tensor:
     return x + 1
 
 
+def _of_an_input_that_nobody_reads_again(x: Tensor) -> Tensor:
+    y = x + 1
+    x.relu_()
+    return y
+
+
+def _of_sizes_in_place(x: Tensor) -> Tensor:
+    y = x * 2
+    y.t_()
+    return y + 1
+
+
+def _of_a_sum(x: Tensor) -> Tensor:
+    y = x * 2
+    return y.cumsum_(1) + 1
+
+
 def _of_a_copy_that_is_none(x: Tensor) -> Tensor:
     y = x * 2
     y.contiguous().to(torch.float32).reshape(4, 2).sigmoid_()
@@ -109,6 +126,9 @@ def _of_a_copy_that_is_none(x: Tensor) -> Tensor:
         _of_a_strided_view,
         _of_an_item,
         _of_an_input,
+        _of_an_input_that_nobody_reads_again,
+        _of_sizes_in_place,
+        _of_a_sum,
         _of_a_copy_that_is_none,
     ],
 )
@@ -118,9 +138,11 @@ def test_writing_to_what_is_not_its_own_is_left_to_torch(
     x = torch.randn(2, 4)
     captured = capture(function, (x,), {})
     assert len(anew) == 1
-    results = captured.graph_module(x.clone())
-    assert torch.equal(results[0], function(x))
+    given = x.clone()
+    results, want = captured.graph_module(given), function(x)
+    assert torch.equal(results[0], want)
     assert len(results) == 1 + len(captured.mutations)
+    assert bool(captured.mutations) == (not torch.equal(x, given))
 
 
 def test_writing_keeps_what_it_writes_to(anew: list[Any]) -> None:
@@ -164,6 +186,54 @@ def test_constants_that_are_made(anew: list[Any]) -> None:
 
 def test_training_is_traced_anew(anew: list[Any]) -> None:
     x = torch.randn(4, 3)
-    for module in (nn.Dropout(0.5), nn.BatchNorm1d(3), nn.RReLU()):
+    batch = nn.BatchNorm1d(3, track_running_stats=False)
+    for module in (nn.Dropout(0.5), nn.BatchNorm1d(3), batch, nn.RReLU()):
         capture(module.train(), (x,), {})
-    assert len(anew) == 3
+    assert len(anew) == 4
+
+
+def _without_gradients(x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return F.pad(x, (1, 1)) * 2
+
+
+def _of_data(x: Tensor) -> Tensor:
+    return x * x.sum().item()
+
+
+def _by_chance(x: Tensor) -> Tensor:
+    return x * 0 + torch.rand_like(x).ceil()
+
+
+@pytest.mark.parametrize("function", [_without_gradients, _of_data, _by_chance])
+@torch.no_grad()
+def test_regions_and_what_only_a_run_knows_are_traced_anew(
+    function: Callable[[Tensor], Tensor], anew: list[Any]
+) -> None:
+    x = torch.randn(2, 4)
+    (got,) = capture(function, (x,), {}).graph_module(x)
+    assert len(anew) == 1
+    assert torch.equal(got, function(x))
+
+
+def test_autocast_around_a_call_is_traced_anew(anew: list[Any]) -> None:
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = capture(model, (x,), {}).graph_module(x)
+        assert len(anew) == 1
+        assert torch.equal(got, model(x))
+
+
+def test_sparse_tensors_are_traced_anew(anew: list[Any]) -> None:
+    x = torch.randn(2, 2)
+    (got,) = capture(lambda x: torch.sparse.mm(x.to_sparse(), x), (x,), {}).graph_module(x)
+    assert len(anew) == 1
+    torch.testing.assert_close(got, x @ x)
+
+
+def test_sizes_that_are_open_are_told_by_the_parts(anew: list[Any]) -> None:
+    x, sizes = torch.randn(2, 3, 4), torch.export.Dim.AUTO
+    for shapes, whole in ((None, True), ([{1: sizes, 2: sizes}], False)):
+        nodes = capture(lambda x: x.flatten(1) * 2, (x,), {}, shapes).graph_module.graph.nodes
+        assert ("aten.flatten.using_ints" in {str(n.target) for n in nodes}) == whole
+    assert not anew
