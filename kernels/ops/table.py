@@ -369,7 +369,10 @@ def _check_scalars(node: fx.Node) -> str | None:
 
 @check(*SCAN)
 def _check_scan(node: fx.Node) -> str | None:
-    return None if node.meta["val"].dim() else "a tensor without dimensions"
+    result = node.meta["val"]
+    if result.dtype == torch.bool:
+        return "running totals of truth values, which torch refuses"
+    return None if result.dim() else "a tensor without dimensions"
 
 
 @check("plait.combine.default")

@@ -64,6 +64,19 @@ def test_totals_in_another_type() -> None:
     assert steps(lambda x: torch.cumsum(x, 0, dtype=torch.float64), large) == {KernelStep}
 
 
+def test_elements_are_rounded_to_the_type_before_they_are_added() -> None:
+    x = drawn(64, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert steps(lambda x: torch.cumsum(x, 0, dtype=dtype), x) == {KernelStep}  # noqa: B023
+        assert steps(lambda x: torch.cumprod(x / 9, 0, dtype=dtype), x) == {KernelStep}  # noqa: B023
+
+
+def test_totals_that_torch_refuses_are_refused() -> None:
+    compiled = plait.compile(lambda x: torch.cumsum(x, 0, dtype=torch.bool), tune="off")
+    with pytest.raises(NotImplementedError, match="Bool"):
+        compiled(torch.tensor([True, False]))
+
+
 def test_what_is_elementwise_around_a_scan_is_part_of_its_kernel() -> None:
     """As sums of segments in state-space models: masked before and after."""
     seen = torch.ones(24, 24).tril(-1).bool()
