@@ -138,8 +138,3 @@ class AcrossGroups(AcrossRows):
                     for part in parts:
                         T.buffer_store(part, part[first], [first + k])
         return super().finish_fold(parts, combine)
-
-    def row_here(self) -> list[Expr]:
-        index = super().row_here()
-        index[2] = i64(0)
-        return index

@@ -277,6 +277,14 @@ def test_errors_are_no_worse_than_torchs(shift: float) -> None:
     }.items():
         mine, theirs = errors(case(rows, name, function, x), function)
         assert mine <= 2 * theirs + 1e-9, (name, mine, theirs)
+    image = (torch.randn(1, 32, 90, 91) + shift).to(memory_format=torch.channels_last)
+    across = {
+        "group_norm": (lambda x: F.group_norm(x, 4), image),
+        "total": (lambda x: x - x.sum(0, keepdim=True) / 9001, torch.randn(9001, 32) + shift),
+    }
+    for name, (function, given) in across.items():
+        mine, theirs = errors(case(rows, name, function, given), function)
+        assert mine <= 2 * theirs + 1e-9, (name, mine, theirs)
 
 
 def test_other_configurations_give_the_same() -> None:
