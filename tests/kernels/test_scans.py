@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 import plait
+from plait.kernels.templates import rows
 from plait.runtime.plan import KernelStep, LibraryStep
+
+from .row_check import case, check
 
 WHOLE = (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
 FRACTIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -100,6 +103,16 @@ def test_a_scan_is_read_by_folds() -> None:
     compiled = plait.compile(weights, tune="off")
     torch.testing.assert_close(compiled(x), weights(x))
     assert {type(s) for s in compiled.plan.steps} == {KernelStep}
+
+
+def test_every_sweep_of_a_kernel_starts_anew() -> None:
+    def centred(x: Tensor) -> Tensor:
+        totals = torch.cumsum(x, 1)
+        return totals - totals.mean(1, keepdim=True)
+
+    across = drawn(9, 40).T.contiguous().T
+    found = [case(rows, name, centred, x) for name, x in (("own", drawn(4, 9)), ("side", across))]
+    check(found, atol=1e-5, rtol=1e-5)
 
 
 def test_a_single_element_is_the_librarys() -> None:
