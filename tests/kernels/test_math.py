@@ -52,3 +52,11 @@ def test_gelu_is_as_near_as_torchs(approximate: str) -> None:
     torch.testing.assert_close(have[~near], wide[~near], rtol=3e-7, atol=0)
     above = (x[numbers] > -1) & (wide.abs() > 1e-37)
     torch.testing.assert_close(have[above], wide[above], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_doubles_keeps_their_digits(approximate: str) -> None:
+    x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    gelu = functools.partial(torch.nn.functional.gelu, approximate=approximate)
+    (have,) = run_kernel(lower(gelu, [x]), [x])
+    torch.testing.assert_close(have, gelu(x), rtol=1e-12, atol=1e-14)

@@ -70,6 +70,7 @@ def test_the_library_is_built_anew_where_the_kept_one_is_of_no_use(
 ) -> None:
     compiler = c_compiler()
     assert compiler is not None
+    monkeypatch.setenv("TMPDIR", "/proc")  # where no compiler writes
     source = "int answer(void) { return 42; }"
     kept = tmp_path / "kept.so"
     kept.write_bytes(b"of another machine")
