@@ -41,7 +41,7 @@ def check(model: RandomModel, seed: int, dtype: torch.dtype) -> bool:
     return bool(compiled.programs)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_any_model_gives_what_it_gives_in_eager_mode(seed: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_any_model_gives_what_it_gives_in_eager_mode(seed: int) -> None:
+    dtype = list(TOLERANCE)[seed % 2]
     assert check(random_model(seed, dtype), seed, dtype)
