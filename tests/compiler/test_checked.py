@@ -13,6 +13,12 @@ from torch.distributions import AffineTransform, Beta, Normal, TransformedDistri
 import plait
 
 
+@pytest.fixture(autouse=True)
+def checking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distributions check, as they do until torch.compile is used in a process."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+
+
 class Forecast(nn.Module):
     """The likelihood of a share under a distribution whose parameters are computed."""
 

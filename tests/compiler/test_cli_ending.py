@@ -46,7 +46,7 @@ def interrupt_within_a_class() -> None:
 
 def terminate_within_a_class() -> None:
     try:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
     except Terminated as error:
         raise RuntimeError("Error calling __set_name__") from error
 
@@ -54,9 +54,9 @@ def terminate_within_a_class() -> None:
 @pytest.mark.parametrize(
     ("command", "code", "told"),
     [
-        (lambda: os.kill(os.getpid(), signal.SIGINT), 130, "plait: interrupted\n"),
+        (lambda: signal.raise_signal(signal.SIGINT), 130, "plait: interrupted\n"),
         (interrupt_within_a_class, 130, "plait: interrupted\n"),
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "plait: terminated\n"),
+        (lambda: signal.raise_signal(signal.SIGTERM), 143, "plait: terminated\n"),
         (terminate_within_a_class, 143, "plait: terminated\n"),
     ],
     ids=["Ctrl-C", "Ctrl-C in a class", "SIGTERM", "SIGTERM in a class"],
