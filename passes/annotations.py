@@ -28,6 +28,7 @@ class Annotation:
         stage: position of the group in the schedule.
         device: device that runs the node, such as "cpu" or "cuda:0".
         layout: memory layout asked for the node's result, such as "nhwc".
+        apart: whether the node is to be computed by itself, not with what it reads.
         load: fraction of a router's slots that a routed product is likely to get; None: all.
         made_by: name of the pass that created the node; None for a captured one.
     """
@@ -38,6 +39,7 @@ class Annotation:
     stage: int | None = None
     device: str | None = None
     layout: str | None = None
+    apart: bool = False
     load: float | None = None
     made_by: str | None = None
 

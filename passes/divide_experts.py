@@ -58,8 +58,8 @@ class Piece:
 class Divided:
     """The new graph; ``pieces`` are its weights on the meta device that are rows of others.
 
-    ``routers`` names the layers that were divided. The routed products of a device are annotated
-    with its name, and with the fraction of the slots that they are likely to get.
+    ``routers`` names the layers that were divided. What is made for a device is annotated with its
+    name, its routed products with the fraction of the slots that they are likely to get.
     """
 
     module: fx.GraphModule
@@ -284,13 +284,18 @@ class _Layer:
             raise _Refused(f"expert {holders.index([])} is on no device")
         made: dict[fx.Node, list[fx.Node]] = {x: [] for x in self.results}
         for device, held in shares.items():
+            before = set(self.rewriter.graph.nodes)
             for result, node in self._part(device, held, holders).items():
                 made[result].append(node)
+            for node in self.rewriter.graph.nodes:
+                if node not in before:
+                    annotate(node, device=device)
         for result, parts in made.items():
             last = [result, *self.tails[result]][-1]
             total = parts[0]
             for part in parts[1:]:
                 total = self.rewriter.call(aten.add.Tensor, (total, part), like=last)
+                annotate(total, apart=True)  # or slots would travel, to be added up behind
             last.replace_all_uses_with(total)
 
     def _part(
@@ -312,7 +317,7 @@ class _Layer:
                     for w in node.args[3:5] if w is not None
                 }  # fmt: skip
                 instead[node] = self._again(node, {**instead, **weights})
-                annotate(instead[node], device=device, load=likely)
+                annotate(instead[node], load=likely)
             else:
                 instead[node] = self._again(node, instead)
         return {x: self._added(x, instead[x], index, len(held)) for x in self.results}

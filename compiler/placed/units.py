@@ -9,7 +9,7 @@ All readers of one weight are one colocation group, so that it is loaded once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import networkx as nx
 import torch
 import torch.fx as fx
 
+from ...passes.annotations import annotation
 from ...passes.fuse_vertical import FuseVertical, groups_of
 from ...passes.ir import alias_root, attribute, is_pure
 from ...passes.placement.problem import Device, Edge, Link, Op, Problem
@@ -213,9 +214,26 @@ def _acyclic(nodes: list[fx.Node], together: nx.Graph) -> list[Unit]:
 
 
 def _fused(module: fx.GraphModule) -> list[set[str]]:
-    """Names of the nodes of each fusion group."""
+    """Names of the nodes of each fusion group; nodes to be computed apart begin another."""
     fused = FuseVertical().run(module).graph_module
-    return [{n.name for n in g.nodes} for g in groups_of(fused) if len(g.nodes) > 1]
+    found: list[set[str]] = []
+    for group in groups_of(fused):
+        if any(annotation(n).apart for n in group.nodes):
+            found += _parts(group.nodes)
+        else:
+            found.append({n.name for n in group.nodes})
+    return [names for names in found if len(names) > 1]
+
+
+def _parts(nodes: Sequence[fx.Node]) -> list[set[str]]:
+    """A group without what leads into its nodes that are computed apart."""
+    parts = nx.Graph()
+    parts.add_nodes_from(n.name for n in nodes)
+    for node in nodes:
+        for x in node.all_input_nodes:
+            if x in nodes and annotation(x).apart >= annotation(node).apart:
+                parts.add_edge(x.name, node.name)
+    return [*nx.connected_components(parts)]
 
 
 def _sendable(node: fx.Node) -> bool:

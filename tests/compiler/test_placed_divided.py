@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ def test_experts_are_where_they_were_placed(model: Model) -> None:
             "cpu:0": 6, "cpu:1": 6, "cpu:2": 6,
         }  # fmt: skip
         assert "the experts of 3 layers are divided among 3 devices" in placed.explain()
+        sent = [w for p in placed.division.programs for s in p.steps for w in s.sends]
+        assert sent and all(math.prod(w.shape) <= 5 * WIDTH for w in sent)  # cells, never slots
         held = {op.name: op.param_bytes for op in placed.division.problem.ops}
         sizes = {sum(held[u] for u in units) for units in experts_on(placed).values()}
         one = 2 * WIDTH * INNER * 4  # bytes of an expert; both calls of a layer share them
