@@ -105,21 +105,18 @@ class HostTier(Tier):
 
     def _look_ahead(self) -> None:
         """Has the slots of unlikely units filled with what the next site is likely to want."""
-        following = self.forecast.next()
-        if following is None:
+        following = self._following()
+        if following is None or not following[0].units:
             return
-        number, chance = following
-        site = self.sites[number]
-        if not site.units:
-            return
+        site, chance = following
         with self._state:
-            lacking = ~self._resident[number]
+            lacking = ~self._resident_of(site)
             for unit in np.argsort(-chance).tolist():
                 if chance[unit] < LIKELY:
                     return
                 if not lacking >> unit & 1:
                     continue
-                key = (number, unit)
+                key = (site.number, unit)
                 if not self._displace(key):
                     return
                 self._keep(site, 1 << unit)

@@ -22,23 +22,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import forked
-from .bank import Bank, drop, own_pidfd, waits
-from .forecast import SAMPLE, Forecast, grown, in_sample
+from . import forked, load_costs
+from .bank import Bank, drop, own_pidfd
+from .forecast import Forecast, grown, in_sample
+from .load_costs import LoadCosts
 from .residency import Residency, Root
 from .site import Counters, Site, bits
 
 Evict = Literal["value", "lru"]
 Key = tuple[int, int]  # a site and a unit, or a site and a set of units
 
-RATE = 2e9
-"""Bytes a second that a load is taken to bring until one was measured."""
-WAKE = 100e-6
-"""Seconds that a load ahead must be likely to save: waking the side thread costs some of them."""
 GAIN = 1.25
 """How much more a unit must be worth than what makes room for it, to be loaded ahead."""
-LASTING = 0.05
-"""Weight of the latest load in what loads of its size cost."""
 REST = 64
 """Rounds without launches that fetch, after one that could not."""
 
@@ -71,10 +66,8 @@ class Tier:
         self._order: dict[Key, None] = {}  # all units, what is to be dropped first first
         self._stale = True
         self._sampled = -1  # the latest round of all sites that the forecast saw
-        self._loads = 0
-        self._cost: dict[int, float] = {}  # seconds that loading so many bytes takes
+        self._cost = LoadCosts()
         self._sizes = np.zeros((0, 0), dtype=np.int64)  # of units; a row per site
-        self._cheap = False  # loads take less than waking the side thread does
         self._bytes = 0
         self._waving = 0  # of them, those of waves in progress
         self._now = 0
@@ -218,7 +211,7 @@ class Tier:
             for unit in bits(missing | late):
                 self._load(site, unit)
             counters.seconds += time.perf_counter() - start
-        if self.ahead and not self._cheap and not trial:
+        if self.ahead and not self._cost.cheap and not trial:
             self._look_ahead()
         return True
 
@@ -231,7 +224,7 @@ class Tier:
         """What a launch needs to fetch by itself until `fetched`; None where `fetch` has to. Inside
         `using`.
         """
-        plain = self._cheap and self.evict == "value" and self.record is None
+        plain = self._cost.cheap and self.evict == "value" and self.record is None
         if not plain or len(self._frames) > 1 or self._count is not self.counters:
             return None
         with self._state:
@@ -332,11 +325,7 @@ class Tier:
                 self._drop([(site.number, unit) for unit in units if resident >> unit & 1])
 
     def _load(self, site: Site, unit: int) -> None:
-        self._loads += 1
-        timed = not self._cheap or self._loads % SAMPLE == 0
-        start, spent, waited = (
-            (time.perf_counter(), time.thread_time(), waits()) if timed else (0.0, 0.0, 0)
-        )
+        began = self._cost.begin()
         try:
             for bank, number in site.units[unit]:
                 bank.load(number)
@@ -345,22 +334,14 @@ class Tier:
                 if self._resident[site.number] >> unit & 1:
                     self._drop([(site.number, unit)])
             raise
-        if not timed:
-            return
-        seconds = time.perf_counter() - start
-        if waits() == waited:  # for no disk: that others ran meanwhile is no cost of a load
-            seconds = time.thread_time() - spent
-        size = site.bytes[unit]
-        before = self._cost.get(size, seconds)
-        self._cost[size] = before + LASTING * (seconds - before)
-        self._cheap = max(self._cost.values()) < WAKE
+        self._cost.end(began, site.bytes[unit])
 
     # -- the budget; with the state locked --------------------------------------------------------
 
     def _observe(self, site: int, counts: Sequence[int]) -> None:
         """Tells the forecast; where loads are cheap, of one round of all sites in `SAMPLE`."""
         rounds = self._round()
-        if self._cheap and not in_sample(rounds):
+        if self._cost.cheap and not in_sample(rounds):
             return
         self._sampled = rounds
         self._seen += 1
@@ -412,10 +393,7 @@ class Tier:
             self._state.wait()
 
     def _worth(self) -> NDArray[np.float64]:
-        price = np.full(self._sizes.shape, 1.0 / RATE)
-        for size, seconds in self._cost.items():
-            price[self._sizes == size] = seconds / size
-        return price / self.forecast.distance(self._seen)
+        return self._cost.by_byte(self._sizes) / self.forecast.distance(self._seen)
 
     def _rank(self) -> None:
         worth = self._worth().tolist()  # whose elements are found sooner
@@ -427,7 +405,7 @@ class Tier:
         """The least worthy units that nobody uses, up to ``size`` bytes."""
         if self._stale and self.evict == "value":
             # Once for a round that forecasts see, where they do not see all.
-            if not self._cheap or self._sampled != self._round():
+            if not self._cost.cheap or self._sampled != self._round():
                 self._rank()
         free = list(self._resident)
         for frame in self._frames:
@@ -447,19 +425,25 @@ class Tier:
 
     # -- ahead ------------------------------------------------------------------------------------
 
+    def _following(self) -> tuple[Site, NDArray[np.float64]] | None:
+        """The next site to fetch, and of each unit the chance that it wants it; None if nobody
+        knows.
+        """
+        following = self.forecast.next()
+        return None if following is None else (self.sites[following[0]], following[1])
+
     def _look_ahead(self) -> None:
         """Lets the side thread load what the next site is likely to want, where that pays."""
-        following = self.forecast.next()
+        following = self._following()
         if following is None:
             return
-        number, chance = following
-        site = self.sites[number]
-        saved = chance * [self._cost.get(size, size / RATE) for size in site.bytes]
-        lacking = ~self._resident[number]
+        site, chance = following
+        saved = chance * self._cost.of(site.bytes)
+        lacking = ~self._resident[site.number]
         wanted = [
             unit
             for unit in np.argsort(-saved).tolist()
-            if saved[unit] > WAKE and lacking >> unit & 1
+            if saved[unit] > load_costs.WAKE and lacking >> unit & 1
         ]
         if wanted:
             if self._thread is None:

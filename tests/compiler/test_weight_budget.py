@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import plait
 from plait.runtime import bank as banks
+from plait.runtime import load_costs
 from plait.runtime import tier as tiers
 from plait.runtime.plan import FetchStep, Plan
 
@@ -85,7 +86,7 @@ def test_the_small_budget_works_in_waves_and_the_larger_one_need_not(
 def test_steady_calls_fetch_within_one_launch(
     variants: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiers, "WAKE", 1.0)  # all loads are cheap
+    monkeypatch.setattr(load_costs, "WAKE", 1.0)  # all loads are cheap
     monkeypatch.setattr(tiers, "REST", 1)
     tier = variants["some"].weight_tier
     before = tier.counters.to_json()

@@ -181,7 +181,7 @@ def test_a_lower_limit_drops_at_once() -> None:
 
 
 def test_likely_units_are_loaded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plait.runtime.tier.WAKE", 0.0)
+    monkeypatch.setattr("plait.runtime.load_costs.WAKE", 0.0)
     banks = [Pretended(4), Pretended(4)]
     tier = Tier(3 * BYTES)
     first, second = sites(tier, banks)
