@@ -34,7 +34,7 @@ from .capture.arguments import (
 )
 from .capture.captured import misfit
 from .capture.checked import INVALID
-from .capture.dynamic import Declared, declared_dims, enlarged, varying
+from .capture.dynamic import Declared, declared_dims, varying, with_small_open
 from .capture.state import states_of
 from .capture.tree import Tree, flatten_call, unflatten
 from .errors import CaptureError, ChangeError, InputError
@@ -410,13 +410,10 @@ class Dispatcher:
         declared: list[Declared],
     ) -> None:
         """Adds, beside the program for a size of 0 or 1, one for the sizes that were declared."""
-        leaves, _ = flatten_call((args, kwargs))
-        entries = iter(declared)
-        larger = [enlarged(x, next(entries).small) if isinstance(x, Tensor) else x for x in leaves]
+        larger, opened = with_small_open(flatten_call((args, kwargs))[0], declared)
         shapes = [x.shape for x in larger if isinstance(x, Tensor)]
         if any(p.matches(shapes) for p in bucket.programs):
             return
-        opened = [Declared({**d.dims, **d.small}) for d in declared]
         args, kwargs = unflatten(tree, larger)
         try:
             program = self.specialiser.specialise(

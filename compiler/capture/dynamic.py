@@ -130,7 +130,18 @@ def _tensor(name: str, tensor: Tensor, spec: Any) -> Declared:
     return declared
 
 
-def enlarged(tensor: Tensor, dims: Mapping[int, Any]) -> Tensor:
+def with_small_open(
+    leaves: Sequence[Any], declared: Sequence[Declared]
+) -> tuple[list[Any], list[Declared]]:
+    """Leaves of a call with size 2 where a declared dimension is small, and these to be left open,
+    too.
+    """
+    entries = iter(declared)
+    larger = [_enlarged(x, next(entries).small) if isinstance(x, Tensor) else x for x in leaves]
+    return larger, [Declared({**d.dims, **d.small}) for d in declared]
+
+
+def _enlarged(tensor: Tensor, dims: Mapping[int, Any]) -> Tensor:
     """A tensor like ``tensor`` with size 2 where ``dims`` has an entry."""
     shape = [2 if d in dims else size for d, size in enumerate(tensor.shape)]
     return tensor.expand(shape).clone() if tensor.numel() else tensor.new_zeros(shape)
