@@ -33,7 +33,7 @@ aten = torch.ops.aten
 NAME = "divide-experts"
 Shares = Mapping[str, Sequence[int]]
 """Experts of a layer by device, ascending. Copies of an expert take its slots in turn."""
-_POSITIONAL = {"aten.arange.default", "aten.eye.default", "aten.linspace.default"}
+ROUTED = "plait.routed_linear.default"
 _VIEWS = {"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"}
 _ALONG = {
     f"aten.{name}": dim
@@ -133,7 +133,7 @@ class _Layer:
             if any(x in self.results for x in sources):
                 raise _Refused(f"{node.name} reads slots and experts' rows")
             self.inside[node] = None
-            if str(node.target) == "plait.routed_linear.default" and node.args[7]:
+            if str(node.target) == ROUTED and ops.argument(node, "scatter"):
                 self.results.append(node)
 
     # -- what treats each row alone --------------------------------------------------------------
@@ -143,13 +143,10 @@ class _Layer:
         name = str(node.target)
         if node is self.route or (node.target is operator.getitem and node.args[0] is self.route):
             return
-        if name == "plait.routed_linear.default":
-            if any(x in self.inside for x in node.args[3:5]):
-                raise _Refused(f"{node.name} computes its weights")
-            for weight in node.args[3:5]:
-                if weight is not None:
-                    self._rows_of(weight, (0,))  # type: ignore[arg-type]
-            if (node.args[0] in self.inside) == (node.args[6] == 0):
+        if name == ROUTED:
+            for weight in _weights(node):
+                self._rows_of(weight, (0,))
+            if (node.args[0] in self.inside) == (ops.argument(node, "share") == 0):
                 return
         elif name == "plait.take.default":
             if node.args[0] not in self.inside:
@@ -182,7 +179,7 @@ class _Layer:
             return rows == [node.args[0]] and len(node.args[1]) < rank  # type: ignore[arg-type]
         if name == "aten.linear.default":
             return rows == [node.args[0]] and rank > 1
-        if kind == "pointwise" and name not in _POSITIONAL:
+        if kind == "pointwise" and name != "aten.glu.default":
             others = [x.meta["val"] for x in given if x not in self.inside]
             shared = all(x.dim() < rank or x.shape[0] == 1 for x in others)
             return shared and all(x.meta["val"].dim() == rank for x in rows)
@@ -311,11 +308,8 @@ class _Layer:
         for node in self.inside:
             if node is self.route:
                 continue
-            if str(node.target) == "plait.routed_linear.default":
-                weights = {
-                    w: self._rows_of(w, held, make=True)  # type: ignore[arg-type]
-                    for w in node.args[3:5] if w is not None
-                }  # fmt: skip
+            if str(node.target) == ROUTED:
+                weights = {w: self._rows_of(w, held, make=True) for w in _weights(node)}
                 instead[node] = self._again(node, {**instead, **weights})
                 annotate(instead[node], load=likely)
             else:
@@ -367,6 +361,12 @@ class _Layer:
                 instead[node] = call(aten.where.self, (known, instead[node], zero), like=node)
             before = node
         return instead[before]
+
+
+def _weights(product: fx.Node) -> list[fx.Node]:
+    """The operands of a routed product that have a row for each expert."""
+    own = (ops.argument(product, name) for name in ("weight", "bias"))
+    return [x for x in own if x is not None]
 
 
 def _first(node: fx.Node) -> Any:

@@ -53,7 +53,12 @@ def divided(
         layers.check(placed)
     with torch.no_grad():
         normal = PassManager("normalize").run(result.module).graph_module
-    return _named(whole, result), normal, _remarks(result, placed, len(devices))
+    remarks = _remarks(result, placed, len(devices))
+    if not layers.labels:
+        hint = "leave `experts` away; branches of a plait.Router stay on one device"
+        reason = "the model has no layer of experts to divide"
+        remarks.append(Remark("PLT-DST-015", "missed", "place", (), reason, hint))
+    return _named(whole, result), normal, remarks
 
 
 class _Layers:
@@ -80,11 +85,16 @@ class _Layers:
                 f"layer {label!r} has {experts} experts, the placement places {len(where)}",
                 "profile and place the experts of this model",
             )
-        held: dict[str, list[int]] = {}
+        number = {name: k for k, name in enumerate(self.placed.devices)}
+        held: list[list[int]] = [[] for _ in self.devices]
         for expert, names in enumerate(where):
             for name in (names,) if isinstance(names, str) else names:
-                held.setdefault(self.devices[self.placed.devices.index(name)], []).append(expert)
-        return label, {d: held[d] for d in self.devices if d in held}
+                if name not in number:
+                    known = ", ".join(number)
+                    reason = f"layer {label!r}: expert {expert} is on {name!r}, there is no such"
+                    raise OptionError("PLT-DST-008", reason, f"devices of the placement: {known}")
+                held[number[name]].append(expert)
+        return label, dict(zip(self.devices, held, strict=True))
 
     def check(self, placed: ExpertPlacement) -> None:
         unknown = sorted(placed.experts.keys() - set(self.labels))

@@ -203,6 +203,7 @@ def test_rows_of_a_weight(tmp_path: Path) -> None:
         (placed_on(*"ab" * 4), "placed on 2 devices, there are 3"),
         (ExpertPlacement(("a", "b", "c"), {"first": ("a", "b")}), "has 8 experts, the placement"),
         (ExpertPlacement(("a", "b", "c"), {"third": ("a", "b")}), "no layer of experts 'third'"),
+        (ExpertPlacement(tuple("abc"), {"first": ("a",) * 7 + ("d",)}), "expert 7 is on 'd'"),
         ("nowhere.json", "nowhere.json"),
     ],
 )
@@ -217,13 +218,17 @@ def test_a_word_that_is_none() -> None:
         options(experts="apart")
 
 
-def test_a_model_without_experts_is_not_changed() -> None:
-    dense = nn.Linear(8, 8).eval()
-    with plait.compile(dense, devices=["cpu"] * 2, placement=options(experts="divided")) as placed:
+@pytest.mark.parametrize("kind", ["dense", "branches"])
+def test_a_model_without_experts_is_not_changed(kind: str) -> None:
+    halves = [nn.Linear(8, 8) for _ in range(2)]
+    model = halves[0] if kind == "dense" else plait.Router(halves, lambda x: x[:, :2], top_k=1)
+    model.eval()
+    with plait.compile(model, devices=["cpu"] * 2, placement=options(experts="divided")) as placed:
         x = torch.randn(2, 8)
         with torch.no_grad():
-            torch.testing.assert_close(placed(x), dense(x))
-        assert {r.id for r in placed.remarks} & {"PLT-DST-014", "PLT-DST-015"} == set()
+            torch.testing.assert_close(placed(x), model(x))
+        (remark,) = [r for r in placed.remarks if r.id in {"PLT-DST-014", "PLT-DST-015"}]
+        assert "no layer of experts" in remark.reason and remark.hint
 
 
 def test_the_price_of_a_share_is_its_part_of_the_slots(model: Model) -> None:
