@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -98,6 +99,7 @@ def save_random(model: torch.nn.Module, folder: Path) -> int:
             tensor = torch.ones(like.shape)
         save_file({name: tensor}, folder / f"model-{number:05}.safetensors")
         total += tensor.nbytes
+    os.sync()  # now, not while something is timed
     return total
 
 
