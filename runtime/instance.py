@@ -42,6 +42,7 @@ class Instance(Hosted):
         super().__init__(executor, values, workers, stamped)
         self._slots = [slot for slot, _ in self.inputs]
         self._made = [(slot, tuple(geometry)) for slot, _, *geometry in self.fresh]
+        self._empty = _empty if executor.arena is None else executor.arena.empty
         self._launch = executor.launch
         self._free: list[Workspace] = []
         self._branches = any(isinstance(s, BranchStep | FetchStep) for s in self.segments)
@@ -75,7 +76,7 @@ class Instance(Hosted):
         if self._lean and tensors[0].is_contiguous():
             slot, (shape, strides, dtype) = self._made[0]
             ext[self._slots[0]] = tensors[0].data_ptr()
-            out = _empty(shape, strides, dtype)
+            out = self._empty(shape, strides, dtype)
             ext[slot] = out.data_ptr()
             self._launch(workspace.launches[0], workspace.ext_address)
             self._free.append(workspace)
@@ -88,7 +89,7 @@ class Instance(Hosted):
                 ext[slot] = held[k].data_ptr()
         fresh = []
         for slot, geometry in self._made:
-            out = _empty(*geometry)
+            out = self._empty(*geometry)
             ext[slot] = out.data_ptr()
             fresh.append(out)
         if self.simple and self.on_step is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -145,7 +146,11 @@ class _Batch:
 
 
 class Player:
-    """Plays a rank's program. Batches go in by `feed`, results come out of `feed` and `drain`."""
+    """Plays a rank's program. Batches go in by `feed`, results come out of `feed` and `drain`.
+
+    A segment is run and its results are sent within ``turns``, where ranks share too few cores.
+    What is received goes to tensors that ``empty`` makes of shape, strides (None) and dtype.
+    """
 
     def __init__(
         self,
@@ -153,8 +158,12 @@ class Player:
         segments: Mapping[str, Run],
         transport: Transport,
         device: torch.device | None = None,
+        turns: AbstractContextManager[Any] | None = None,
+        empty: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self.program, self.segments, self.transport = program, dict(segments), transport
+        self.turns = nullcontext() if turns is None else turns
+        self._empty = self._plain if empty is None else empty
         self.device = torch.device("cpu") if device is None else device
         self._period = 0
         self._batches: dict[int, _Batch] = {}  # by the period in which they were fed
@@ -207,7 +216,7 @@ class Player:
 
     def _ask(self, fed: int, wire: Wire) -> None:
         dtype = getattr(torch, wire.dtype)
-        tensor = torch.empty(wire.shape, dtype=dtype, device=self.device)
+        tensor = self._empty(wire.shape, None, dtype)
         batch = self._batches[fed]
         batch.values[wire.tensor] = tensor
         if tensor.numel():
@@ -220,19 +229,23 @@ class Player:
             if wire.tensor in batch.coming:
                 _wait(wire.source, batch.coming.pop(wire.tensor)[1])
         values = batch.values
-        made = self.segments[step.segment]([values[name] for name in step.inputs])
-        values.update(zip(step.outputs, made, strict=True))
-        for wire in step.sends:
-            tensor = values[wire.tensor].contiguous()
-            if tensor.numel():
-                tag = self._tag(fed, wire)
-                pending = self._begin(wire.target, self.transport.send, tensor, tag)
-                self._sent.append((self._period, wire, tensor, pending))
+        with self.turns:  # sends are of the turn: others wait for them
+            made = self.segments[step.segment]([values[name] for name in step.inputs])
+            values.update(zip(step.outputs, made, strict=True))
+            for wire in step.sends:
+                tensor = values[wire.tensor].contiguous()
+                if tensor.numel():
+                    tag = self._tag(fed, wire)
+                    pending = self._begin(wire.target, self.transport.send, tensor, tag)
+                    self._sent.append((self._period, wire, tensor, pending))
         for name in self.program.results:
             if name in step.outputs:
                 batch.results[name] = values[name]
         for name in step.drops:
             values.pop(name, None)
+
+    def _plain(self, shape: Sequence[int], _: None, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     @staticmethod
     def _begin(rank: int, begin: Callable[..., Pending], tensor: torch.Tensor, tag: int) -> Pending:

@@ -12,6 +12,7 @@ import torch
 from . import forked
 from .bound import Bound
 from .plan import Buffer
+from .recycled import Recycled
 from .sizes import evaluate
 from .table import Address, Table, build_table
 
@@ -27,10 +28,12 @@ def aligned_empty(nbytes: int) -> torch.Tensor:
 
 class Arena:
     """Memory that several executors share, of which one runs at a time: whoever runs one holds
-    ``lock``. It is as large as the most that any of them reserved before the first call.
+    ``lock``. It is as large as the most that any of them reserved before the first call. Results
+    are made by ``empty``, which keeps ``spare`` bytes for them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spare: int = 0) -> None:
+        self.empty = Recycled(spare)
         self.lock = threading.Lock()
         forked.in_child(self._unlock)
         self._nbytes = 0

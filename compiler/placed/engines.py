@@ -15,9 +15,9 @@ from ..options import Options
 from ..pipeline import prepare
 from ..weights.absent import of
 from .local import START, Ranks
-from .options import Here, PlacementOptions
+from .options import Here, PlacementOptions, threads_of
 from .part import Memory, SegmentRun
-from .plan import Division, Planned, plan_model, threads_of
+from .plan import Division, Planned, plan_model
 
 Tensors = Mapping[str, torch.Tensor]
 

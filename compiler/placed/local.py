@@ -28,7 +28,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from ...runtime.turns import offered
 from . import pipe
+from .options import cores
 from .part import DistributedError
 from .pipe import pack, unpack
 
@@ -53,15 +55,19 @@ class Ranks:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.broken: DistributedError | None = None
         self._fed = 0
+        turns = max(1, cores() // threads)
+        shared = offered(turns) if count > turns else ()
         for _ in range(count):
-            self._start()
+            self._start(shared)
+        for end in shared:
+            os.close(end)
         self._stop = weakref.finalize(self, _end, self.processes, self._ends, self.folder)
         reader = threading.Thread(
             target=_read, args=(self._ends, self.processes, self._messages), daemon=True
         )
         reader.start()
 
-    def _start(self) -> None:
+    def _start(self, turns: tuple[int, ...]) -> None:
         mine, theirs = pipes.Pipe()
         with socket.socket(fileno=os.dup(mine.fileno())) as end:  # a stopped rank reads nothing
             seconds = struct.pack("ll", int(self.timeout), int(self.timeout % 1 * 1e6))
@@ -73,11 +79,10 @@ class Ranks:
             "OMP_NUM_THREADS": str(self.threads),
         }
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        command = [sys.executable, "-m", f"{__package__}.worker", str(theirs.fileno())]
+        ends = [theirs.fileno(), *turns]
+        command = [sys.executable, "-m", f"{__package__}.worker", *map(str, ends)]
         self.processes.append(
-            subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
-            )
+            subprocess.Popen(command, pass_fds=ends, env=environment, stdin=subprocess.DEVNULL)
         )
         theirs.close()
         self._ends.append(mine)

@@ -7,10 +7,11 @@ a unit inside of a segment does not pay: it is measured, and taken from each uni
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ...runtime.sizes import evaluate
 from ..capture.export import capture
 from ..options import Options
 from .capture import Whole
+from .options import cores
 from .part import SegmentRun
 from .segments import _segment, extract
 from .units import Units
@@ -33,12 +35,15 @@ _CACHES = 1 << 27
 @dataclass(frozen=True)
 class Costs:
     """By unit, seconds and the bytes of memory that it works in; seconds of a call, which each
-    segment pays once and those of units leave out.
+    segment pays once and those of units leave out. ``alone`` and ``together`` are the bytes/s that
+    the threads of one rank, and all cores, read.
     """
 
-    seconds: Mapping[str, float]
-    temporary: Mapping[str, float]
-    call: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    temporary: Mapping[str, float] = field(default_factory=dict)
+    call: float = 0.0
+    alone: float = math.inf
+    together: float = math.inf
 
 
 def measure(
@@ -70,7 +75,20 @@ def measure(
                 values.update(zip(segment.outputs, results, strict=True))
             for x in [x for x in values if last.get(x) is unit]:
                 del values[x]
-    return Costs(found, temporary, call)
+        alone = _reading(flush)
+    with on_threads(cores()):
+        together = max(_reading(flush), alone)
+    return Costs(found, temporary, call, alone, together)
+
+
+def _reading(memory: torch.Tensor) -> float:
+    """Bytes/s that this process reads, the best of a few."""
+    words, times = memory.view(torch.float32), []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        words.sum()
+        times.append(time.perf_counter() - begin)
+    return memory.nbytes / min(times)
 
 
 class _Least(torch.nn.Module):

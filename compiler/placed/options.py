@@ -149,3 +149,25 @@ def _here(device: Device, number: int, cpus: int) -> Here:
         "PLT-DST-001", f"nothing runs on {device.spec!r}: it is a kind, not a device here",
         "name cpu or cuda:N; plait.place plans for other machines",
     )  # fmt: skip
+
+
+def threads_of(options: PlacementOptions, devices: Sequence[Here]) -> int:
+    """Threads of each CPU process."""
+    if options.threads is not None:
+        return options.threads
+    if options.how() == "inline":
+        return torch.get_num_threads()
+    return max(1, cores() // max(1, ranks_here(options, devices)))
+
+
+def ranks_here(options: PlacementOptions, devices: Sequence[Here]) -> int:
+    """CPU ranks on a machine."""
+    ranks = sum(d.torch.type == "cpu" for d in devices)
+    if options.how() == "torchrun":
+        return min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    return ranks
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,8 @@ SLACK = 64 << 20
 of the transport, and what the interpreter needs while it runs."""
 
 
+_SPARE = 0.03
+"""Share of its weights' bytes that a rank keeps for results to come."""
 _M_MMAP_THRESHOLD = -3
 _OWN_PAGES = 64 << 10
 """Bytes from which an allocation has pages of its own: so few that no tensor's rounding matters."""
@@ -196,11 +197,11 @@ class Part:
                 + (f": it may use {limit / 1e6:.0f} MB" if limit is not None else ""),
                 "give its device more memory, or more devices",
             ) from None
-        arena = Arena()
-        for run in runs.values():
-            run.share(arena)
-        self.runs: dict[str, SegmentRun] = runs
         self.memory.loaded, self.memory.peak = resident(), peak()
+        self.arena = Arena(int(_SPARE * max(self.memory.loaded - self.memory.base, 0)))
+        for run in runs.values():
+            run.share(self.arena)
+        self.runs: dict[str, SegmentRun] = runs
 
     def watch(self) -> Memory:
         """What the process took so far."""
@@ -303,8 +304,3 @@ def lift(before: tuple[int, int] | None) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,8 +27,9 @@ from .capture import Whole, capture_whole
 from .divided import divided
 from .graph import bytes_of
 from .measure import Costs, measure
-from .options import Here, PlacementOptions
-from .part import cores, segment_to_json
+from .options import Here, PlacementOptions, threads_of
+from .part import segment_to_json
+from .predict import predicted
 from .segments import Segment, divide, extract, own_results, programs
 from .units import Unit, Units, work
 
@@ -148,9 +149,9 @@ class _Plan:
         units = Units(module)
         holders = [n.name for n in module.graph.find_nodes(op="placeholder")]
         costs = self._costs(whole, units, dict(zip(holders, self.tensors, strict=True)))
-        link = self._link()
+        alone = self._link()
         # What is sent ends a segment here and begins one there.
-        link = replace(link, latency_s=link.latency_s + costs.call)
+        link = replace(alone, latency_s=alone.latency_s + costs.call)
         price = _price(devices, costs.seconds)
         kinds = tuple(d.placed.device for d in devices)
         problem = units.problem(self.name, kinds, link, price, costs.temporary)
@@ -162,7 +163,9 @@ class _Plan:
         division = Division(
             replace(whole.captured, graph_module=nothing), problem, placement, made, holders,
             [x.name for x in flat], _owners(segments, flat), index_checks(module.graph),
-            _predicted(placement, made, link, options, devices), flight,
+            predicted(
+                problem, placement, made, segments, units, costs, alone, devices, options
+            ), flight,
             [*remarks, *_remarks(units, segments, made, placement, flight, devices)],
         )  # fmt: skip
         return Planned(division, whole, segments, graphs)
@@ -172,7 +175,7 @@ class _Plan:
         if options.costs == "measured" and any(d.torch.type == "cpu" for d in self.devices):
             threads = threads_of(options, self.devices)
             return measure(whole, units, inputs, self.compile_options, threads)
-        return Costs({}, {}, 0.0)
+        return Costs()
 
     def _link(self) -> Link:
         options = self.options
@@ -292,15 +295,6 @@ def _owners(
     return owners
 
 
-def threads_of(options: PlacementOptions, devices: Sequence[Here]) -> int:
-    """Threads of each CPU process."""
-    if options.threads is not None:
-        return options.threads
-    if options.how() == "inline":
-        return torch.get_num_threads()
-    return max(1, cores() // max(1, sum(d.torch.type == "cpu" for d in devices)))
-
-
 def _price(devices: Sequence[Here], seconds: Mapping[str, float]) -> Callable[[Unit], Any]:
     def price(unit: Unit) -> Any:
         flops, nbytes, width = work(unit)
@@ -319,27 +313,3 @@ def _price(devices: Sequence[Here], seconds: Mapping[str, float]) -> Callable[[U
         return tuple(times)
 
     return price
-
-
-def _predicted(
-    placement: Placement,
-    made: Sequence[RankProgram],
-    link: Link,
-    options: PlacementOptions,
-    devices: Sequence[Here],
-) -> float:
-    """What a step takes, or a result of many, where CPU processes have no more cores than there
-    are, and a message keeps them busy for its latency.
-    """
-    report = placement.report
-    messages = [len({w.number for s in p.steps for w in s.receives}) for p in made]
-    work = [
-        report["busy_s"][d.placed.device.name] + count * link.latency_s
-        for d, count in zip(devices, messages, strict=True)
-    ]
-    on_cpu = sum(w for w, d in zip(work, devices, strict=True) if d.torch.type == "cpu")
-    inline = options.how() == "inline"
-    shared = on_cpu if inline else on_cpu * threads_of(options, devices) / cores()
-    if options.objective == "latency":
-        return max(report["makespan_s"], shared)
-    return max(report["load_s"], *work, shared)

@@ -21,8 +21,9 @@ from ..errors import OptionError, PlaitError
 from ..weights.absent import Checkpoint, ModuleSource, Source
 from .engines import Model, Tensors
 from .local import late, lost
+from .options import threads_of
 from .part import DistributedError, Memory, Part
-from .plan import Division, Planned, threads_of
+from .plan import Division, Planned
 
 
 class SpmdEngine:
@@ -78,7 +79,8 @@ class SpmdEngine:
         assert part is not None
         self.part = part
         self.device = here.torch
-        self.player = Player(part.program, part.runs, distributed.Group(), here.torch)
+        empty = part.arena.empty if here.torch.type == "cpu" else None
+        self.player = Player(part.program, part.runs, distributed.Group(), here.torch, empty=empty)
 
     @staticmethod
     def _plan(plan: Callable[[], Planned], ranks: int) -> list[Any]:

@@ -1,7 +1,7 @@
-"""A local rank: ``python -m plait.compiler.placed.worker FD``, started by `local`.
+"""A local rank: ``python -m plait.compiler.placed.worker FD [TAKE GIVE]``, started by `local`.
 
 It is told what to do over the pipe ``FD`` and ends when that closes. Whatever goes wrong is one
-message on the pipe; nothing is printed.
+message on the pipe; nothing is printed. ``TAKE`` and ``GIVE`` are those of `turns`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from ...runtime import distributed
 from ...runtime.pipeline import LinkError, Player, RankProgram
+from ...runtime.turns import Turns
 from ..errors import PlaitError
 from ..options import Options
 from ..weights.absent import Checkpoint
@@ -26,8 +27,8 @@ from .pipe import pack, unpack
 class Worker:
     """Answers the messages of the process that started it."""
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
+    def __init__(self, connection: Connection, turns: Turns | None = None) -> None:
+        self.connection, self.turns = connection, turns
         self.part: Part | None = None
         self.player: Player | None = None
         self.rank = -1
@@ -88,7 +89,9 @@ class Worker:
             torch.device("cpu"), limit,
         )  # fmt: skip
         self.part = part
-        self.player = Player(plan, part.runs, distributed.Group())
+        self.player = Player(
+            plan, part.runs, distributed.Group(), turns=self.turns, empty=part.arena.empty
+        )
         remarks = [r for run in part.runs.values() for r in run.remarks]
         pipe.send(self.connection, ("loaded", part.memory, remarks))
 
@@ -124,7 +127,8 @@ class _Nothing:
 
 def main() -> None:
     """Serves the pipe whose descriptor is the only argument."""
-    Worker(Connection(int(sys.argv[1]))).serve()
+    end, *turns = map(int, sys.argv[1:])
+    Worker(Connection(end), Turns(*turns) if turns else None).serve()
 
 
 if __name__ == "__main__":

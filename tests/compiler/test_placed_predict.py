@@ -1,0 +1,120 @@
+"""What a divided model is predicted to take: what ranks share, and what waits for what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plait.compiler.placed.predict import Cost, Host, Ranks
+from plait.passes.placement.problem import Link
+from plait.runtime.pipeline import RankProgram, SegmentStep, Wire
+
+FREE = Link(0.0, math.inf)
+PLENTY = Host(64.0)
+
+
+def made(edges: Sequence[tuple[int, int]], where: Sequence[int], ranks: int) -> list[RankProgram]:
+    """Programs of segments "0", "1", ...: ``where`` is each one's rank, an edge (a, b) says that b
+    reads what a makes. The last one's is the result.
+    """
+    stage = [0] * len(where)
+    for a, b in sorted(edges, key=lambda e: e[1]):
+        stage[b] = max(stage[b], stage[a] + (where[a] != where[b]))
+    far = dict.fromkeys((a, where[b]) for a, b in edges if where[a] != where[b])
+    wires = {
+        key: Wire(str(key[0]), where[key[0]], key[1], stage[key[0]], number, "float32", (1,))
+        for number, key in enumerate(far)
+    }
+    found = []
+    for rank in range(ranks):
+        mine = sorted((k for k in range(len(where)) if where[k] == rank), key=lambda k: stage[k])
+        steps = []
+        for k in mine:
+            read = [wires[a, rank] for a, b in edges if b == k and where[a] != rank]
+            sends = [w for (a, _), w in wires.items() if a == k]
+            steps.append(SegmentStep(str(k), stage[k], (), (str(k),), tuple(read), tuple(sends)))
+        results = (str(len(where) - 1),) if where[-1] == rank else ()
+        found.append(
+            RankProgram(rank, ranks, 1 + max(stage), len(wires), tuple(steps), (), results)
+        )
+    return found
+
+
+def ranks(
+    programs: Sequence[RankProgram], host: Host, costs: Sequence[float], link: Link = FREE,
+    nbytes: float = 0.0, read: float = 0.0, turns: float = math.inf,
+) -> Ranks:  # fmt: skip
+    each = {str(k): Cost(seconds, 1.0, read) for k, seconds in enumerate(costs)}
+    sizes = dict.fromkeys(each, nbytes)
+    return Ranks(programs, [host] * (len(programs) + 1), each, sizes, link, turns)
+
+
+def test_a_chain_takes_its_segments_and_messages() -> None:
+    # The caller feeds two ranks, one sends to the other, which sends the result: each is two halves
+    # of a message but the feeding, whose second half nobody waits for.
+    found = ranks(made([(0, 1)], [0, 1], 2), PLENTY, [1.0, 2.0], Link(0.1, 100.0), nbytes=10.0)
+    assert found.step() == pytest.approx(0.05 + 1 + 0.2 + 2 + 0.2)
+
+
+@pytest.mark.parametrize(("cores", "seconds"), [(4, 1.0), (2, 1.0), (1, 2.0)])
+def test_ranks_share_cores(cores: int, seconds: float) -> None:
+    assert ranks(made([], [0, 1], 2), Host(cores), [1.0, 1.0]).step() == pytest.approx(seconds)
+
+
+def test_ranks_share_the_rate_of_memory() -> None:
+    # Either reads 10 bytes/s, as fast as it can alone; together there are 12.
+    host = Host(2, alone=10.0, together=12.0)
+    both = ranks(made([], [0, 1], 2), host, [1.0, 1.0], read=10.0)
+    assert both.step() == pytest.approx(20 / 12)
+    half = ranks(made([], [0, 1], 2), host, [1.0, 1.0], read=7.0)  # 30 % waits for nothing else
+    assert half.step() == pytest.approx(0.3 + 0.7 * 14 / 12)
+
+
+def test_who_has_no_turn_waits() -> None:
+    programs = made([(0, 1), (0, 2), (0, 3), (0, 4), *((k, 5) for k in range(1, 5))],
+                    [0, 0, 1, 2, 3, 0], 4)  # fmt: skip
+    costs = [1.0, 4.0, 4.0, 4.0, 4.0, 1.0]
+    assert ranks(programs, PLENTY, costs).step() == pytest.approx(6.0)
+    assert ranks(programs, PLENTY, costs, turns=3).step() == pytest.approx(10.0)
+    assert ranks(programs, Host(3), costs).step() == pytest.approx(1 + 16 / 3 + 1)
+
+
+def test_a_full_pipeline_is_as_fast_as_its_slowest_rank() -> None:
+    programs = made([(0, 1), (1, 2)], [0, 1, 2], 3)
+    assert ranks(programs, PLENTY, [1.0, 3.0, 2.0]).step() == pytest.approx(6.0)
+    assert ranks(programs, PLENTY, [1.0, 3.0, 2.0]).period() == pytest.approx(3.0)
+    assert ranks(programs, Host(1), [1.0, 3.0, 2.0]).period() == pytest.approx(6.0)
+
+
+@st.composite
+def divided(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[int], list[float]]:
+    count = draw(st.integers(1, 8))
+    pairs = [(a, b) for b in range(count) for a in range(b)]
+    edges = draw(st.lists(st.sampled_from(pairs), unique=True)) if pairs else []
+    where = draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
+    costs = draw(st.lists(st.integers(0, 5).map(float), min_size=count, max_size=count))
+    return edges, where, costs
+
+
+@given(divided(), st.integers(1, 3), st.sampled_from([1, 2, math.inf]))
+def test_no_prediction_is_below_what_there_is_to_do(
+    model: tuple[list[tuple[int, int]], list[int], list[float]], cores: int, turns: float
+) -> None:
+    edges, where, costs = model
+    # Results are those of the last segment: nobody waits for others, so let it read all.
+    edges = list(dict.fromkeys([*edges, *((k, len(where) - 1) for k in range(len(where) - 1))]))
+    path = list(costs)
+    for a, b in sorted(edges, key=lambda e: e[1]):
+        path[b] = max(path[b], path[a] + costs[b])
+    found = ranks(made(edges, where, 3), Host(cores), costs, turns=turns)
+    step, period = found.step(), found.period()
+    assert max(path[-1], sum(costs) / min(cores, turns)) <= step + 1e-9
+    assert step <= sum(costs) + 1e-9
+    busiest = max(sum(c for c, r in zip(costs, where, strict=True) if r == k) for k in range(3))
+    # Some pipelines repeat after several batches only, and twelve are timed.
+    least = max(busiest, sum(costs) / min(cores, turns))
+    assert 0.9 * least - 1e-9 <= period <= 1.1 * sum(costs) + 1e-9
