@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ...runtime.sizes import evaluate
+from .. import sizes
 from .losses import FUNCTIONS, ctc_arguments, ctc_loss_of_numbers
 
 READS = frozenset(
@@ -67,6 +69,21 @@ class Ref:
     leaf: int
 
 
+@dataclass(frozen=True)
+class Size:
+    """A number computed from sizes of arguments, as `runtime.sizes` takes it.
+
+    ``places``: the names in it, each with the numbers of an argument and of its dimension.
+    """
+
+    text: int | str
+    places: tuple[tuple[str, int, int], ...]
+
+    def of(self, tensors: Sequence[Tensor]) -> int:
+        """The number for these arguments."""
+        return evaluate(self.text, {name: tensors[i].shape[d] for name, i, d in self.places})
+
+
 @dataclass
 class Step:
     """A call of a torch function. ``answer`` (in a tuple) is what it has to give, where asked."""
@@ -97,6 +114,8 @@ class Decisions:
         known: dict[int, Any] = {ARGUMENTS: given, BUFFERS: buffers}
 
         def value(x: Any) -> Any:
+            if isinstance(x, Size):
+                return x.of(given)
             return known[x.step][x.leaf] if isinstance(x, Ref) else x
 
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -130,9 +149,13 @@ class Recording(TorchFunctionMode):
         self._refs: dict[int, tuple[Ref, Tensor]] = {}  # what stands for a known tensor: kept alive
         self._values: dict[Ref, Tensor] = {}
         self._given: set[int] = set()
+        self._places_of: dict[Any, tuple[int, int]] = {}  # symbols of sizes
         examples = self._examples[: len(tensors)]
         for i, (stand_in, example) in enumerate(zip(tensors, examples, strict=True)):
             self._give(stand_in, Ref(ARGUMENTS, i), example)
+            for d, size in enumerate(stand_in.shape):
+                if isinstance(size, SymInt):
+                    self._places_of.setdefault(size.node.expr, (i, d))
         for i, (table, name, example) in enumerate(self._places):
             if isinstance(stand_in := table.get(name), Tensor):
                 self._give(stand_in, Ref(BUFFERS, i), example)
@@ -167,7 +190,7 @@ class Recording(TorchFunctionMode):
         inputs = [x for x in _walk((args, kwargs)) if isinstance(x, Tensor)]
         writes = _written(func, name, inputs, kwargs)
         known = all(id(x) in self._refs for x in inputs) and bool(inputs or name in MAKERS)
-        known = known and not any(_unknown(x) for x in _walk((args, kwargs)))
+        known = known and all(map(self._is_fixed, _walk((args, kwargs))))
         asks = name in READS or name in OPEN or (name == "where" and len(inputs) == 1)
         asks = asks or (name in MAKERS and bool(inputs))
         asks = asks or (name == "__getitem__" and any(map(_is_mask, inputs[1:])))
@@ -243,7 +266,7 @@ class Recording(TorchFunctionMode):
     def _fill(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         """Knows a tensor that was filled with a number in the sizes of others."""
         kind = name.removeprefix("new_").removesuffix("_like")
-        if kind == name or kind not in LIKES or any(map(_symbolic, result.shape)):
+        if kind == name or kind not in LIKES or not all(map(self._is_fixed, result.shape)):
             return
         value = LIKES[kind]
         if value is None:
@@ -318,12 +341,33 @@ class Recording(TorchFunctionMode):
         return isinstance(x, Tensor) and id(x) in self._refs
 
     def _ref(self, x: Any) -> Any:
+        if isinstance(x, SymInt):
+            return self._size(x)
         return self._refs[id(x)][0] if isinstance(x, Tensor) else x
+
+    def _size(self, number: SymInt) -> Size | None:
+        """How a number follows from the arguments' sizes; None where that is not known."""
+        symbols = number.node.expr.free_symbols
+        if not all(s in self._places_of for s in symbols):
+            return None
+        try:
+            found = sizes.text(number)
+        except NotImplementedError:
+            return None
+        return Size(found, tuple((str(s), *self._places_of[s]) for s in symbols))
+
+    def _is_fixed(self, x: Any) -> bool:
+        """Whether it is known what will be given, besides tensors, in another call."""
+        if isinstance(x, SymInt):
+            return self._size(x) is not None
+        return not _symbolic(x) and not isinstance(x, torch.Generator)
 
     def _value(self, x: Tensor) -> Tensor:
         return self._values[self._refs[id(x)][0]]
 
     def _real(self, x: Any) -> Any:
+        if isinstance(x, SymInt):
+            return x.node.hint
         return self._value(x) if isinstance(x, Tensor) else x
 
     def _forget(self, written: Sequence[Tensor]) -> None:
@@ -403,11 +447,6 @@ def _count(tensor: Tensor) -> int:
     for size in tensor.shape:
         total *= size if isinstance(size, int) else (size.node.hint or 0)
     return total
-
-
-def _unknown(x: Any) -> bool:
-    """Whether what is given besides tensors may be something else in another call."""
-    return _symbolic(x) or isinstance(x, torch.Generator)
 
 
 def _symbolic(x: Any) -> bool:

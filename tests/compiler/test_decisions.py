@@ -100,6 +100,25 @@ def test_dimensions_that_do_not_decide_stay_open() -> None:
     assert len(compiled.programs) == 4, compiled.explain()
 
 
+def test_questions_about_tensors_that_sizes_shape_leave_these_open() -> None:
+    def function(x: Tensor, mask: Tensor) -> Tensor:
+        rows = mask.shape[0]
+        padded = F.pad(mask, (0, -rows % 4)).view((rows + 3) // 4, 4)
+        last = torch.arange(rows)[rows // 2 :] + torch.zeros(rows)[: rows - rows // 2]
+        full = bool(mask.new_ones(rows).sum() == padded[: rows // 4].sum() + rows % 4)
+        return x * 2 if full and bool(last.max() == rows - 1) else x - 1
+
+    model = Net(function).eval()
+    compiled = compile(model)
+    for rows in (6, 7, 9, 11, 14, 23):
+        for hidden in (0, 1):
+            mask = torch.ones(rows)
+            mask[:hidden] = 0
+            x = torch.randn(rows, 4)
+            torch.testing.assert_close(compiled(x, mask), model(x, mask))
+    assert sorted(len(p.captured.symbols) for p in compiled.programs) == [0, 0, 2, 2]
+
+
 def test_answers_outlive_the_example() -> None:
     model = Net(lambda x, v: x[: v.numpy().sum()] if bool(v[v > 0].sum() > 1) else x).eval()
     compiled = compile(model)
