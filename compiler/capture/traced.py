@@ -14,6 +14,7 @@ from ..guards.settings import Read, reads_of
 from ..guards.watch import Attributes, modules_of
 from .as_eager import as_eager
 from .checked import CheckedValues
+from .counts import Counts
 from .decisions import Recording
 from .limits import CheckedSizes, Untouched
 from .masks import masks
@@ -51,7 +52,7 @@ class Traced(nn.Module):
         untouched = Untouched(self.attributes.held() if self.attributes else ())
         below = dict.fromkeys(m for root in self.roots for m in root.modules())
         with CheckedSizes(tensors), unhooked(self.roots), as_eager(), recording, untouched:
-            with CheckedValues(), reads_of(below) as reads, masks(self.reads_masks):
+            with CheckedValues(), Counts(), reads_of(below) as reads, masks(self.reads_masks):
                 out = self.target(*args, **kwargs)
         self.result.reads |= reads
         after, tree_after = flatten((args, kwargs), marks=tracked.given)
