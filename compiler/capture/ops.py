@@ -83,6 +83,10 @@ KEEP = (
 IDENTITIES = ("alias.default", "detach.default", "lift_fresh.default", "lift_fresh_copy.default")
 """Operators that return their first argument unchanged in a graph without mutation."""
 
+LAZY = {"_conj.default": "conj_physical.default", "_neg_view.default": "neg.default"}
+"""Views that only note what is still to be computed, which kernels would not see, and what computes
+it."""
+
 CHECKS = ("_assert_tensor_metadata.default",)
 """Operators that only check what the guards of a captured graph already check."""
 
@@ -126,4 +130,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()  # type: ignore[assignment]
     for name in KEEP:
         table.pop(aten(name), None)
+    for name, computed in LAZY.items():
+        table[aten(name)] = aten(computed)
     return table

@@ -94,7 +94,11 @@ class Constants:
         return size, remarks
 
     def _source(self, node: fx.Node) -> torch.Tensor:
-        return attribute(self._graph_module, str(node.target)).detach()
+        source = attribute(self._graph_module, str(node.target)).detach()
+        if not source.is_neg():
+            return source
+        # Kernels read memory, which such a view only promises to negate.
+        return torch.empty_strided(source.shape, source.stride(), dtype=source.dtype).copy_(source)
 
     def _file(self, node: fx.Node) -> None:
         assert self._store is not None
