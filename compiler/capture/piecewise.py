@@ -180,6 +180,7 @@ def _is_open(node: Any) -> bool:
 def _storages(node: fx.Node) -> set[int]:
     """The memory of a node's results: those of views of one tensor are the same."""
     found = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
-    if any(x.layout != torch.strided for x in found):
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # within torch.vmap
+    if any(x.layout != torch.strided or wrapped(x) for x in found):
         raise _Uncertain
     return {x.untyped_storage()._cdata for x in found}

@@ -232,6 +232,15 @@ def test_sparse_tensors_are_traced_anew(anew: list[Any]) -> None:
     torch.testing.assert_close(got, x @ x)
 
 
+def test_functions_over_a_dimension_are_traced_anew(anew: list[Any]) -> None:
+    x, layer = torch.randn(2, 3, 4), nn.Linear(4, 2)
+    rows = torch.vmap(lambda row: F.relu(layer(row)).sum(0), in_dims=1)
+    with torch.no_grad():
+        (got,) = capture(rows, (x,), {}).graph_module(x)
+        assert len(anew) == 1
+        torch.testing.assert_close(got, rows(x))
+
+
 def test_sizes_that_are_open_are_told_by_the_parts(anew: list[Any]) -> None:
     x, sizes = torch.randn(2, 3, 4), torch.export.Dim.AUTO
     for shapes, whole in ((None, True), ([{1: sizes, 2: sizes}], False)):
