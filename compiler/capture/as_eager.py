@@ -9,19 +9,23 @@ none; some models make them for other sizes than their attention's and work only
 does not. Triangular systems of linear attention become a program for each row of a chunk. Here
 sizes are guarded and every operator runs: what eager mode chooses is right, shorter, and what
 results are compared with. Of what depends on a mask's values, see `masks`. Outputs that parts
-record are kept in one place for all models, where a model within another one ends the other's.
+record are kept in one place for all models, where a model within another one ends the other's. Of
+padding in torch's own encoders, see `encoders`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from .encoders import encoders
 
 QUESTION = "is_torchdynamo_exporting"
 """The library's name of the question whether a model is being exported."""
@@ -39,8 +43,10 @@ that only run compiled, such as an associative scan."""
 
 
 @contextlib.contextmanager
-def as_eager() -> Iterator[None]:
-    """Within it, `MODULES` choose as in eager mode. Those that are not loaded stay so."""
+def as_eager(roots: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, `MODULES` and encoders below ``roots`` choose as in eager mode. Modules that are
+    not loaded stay so.
+    """
     placed: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, question in (*((name, QUESTION) for name in MODULES), RECORDS):
@@ -48,7 +54,7 @@ def as_eager() -> Iterator[None]:
             if question in names:
                 placed.append((names, question, names[question]))
                 names[question] = lambda: False
-        with _SwitchedOff():
+        with _SwitchedOff(), encoders(roots):
             yield
     finally:
         for names, question, original in placed:

@@ -51,7 +51,8 @@ class Traced(nn.Module):
             self.recording.begin(tensors)
         untouched = Untouched(self.attributes.held() if self.attributes else ())
         below = dict.fromkeys(m for root in self.roots for m in root.modules())
-        with CheckedSizes(tensors), unhooked(self.roots), as_eager(), recording, untouched:
+        roots = self.roots
+        with CheckedSizes(tensors), unhooked(roots), as_eager(roots), recording, untouched:
             with CheckedValues(), Counts(), reads_of(below) as reads, masks(self.reads_masks):
                 out = self.target(*args, **kwargs)
         self.result.reads |= reads

@@ -92,7 +92,7 @@ def test_attention_that_is_causal_by_its_mask_alone_depends_on_the_values() -> N
 def test_the_library_is_left_as_it_was() -> None:
     hf_models.MODELS["bert"]()
     question = sys.modules["transformers.masking_utils"].is_torchdynamo_exporting
-    with pytest.raises(KeyError), as_eager.as_eager():
+    with pytest.raises(KeyError), as_eager.as_eager(()):
         assert vars(sys.modules["transformers.masking_utils"])[as_eager.QUESTION] is not question
         raise KeyError
     assert sys.modules["transformers.masking_utils"].is_torchdynamo_exporting is question
