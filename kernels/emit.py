@@ -222,7 +222,11 @@ def sympy_to_tir(expr: Any, variables: dict[str, Expr]) -> Expr:
             total = total * args[0]
         return total
     if isinstance(expr, (sympy_functions.FloorDiv, sympy_functions.CleanDiv)):
-        return tir.floordiv(args[0], args[1])
+        top, by = expr.args
+        if top.is_nonnegative and by.is_nonnegative and not by.is_number:
+            # The same, which TVM would not see: it repeats both for every sign that they may have.
+            return tir.truncdiv(*args)
+        return tir.floordiv(*args)
     if isinstance(expr, (sympy_functions.Mod, sympy_functions.PythonMod, sympy.Mod)):
         return tir.floormod(args[0], args[1])
     if isinstance(expr, (sympy.Max, sympy_functions.Max)):
