@@ -314,7 +314,10 @@ class Database:
         self.index.execute([("DELETE FROM entries WHERE object = ?", (name,))])
 
     def _objects(self) -> dict[str, Path]:
-        return {p.stem: p for p in (self.directory / "objects").glob("*/*.so")}
+        try:
+            return {p.stem: p for p in (self.directory / "objects").glob("*/*.so")}
+        except OSError:  # a folder that may not be looked into
+            return {}
 
     # -- upkeep ---------------------------------------------------------------------------------
 

@@ -174,8 +174,9 @@ class Index:
             "set PLAIT_CACHE_DIR to a directory that can be written",
         )
         connection = self._connect()
-        if self.path.is_file():
-            with contextlib.suppress(sqlite3.DatabaseError):
+        # OSError: a folder that nobody else may look into, say the home of another user.
+        with contextlib.suppress(sqlite3.DatabaseError, OSError):
+            if self.path.is_file():
                 source = _open_immutable(self.path)
                 with contextlib.closing(source):
                     _require_sound(source)

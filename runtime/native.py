@@ -6,6 +6,7 @@ linker they are compiled into this process instead. Nothing loaded is ever unloa
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -87,7 +88,8 @@ def load(stem: str, functions: Sequence[Function]) -> dict[str, int]:
             for f in functions
         }
     except (OSError, AttributeError):  # cut short or from another machine: build it afresh
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that can only be read
+            path.unlink()
         return _in_process(functions)
 
 

@@ -236,9 +236,10 @@ def test_rows_that_can_be_read_outlive_a_damaged_index(tmp_path: Path, library) 
     assert database.progress("tune") == {"done": 1}
 
 
-def test_a_directory_that_cannot_be_made_means_memory(tmp_path: Path, library) -> None:
+@pytest.mark.parametrize("name", ["file/cache", "x" * 300], ids=["in the way", "nor asked for"])
+def test_a_directory_that_cannot_be_made_means_memory(tmp_path: Path, library, name: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    database = Database(tmp_path / "file" / "cache")
+    database = Database(tmp_path / name)
     assert not database.persistent and [n.id for n in database.notes] == ["PLT-CAC-001"]
     assert "PLAIT_CACHE_DIR" in database.notes[0].hint
     (stored,) = database.store([entry()], library)
