@@ -25,13 +25,21 @@ def run(
     names: int | list[str] = [x.strip() for x in devices.split(",")]
     if devices.strip().isdigit():
         names = int(devices)
-    elif "" in names:
+    elif "" in names or _is_number(devices):
         raise CliError(f"devices {devices!r} are not understood", "write 4, or gpu0,gpu1")
     placed = place_experts(profile, devices=names, **options)
     if not quiet:
         show(placed)
     if output is not None:
         placed.write(output)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def show(placed: ExpertPlacement) -> None:

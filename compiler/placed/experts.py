@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...passes.placement import expert_search
+from ...passes.placement.devices import MOST_DEVICES
 from ...passes.placement.expert_copies import Model
 from ...passes.placement.experts import (
     ExpertPlacement,
@@ -127,5 +128,8 @@ def _device_names(devices: int | Sequence[str]) -> list[str]:
     if isinstance(devices, bool) or isinstance(devices, str):
         raise OptionError("PLT-PLC-005", f"devices={devices!r}", "give their number or a list")
     if isinstance(devices, int):
+        if devices > MOST_DEVICES:
+            reason = f"devices={devices} are more than {MOST_DEVICES}"
+            raise OptionError("PLT-PLC-005", reason, "give fewer")
         return [f"device:{k}" for k in range(devices)]
     return list(devices)

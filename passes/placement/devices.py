@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import PlacementError
-from .problem import Device, Link
+from .problem import MOST, Device, Link
 
+MOST_DEVICES = 1024
+"""More are a slip of the pen: times, links and plans have a number for each, or for each two."""
 _UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _NUMBER = r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*"
 
@@ -67,7 +69,10 @@ def parse_devices(text: str) -> list[Placed]:
             raise PlacementError(f"device kind {name!r} is unknown; use {', '.join(KINDS)}")
         kind = KINDS[name]
         memory = parse_bytes(match[3], f"device {part!r}") if match[3] else kind.memory
-        for _ in range(int(match[1] or 1)):
+        count = int(match[1] or 1)
+        if len(devices) + count > MOST_DEVICES:
+            raise PlacementError(f"device {part!r}: at most {MOST_DEVICES} devices; name fewer")
+        for _ in range(count):
             number = counts[name] = counts.get(name, -1) + 1
             devices.append(Placed(Device(f"{name}:{number}", memory), kind))
     return devices
@@ -101,7 +106,10 @@ def parse_bytes(text: str, what: str) -> float:
     unit = _UNITS[match[2]]
     if match[3]:
         unit = 2.0 ** (10 * "kMGT".index(match[2]) + 10)
-    return float(match[1]) * unit
+    value = float(match[1]) * unit
+    if not value < MOST:
+        raise PlacementError(f"{what}: {text!r} is more than any device has; write it as 80GB")
+    return value
 
 
 def times(devices: Sequence[Placed], flops: float, nbytes: float, width: int) -> tuple[float, ...]:

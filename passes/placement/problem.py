@@ -19,6 +19,8 @@ from .errors import InfeasibleError, PlacementError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+MOST = 1e60
+"""Bytes, seconds and rates are below this, so that sums and products of them stay finite."""
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import PlacementError
-from .problem import Device, Edge, Link, Op, Problem
+from .problem import MOST, Device, Edge, Link, Op, Problem
 
 FORMAT = "placement-problem v1"
 
@@ -178,12 +177,10 @@ def _number(
             raise PlacementError(f"{what}: {field} is missing")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise PlacementError(f"{what}: {field} must be a number, is {value!r:.60}")
-        try:
-            finite = math.isfinite(float(value))
-        except OverflowError:
-            finite = False
-        if not finite or value < 0 or (positive and value == 0):
+        if not 0 <= value < MOST or (positive and value < 1 / MOST):
             least = "above zero" if positive else "zero or more"
-            raise PlacementError(f"{what}: {field} must be finite and {least}, is {value!r:.60}")
+            raise PlacementError(
+                f"{what}: {field} must be finite and {least}, below {MOST:.0e}, is {value!r:.60}"
+            )
     assert value is not None
     return value

@@ -110,6 +110,8 @@ def test_quiet_prints_nothing(tmp_path: Path) -> None:
          "op 'p': time_s must be finite"),
         ({"devices": [{"name": "a", "memory_bytes": -1}]}, [], "device 'a': memory_bytes must be"),
         ({"devices": [{"name": "a"}]}, [], "device 'a': memory_bytes is missing"),
+        ({"ops": [{"name": "p", "time_s": 1e308}], "edges": []}, [], "and zero or more, below"),
+        ({"devices": [{"name": "a", "memory_bytes": 10, "speed": 1e-300}]}, [], "above zero"),
         ({"ops": [{"time_s": 1}], "edges": []}, [], "ops[0]: name"),
         ({}, ["--coarsen", "0"], "coarsen_to must be a number of ops"),
         ({}, ["--recompute"], "free nothing where memory_model is 'static'"),

@@ -167,6 +167,8 @@ def test_copies_are_placed_written_and_shown(tmp_path: Path) -> None:
         (["--devices", "2", "--copies", "-1"], "copies must be a number of experts"),
         (["--devices", "0"], "devices must be at least one"),
         (["--devices", "a,,b"], "devices 'a,,b' are not understood"),
+        (["--devices", "-1"], "devices '-1' are not understood"),
+        (["--devices", "999999999"], "devices=999999999 are more than 1024"),
         (["--devices", "2", "--capacity", "1"], "2 too few"),
         (["--devices", "2", "--balance", "0.5"], "balance must be 1 or more"),
         (["--devices", "3", "--balance", "1.0"], "no placement has less than 1.500"),

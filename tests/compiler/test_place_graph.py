@@ -211,6 +211,8 @@ def test_the_command_places_a_model_and_writes_all_files(tmp_path: Path) -> None
         (["--devices", "h100", "--link", "fast"], "link 'fast' is not understood"),
         (["--devices", "h100", "--host-link", "5us"], "link '5us' is not understood"),
         (["--devices", "h100:1kB"], "fits nowhere"),
+        (["--devices", "h100:1e400GB"], "'1e400GB' is more than any device has"),
+        (["--devices", "h100,999999999xh100"], "at most 1024 devices"),
         (["--devices", "h100", "--train", "magic"], "unknown optimizer 'magic'"),
         (["--devices", "h100", "--gantt", "x.txt"], "pictures are written as"),
     ],
