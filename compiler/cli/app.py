@@ -381,7 +381,9 @@ def bench(
         str, typer.Option(help="Engines, comma-separated.")
     ] = "plait,eager,eager-cl,compile,compile-freeze,compile-max,ort,openvino",
     rounds: Annotated[int, typer.Option("--rounds", "-n", min=1)] = 5,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Per engine and round.")] = 0.25,
+    seconds: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Per engine and round.")
+    ] = 0.25,
     threads: Threads = None,
     json: Json = None,
     warm: Annotated[bool, typer.Option("--warm", help="Use and fill the real cache.")] = False,

@@ -47,6 +47,8 @@ def reported() -> Iterator[None]:
             _stopped(error)
         if _show_tracebacks:
             raise
+        if isinstance(error, OSError) and error.filename is None and _output_is_lost():
+            raise typer.Exit(int(_lost(error, 0) or 0)) from None
         if isinstance(error, CliError) or _is_user_error(error):
             _fail(str(error), 2)
         _fail(f"{type(error).__name__}: {error}; --debug before the command shows where", 1)
@@ -94,6 +96,17 @@ def _is_user_error(error: Exception) -> bool:
     )
 
 
+def _output_is_lost() -> bool:
+    """Whether standard output can no longer be written. Buffers drop what they could not write, so
+    that only writing more tells.
+    """
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
 def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -114,6 +127,8 @@ def run_app(app: Callable[[], object]) -> None:
     except SystemExit as end:
         code = end.code
     except OSError as error:  # of help, which no command writes
+        if _show_tracebacks:
+            raise
         code = _lost(error, 0)
     if sys.stdout is not None:
         try:

@@ -26,6 +26,8 @@ def check_output(path: Path | None) -> None:
         raise CliError(f"folder {folder} does not exist", "make it first")
     if path.is_dir():
         raise CliError(f"{path} is a folder", "name a file in it")
+    if path.exists() and not path.is_file():
+        raise CliError(f"{path} is no regular file", "name another")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise CliError(f"{path} cannot be written", "choose another place")
 

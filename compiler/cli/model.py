@@ -77,7 +77,7 @@ def load(
             target = target()
         except (Exception, SystemExit) as error:
             raise CliError(
-                f"{name} raised {type(error).__name__}: {_line(error)}",
+                f"{name} raised {type(error).__name__}: {first_line(error)}",
                 "it is called without arguments and returns a model, or (model, example_inputs)",
             ) from error
     example: Any = ()
@@ -160,6 +160,8 @@ def compile_loaded(
 ) -> Compiled:
     """Compiles (unless it came compiled) and says how long it took."""
     if loaded.saved:
+        if pipeline is not None or tune != "quick":
+            raise CliError(f"{loaded.name} is compiled already", "leave --pipeline and --tune out")
         return loaded.model
     start = time.perf_counter()
     inputs = loaded.kwargs if loaded.kwargs and not loaded.args else tuple(loaded.args)
@@ -192,7 +194,7 @@ def _make_input(text: str) -> torch.Tensor:
     try:
         return _random(shape, dtype)
     except (RuntimeError, TypeError, OverflowError) as error:
-        reason = re.sub(r"^\[enforce fail.*?\] \S+ == \d+\. ", "", _line(error))
+        reason = re.sub(r"^\[enforce fail.*?\] \S+ == \d+\. ", "", first_line(error))
         raise CliError(f"--input {text!r} cannot be made: {reason}", "use another") from error
 
 
@@ -223,7 +225,7 @@ def _module(where: str) -> Any:
         raise
     except (Exception, SystemExit) as error:
         raise CliError(
-            f"importing {where!r} raised {type(error).__name__}: {_line(error)}",
+            f"importing {where!r} raised {type(error).__name__}: {first_line(error)}",
             "check the name, and that it imports from this folder",
         ) from error
 
@@ -234,11 +236,13 @@ def _attribute(module: Any, where: str, name: str) -> Any:
         if not hasattr(value, part):
             public = [n for n, v in vars(module).items() if callable(v) and n[0] != "_"]
             near = difflib.get_close_matches(part, public, 1)
-            mend = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(public[:8])}"
+            known = ", ".join(public[:8]) or "no functions"
+            mend = f"did you mean {near[0]!r}?" if near else f"it has {known}"
             raise CliError(f"{where} has no {name!r}", mend)
         value = getattr(value, part)
     return value
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
     return (str(error).strip().splitlines() or [""])[0]

@@ -13,7 +13,7 @@ from ..routing.profile import Profile
 from ..routing.profile import profile as run
 from .console import Console
 from .error import CliError, check_output
-from .model import Loaded, resolve
+from .model import Loaded, first_line, resolve
 
 
 def profile(
@@ -63,7 +63,7 @@ def _batches(name: str, most: int | None) -> list[Any]:
             return list(itertools.islice(found, most))
     except (Exception, SystemExit) as error:
         raise CliError(
-            f"{name} raised {type(error).__name__}: {error}",
+            f"{name} raised {type(error).__name__}: {first_line(error)}",
             "it is called without arguments and returns batches",
         ) from error
     raise CliError(f"{name} gave a {type(found).__name__}, not batches", "return a list")

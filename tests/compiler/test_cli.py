@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,7 @@ def test_run_saves_and_takes_what_it_saved(models: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     again = plait("run", path, "-n", "1")
     assert again.exit_code == 0, again.output
+    assert "leave --pipeline and --tune out" in error_of("run", path, "--pipeline", "normalize")
     path.write_bytes(path.read_bytes()[:-100])
     assert error_of("run", path)
 
@@ -273,7 +275,12 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
     models: str, tmp_path: Path, command: str, option: str
 ) -> None:
     what = "chain30" if command == "bench" else f"{models}:small"
-    for path, cause in ((tmp_path, "is a folder"), (tmp_path / "no" / "x", "does not exist")):
+    os.mkfifo(tmp_path / "pipe")
+    for path, cause in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "x", "does not exist"),
+        (tmp_path / "pipe", "is no regular file"),
+    ):
         result = plait(command, what, option, path)
         assert result.exit_code == 2 and cause in result.stderr
         assert not result.stdout
