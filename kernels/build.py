@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from typing import Any
 from . import loader
 from .abi import Kernel
 from .c_compiler import c_compiler
+from .files import scratch_folder
 from .target import Target
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -99,13 +99,13 @@ def build(
     jobs = jobs or available_cpus()
     compiler = c_compiler() if link else None
     failed: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="plait-build-") as scratch:
-        if _room(Path(scratch)) < _ROOM:
+    with scratch_folder("plait-build-") as scratch:
+        if _room(scratch) < _ROOM:
             compiler = None  # LLVM ends the process when it cannot write an object file
         parts = _split(list(functions), jobs)
 
         def compile_part(number: int) -> list[Any]:
-            path = Path(scratch) / f"{number}.o" if compiler else None
+            path = scratch / f"{number}.o" if compiler else None
             return _compile(parts[number], functions, target, path, failed)
 
         with ThreadPoolExecutor(max_workers=min(jobs, max(len(parts), 1))) as pool:
@@ -116,7 +116,7 @@ def build(
             raise BuildError(f"none of {len(failed)} kernels compiled; {name}: {why}")
         if compiler:
             try:
-                data = _link(compiler, products, Path(scratch) / "bundle.so")
+                data = _link(compiler, products, scratch / "bundle.so")
             except (BuildError, OSError) as error:
                 bundle = build(kernels, target, jobs=jobs, link=False)
                 return replace(bundle, unlinked=str(error), seconds=time.perf_counter() - started)

@@ -19,10 +19,8 @@ import re
 import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import tvm
@@ -37,6 +35,7 @@ from .cuda_loader import GpuKernel, Launch
 from .database import Database
 from .definition import THREADS, Definition
 from .definitions import DEFINITIONS
+from .files import scratch_folder
 from .group import IO, Group, Unsupported
 from .target import Target
 
@@ -277,8 +276,8 @@ def _compile(parts: list[dict[Any, Any]], target: Target) -> tuple[str, bytes, d
     if not parts:
         return "", b"", {}
     source = generate(parts, target)
-    with tempfile.TemporaryDirectory(prefix="plait-cuda-") as scratch:
-        text, image = Path(scratch) / "kernels.cu", Path(scratch) / "kernels.cubin"
+    with scratch_folder("plait-cuda-") as scratch:
+        text, image = scratch / "kernels.cu", scratch / "kernels.cubin"
         text.write_text(source)
         command = ["nvcc", "-cubin", f"-arch={target.arch}", "-O3", "-Xptxas", "-v"]
         command += ["-o", str(image), str(text)]

@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any
 
 from . import loader
+from .files import ABANDONED_SECONDS, drop_abandoned
 from .index import AGAIN, TABLES, Index, Note
 from .loader import cache_directory
 
 FAST, FRUGAL = "fast", "frugal"
-_ORPHAN_SECONDS = 3600.0  # a library younger than this may belong to a transaction under way
 _LOCAL = "process:"  # prefix of the "objects" that exist in this process only
-_NOT_CODEGEN = frozenset({"database.py", "index.py", "loader.py", "race.py", "tune.py"})
+_NOT_CODEGEN = frozenset({"database.py", "files.py", "index.py", "loader.py", "race.py", "tune.py"})
 
 
 @functools.cache
@@ -119,6 +119,7 @@ class Database:
         self._memory_objects: dict[str, bytes] = {}
         self._libraries: dict[str, loader.Library] = {}
         self._local: dict[tuple[str, str], Entry] = {}
+        self._swept = False
 
     @property
     def notes(self) -> list[Note]:
@@ -278,6 +279,9 @@ class Database:
     def put_bundle(self, data: bytes) -> str:
         """Keeps a library under its content hash, which is returned."""
         name = loader.digest(data)
+        if not self._swept:
+            self._swept = True
+            self._drop_abandoned()
         if self.persistent:
             try:
                 path = self._object_path(name)
@@ -390,7 +394,8 @@ class Database:
                     status = path.stat()
                 except OSError:
                     continue
-                if name not in referred and time.time() - status.st_mtime > _ORPHAN_SECONDS:
+                age = time.time() - status.st_mtime
+                if name not in referred and age > ABANDONED_SECONDS:  # else of a transaction yet
                     self._drop_object(name)
                     freed += status.st_size
                 else:
@@ -406,10 +411,8 @@ class Database:
 
     def _drop_abandoned(self) -> None:
         """Removes what processes were writing that were killed meanwhile."""
-        for path in self.directory.rglob(".writing-*") if self.persistent else ():
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _ORPHAN_SECONDS:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self.persistent:
+            drop_abandoned(self.directory, "**/.writing-*")
 
     def clear(self) -> None:
         """Forgets everything, on disk and in this process. Loaded kernels stay usable."""

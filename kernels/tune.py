@@ -11,7 +11,6 @@ import functools
 import importlib
 import math
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from .abi import Kernel
 from .build import BuildError, build
 from .database import FAST, FRUGAL, Database, Entry, Measured
 from .definition import Definition
+from .files import scratch_folder
 from .group import IO, Group, Unsupported
 from .metaschedule import Bench, Found, search
 from .target import Target
@@ -339,5 +339,5 @@ class _Tuning:
         if kept is not None:
             yield kept
             return
-        with tempfile.TemporaryDirectory(prefix="plait-search-") as scratch:
-            yield Path(scratch)
+        with scratch_folder("plait-search-") as scratch:
+            yield scratch

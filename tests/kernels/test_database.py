@@ -354,6 +354,9 @@ def test_what_killed_processes_were_writing_is_removed(tmp_path: Path, library) 
         os.utime(path, (0, 0))
     assert database.verify().ok
     assert new.exists() and not old.exists() and not half.exists()
+    os.utime(new, (0, 0))
+    Database(tmp_path).store([entry()], library)
+    assert not new.exists()
 
 
 def test_clear_forgets_everything(tmp_path: Path, library) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from plait.kernels.files import replacing
+from plait.kernels.files import replacing, scratch_folder
 
 
 def test_the_new_content_takes_the_place_of_the_old_at_the_end(tmp_path: Path) -> None:
@@ -39,3 +43,43 @@ def test_folders_and_devices_are_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "none" / "a"):
         pass
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from plait.kernels.files import replacing, scratch_folder
+with replacing(Path(sys.argv[1])), scratch_folder("plait-build-"):
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_only_what_killed_processes_were_writing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = tmp_path / "a[1].json"
+    others = [tmp_path / x for x in (".a[1].notes.json", ".b.plait-1.json", "plait-build-mine.txt")]
+    for other in others:
+        other.touch()
+        os.utime(other, (0, 0))
+
+    def write() -> None:
+        with replacing(path) as temporary, scratch_folder("plait-build-") as folder:
+            assert temporary.is_file() and folder.is_dir()
+
+    command = [sys.executable, "-c", WRITER, str(path)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        left = [x for x in tmp_path.iterdir() if x not in others]
+        assert len(left) == 2
+        for x in left:
+            os.utime(x, (0, 0))  # as if it had begun long ago
+        write()
+        assert set(tmp_path.iterdir()) == {*left, *others, path}
+        process.send_signal(signal.SIGKILL)
+    os.utime(left[0])  # another one that has just begun
+    write()
+    assert set(tmp_path.iterdir()) == {left[0], *others, path}
