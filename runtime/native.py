@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Function:
     ir: str
 
 
+_ROOM = 8 << 20  # without it LLVM, which cannot write an object file, ends the process
 _kept: list[Any] = []  # modules whose code must stay mapped
 
 
@@ -73,6 +75,8 @@ def load(stem: str, functions: Sequence[Function]) -> dict[str, int]:
     if not _is_whole(path):
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            if min(map(_room, (directory, Path(tempfile.gettempdir())))) < _ROOM:
+                return _in_process(functions)
             with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as scratch:
                 built = Path(scratch) / f"{stem}.so"
                 _compile(functions, with_addresses=False).export_library(str(built))
@@ -91,6 +95,17 @@ def load(stem: str, functions: Sequence[Function]) -> dict[str, int]:
         with contextlib.suppress(OSError):  # a folder that can only be read
             path.unlink()
         return _in_process(functions)
+
+
+def _room(folder: Path) -> float:
+    """Bytes that a file in ``folder`` may have."""
+    free = shutil.disk_usage(folder).free
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return free
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return free if limit == resource.RLIM_INFINITY else min(free, limit)
 
 
 def _is_whole(path: Path) -> bool:
