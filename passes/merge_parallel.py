@@ -128,7 +128,8 @@ class MergeParallelOps(Pass):
             part = self._part(rewriter, node)
             if part is None:
                 continue
-            if aliases.is_mutated(node) or aliases.is_mutated(part.weight):
+            touched = (node, part.source, part.weight, *filter(None, [part.bias]))
+            if any(map(aliases.is_mutated, touched)):
                 continue
             groups.setdefault(part.key, []).append(part)
         found = []

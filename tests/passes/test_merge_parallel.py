@@ -157,12 +157,16 @@ def test_results_of_the_model_do_not_become_slices_of_one_tensor() -> None:
     assert [r.id for r in result.remarks] == ["PLT-MRG-003"]
 
 
-def test_what_is_written_in_place_stays_apart() -> None:
+@pytest.mark.parametrize("written", ["result", "source", "what it shows", "weight", "bias"])
+def test_what_is_written_in_place_stays_apart(written: str) -> None:
     b = Builder()
-    x = b.input(3, 6, dtype=torch.float64)
-    found = [b.call(aten.linear.default, x, _weight(b, 4, 6)) for _ in range(2)]
-    b.call(aten.add_.Tensor, found[0], 1.0)
-    graph_module = b.finish(*(b.call(aten.exp.default, f) for f in found))
+    given, weight, bias = b.input(3, 6, dtype=torch.float64), _weight(b, 4, 6), _weight(b, 4)
+    x = b.call(aten.permute.default, given, [0, 1])
+    first = b.call(aten.linear.default, x, weight, bias)
+    at = {"result": first, "source": x, "what it shows": given, "weight": weight, "bias": bias}
+    b.call(aten.add_.Tensor, at[written], 1.0)
+    second = b.call(aten.linear.default, x, _weight(b, 4, 6), bias)
+    graph_module = b.finish(*(b.call(aten.exp.default, f) for f in (first, second)))
     assert _merged(graph_module).graph_module is graph_module
 
 
