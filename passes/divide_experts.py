@@ -34,6 +34,8 @@ NAME = "divide-experts"
 Shares = Mapping[str, Sequence[int]]
 """Experts of a layer by device, ascending. Copies of an expert take its slots in turn."""
 ROUTED = "plait.routed_linear.default"
+_ORDER = ("offsets", "order")
+"""What of a route a routed product reads, by the names of its arguments."""
 _VIEWS = {"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"}
 _ALONG = {
     f"aten.{name}": dim
@@ -146,6 +148,8 @@ class _Layer:
         if name == ROUTED:
             for weight in _weights(node):
                 self._rows_of(weight, (0,))
+            if not all(self._is(ops.argument(node, n), k) for k, n in enumerate(_ORDER)):
+                raise _Refused(f"{node.name} reads rows in the order of another route")
             if (node.args[0] in self.inside) == (ops.argument(node, "share") == 0):
                 return
         elif name == "plait.take.default":
@@ -155,12 +159,16 @@ class _Layer:
             return
         raise _Refused(f"{node.name} ({name}) may mix rows")
 
+    def _is(self, node: Any, part: int) -> bool:
+        """Whether a node is where experts' rows begin (0), or the order of slots (1)."""
+        return node.target is operator.getitem and node.args == (self.route, part)
+
     def _keeps(self, node: fx.Node, name: str) -> bool:
         if node.target is operator.getitem:
             return True
         given = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
         rows = [x for x in given if x in self.inside]
-        if any(_first(x) != self.slots for x in rows):
+        if any(_first(x) != self.slots or self._is(x, 0) for x in rows):
             return False
         kind, rank = ops.CATEGORY.get(name), max(x.meta["val"].dim() for x in rows)
         alone = len(rows) == len(given)

@@ -202,6 +202,22 @@ class Computes(Layer):
         return routed_linear(x, offsets, order, weight, None, True, 2, True)
 
 
+class Reorders(Layer):
+    def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        y = routed_linear(x, *route(index, 4), self.up, None, False, 2, False)
+        return routed_linear(y, *route(3 - index, 4), self.down, None, False, 0, True)
+
+
+class Counts(Layer):
+    """There are as many slots as there are bounds of experts."""
+
+    def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        offsets, order = route(index, 9)
+        y = routed_linear(x, offsets, order, self.up, None, False, 2, False)
+        y = y * offsets.view(-1, 1)
+        return routed_linear(y, offsets, order, self.down, None, False, 0, True)
+
+
 class Sorts(nn.Module):
     def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Any:
         return route(index, 4)[0] + 1
@@ -212,6 +228,8 @@ class Sorts(nn.Module):
     [
         (Leaks(4, 2), "is read outside of the experts"),
         (Computes(4, 2), "is computed"),
+        (Reorders(4, 2), "the order of another route"),
+        (Counts(9, 2), "may mix rows"),
         (Sorts(), "no routed product"),
     ],
 )
