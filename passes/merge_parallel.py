@@ -151,7 +151,7 @@ class MergeParallelOps(Pass):
             part = _convolution(node, self.enlarge)
         else:
             return None
-        if part is None or part.source.op == "get_attr":
+        if part is None:
             return None
         operands = [part.weight, *([] if part.bias is None else [part.bias])]
         values = [rewriter.value(n) for n in operands]
@@ -231,14 +231,14 @@ def _product(node: fx.Node) -> _Part | None:
     bias = None if b is None or b >= len(node.args) else node.args[b]
     if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
         return None
-    if node.kwargs or weight.meta["val"].dim() != 2 or node.meta["val"].dim() < 2:
+    if node.kwargs or weight.meta["val"].dim() != 2:
         return None
     rows = 0 if node.target is aten.linear.default else 1
     width = weight.meta["val"].shape[rows]
     if bias is not None:
         if not isinstance(bias, fx.Node) or not same_shape(bias.meta["val"].shape, (width,)):
             return None
-    key = (node.target, source, node.meta["val"].dtype)
+    key = (node.target, source)
     return _Part(node, source, weight, bias, rows, node.meta["val"].dim() - 1, (), key)
 
 
@@ -258,7 +258,7 @@ def _convolution(node: fx.Node, enlarge: bool) -> _Part | None:
         k % 2 == 1 and p == d * (k // 2) for k, p, d in zip(kernel, padding, dilation, strict=True)
     )
     shape: Hashable = "same" if grows else (kernel, padding)
-    key = (node.target, source, stride, dilation, shape, node.meta["val"].dtype)
+    key = (node.target, source, stride, dilation, shape)
     return _Part(node, source, weight, bias, 0, 1, kernel, key)
 
 
@@ -361,6 +361,8 @@ def _common_step(ends: Sequence[fx.Node], aliases: Aliases) -> fx.Node | None:
             return None
         if step.all_input_nodes != [end] or step.meta["val"].shape != end.meta["val"].shape:
             return None
+        if any(isinstance(a, Sequence) for a in step.args):
+            return None  # sizes, which are those of a part
         steps.append(step)
     if len(set(steps)) != len(steps):
         return None

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plait.passes.base import Counter, counting
+from plait.passes.ir import COND, branches_of
 from plait.passes.merge_parallel import JUDGE, MergeParallelOps
 from plait.passes.verifier import verify
 
@@ -69,6 +70,66 @@ def test_projections_become_one_product_and_what_all_go_through_stays_before_the
         torch.testing.assert_close(a, e, **TINY)
     names = {name for name, _ in result.graph_module.named_buffers()}
     assert len(names) == 2, "the separate weights are dropped"
+
+
+def _twice(kind: str) -> fx.GraphModule:
+    """Two operators of a kind on one tensor, and what follows them."""
+    b = Builder()
+    name, _, how = kind.partition(" ")
+    shapes = {"vector": (6,), "square": (6, 6), "unbatched": (6, 5, 5), "line": (2, 6, 5)}
+    image = name in ("conv2d", "convolution")
+    x = b.input(*shapes.get(how, (2, 6, 5, 5) if image else (3, 6)), dtype=torch.float64)
+    found = []
+    for k in range(2):
+        width = 4 if how in ("sizes", "square", "bias matrix") else 4 + k
+        kwargs = {"beta": 2.0} if how == "scaled" else {}
+        if name in ("mm", "matmul"):
+            weight = _weight(b, 2, 6, width) if how == "batch" else _weight(b, 6, width)
+            args = (x, weight)
+        elif name == "addmm":
+            shape = {"bias matrix": (3, width), "bias of one": (1,)}.get(how, (width,))
+            args = (_weight(b, *shape), x, _weight(b, 6, width))
+        elif name == "linear":
+            args = (x, _weight(b, width, 6), _weight(b, width))
+        elif how == "turned":
+            weight = _weight(b, 6, width, 3, 3)
+            args = (x, weight, None, [1, 1], [1, 1], [1, 1], True, [0, 0], 1)
+        else:
+            groups = 2 if how == "groups" else 1
+            kernel = (3 + 2 * (how == "kernels" and k),) * (1 if how == "line" else 2)
+            stride = 1 + (how == "strides" and k)
+            padding, dilation = 1 + (how == "paddings" and k), 1 + (how == "dilations" and k)
+            weight = _weight(b, 2 * width, 6 // groups, *kernel)
+            args = (x, weight, _weight(b, 2 * width) if k else None)
+            args = (*args, *([n] for n in (stride, padding, dilation)), groups)
+        name = "conv1d" if how == "line" else name
+        y = b.call(getattr(aten, name).default, *args, **kwargs)
+        if how == "sizes":
+            y = b.call(aten.new_full.default, y, [3, 4], 2.0)
+        found.append(b.call(aten.exp.default, y))
+    return b.finish(*(b.call(aten.neg.default, f) for f in found))
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("linear", 1), ("linear vector", 1), ("linear sizes", 1), ("mm", 1), ("mm square", 1),
+        ("matmul", 1), ("matmul vector", 1), ("matmul batch", 2), ("addmm", 1),
+        ("addmm bias matrix", 2), ("addmm bias of one", 2), ("addmm scaled", 2), ("conv2d", 1),
+        ("conv2d line", 1), ("conv2d groups", 2), ("conv2d unbatched", 2), ("conv2d kernels", 2),
+        ("conv2d strides", 2), ("conv2d paddings", 2), ("conv2d dilations", 2),
+        ("convolution turned", 2),
+    ],
+)  # fmt: skip
+def test_which_operators_become_one(kind: str, count: int) -> None:
+    graph_module = _twice(kind)
+    result = _merged(graph_module)
+    calls = [t for t in targets(result.graph_module) if kind.split()[0][:4] in str(t)]
+    assert len(calls) == count
+    (node,) = graph_module.graph.find_nodes(op="placeholder")
+    x = torch.randn(node.meta["val"].shape, dtype=torch.float64)
+    for a, e in zip(result.graph_module(x), graph_module(x), strict=True):
+        torch.testing.assert_close(a, e, **TINY)
 
 
 @st.composite
@@ -148,6 +209,84 @@ def test_kernels_grow_only_when_asked_and_not_too_much() -> None:
     assert not _merged(build((9, 1)), enlarge=True).remarks, "nine times the work for most of it"
 
 
+@pytest.mark.parametrize(
+    ("kernels", "paddings", "count"),
+    [((1, 3), (0, 1), 1), ((1, 3), (0, 0), 2), ((1, 3), (1, 1), 2), ((2, 3), (1, 1), 2)],
+)
+def test_only_kernels_around_the_same_middle_grow(
+    kernels: tuple[int, int], paddings: tuple[int, int], count: int
+) -> None:
+    b = Builder()
+    x, found = b.input(1, 4, 7, 7, dtype=torch.float64), []
+    for k, p in zip(kernels, paddings, strict=True):
+        weight = _weight(b, 9, 4, k, k)
+        y = b.call(aten.conv2d.default, x, weight, None, [2, 2], [p, p])
+        found.append(b.call(aten.exp.default, y))
+    graph_module = b.finish(*(b.call(aten.neg.default, f) for f in found))
+    result = _merged(graph_module, enlarge=True, most_growth=9.0)
+    assert targets(result.graph_module).count(aten.conv2d.default) == count
+    given = torch.randn(1, 4, 7, 7, dtype=torch.float64)
+    for a, e in zip(result.graph_module(given), graph_module(given), strict=True):
+        torch.testing.assert_close(a, e, **TINY)
+
+
+def _steps(kind: str) -> tuple[fx.GraphModule, int]:
+    """Two products with a step behind each; how many such steps a merged graph has."""
+    b = Builder()
+    x = b.input(3, 6, dtype=torch.float64)
+    ends = [b.call(aten.linear.default, x, _weight(b, 4, 6)) for _ in range(2)]
+    exp = aten.exp.default
+    if kind == "read twice":
+        return b.finish(*(b.call(aten.mul.Tensor, b.call(exp, e), e) for e in ends)), 2
+    if kind == "the same":
+        both = b.call(aten.add.Tensor, *ends)
+        return b.finish(b.call(aten.neg.default, both), b.call(exp, both)), 1
+    if kind == "of rows":
+        steps = [b.call(aten.softmax.int, e, -1) for e in ends]
+    elif kind == "of others":
+        steps = [b.call(aten.mul.Tensor, e, b.input(3, 4, dtype=torch.float64)) for e in ends]
+    elif kind == "results":
+        return b.finish(*(b.call(exp, e) for e in ends)), 2
+    elif kind == "written":
+        steps = [b.call(exp, e) for e in ends]
+        b.call(aten.add_.Tensor, steps[0], 1.0)
+    elif kind == "turned":
+        steps = [b.call(aten.permute.default, e, [1, 0]) for e in ends]
+    elif kind == "of other numbers":
+        how = [{}, {"approximate": "tanh"}]
+        steps = [b.call(aten.gelu.default, e, **h) for e, h in zip(ends, how, strict=True)]
+    elif kind == "of chance":
+        steps = [b.call(aten.rand_like.default, e) for e in ends]
+    else:
+        steps = [b.call(exp, e) for e in ends]
+        return b.finish(*(b.call(aten.neg.default, s) for s in steps)), 1
+    return b.finish(*(b.call(aten.abs.default, s) for s in steps)), 2
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "alike", "read twice", "the same", "of rows", "of others", "results", "written", "turned",
+        "of other numbers", "of chance",
+    ],
+)  # fmt: skip
+def test_which_steps_happen_before_the_cut(kind: str) -> None:
+    graph_module, count = _steps(kind)
+    result = _merged(graph_module)
+    before, after = targets(graph_module), targets(result.graph_module)
+    assert after.count(aten.linear.default) == 1
+    nodes = graph_module.graph.find_nodes(op="placeholder")
+    given = [torch.randn(n.meta["val"].shape, dtype=torch.float64) for n in nodes]
+    results = []
+    for module in (result.graph_module, graph_module):
+        torch.manual_seed(0)
+        results.append(module(*(x.clone() for x in given)))
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, **TINY)
+    kinds = {t for t in before if t not in (aten.linear.default, aten.neg.default)}
+    assert max(after.count(t) for t in kinds) == count
+
+
 def test_results_of_the_model_do_not_become_slices_of_one_tensor() -> None:
     b = Builder()
     x = b.input(3, 6, dtype=torch.float64)
@@ -168,6 +307,19 @@ def test_what_is_written_in_place_stays_apart(written: str) -> None:
     second = b.call(aten.linear.default, x, _weight(b, 4, 6), bias)
     graph_module = b.finish(*(b.call(aten.exp.default, f) for f in (first, second)))
     assert _merged(graph_module).graph_module is graph_module
+
+
+def test_what_is_merged_may_read_what_was_merged_before() -> None:
+    b = Builder()
+    x = b.input(3, 6, dtype=torch.float64)
+    first, second = (b.call(aten.linear.default, x, _weight(b, 6, 6)) for _ in range(2))
+    further = [b.call(aten.linear.default, first, _weight(b, 4, 6)) for _ in range(2)]
+    graph_module = b.finish(*(b.call(aten.exp.default, f) for f in (second, *further)))
+    result = _merged(graph_module)
+    assert targets(result.graph_module).count(aten.linear.default) == 2
+    given = torch.randn(3, 6, dtype=torch.float64)
+    for a, e in zip(result.graph_module(given), graph_module(given), strict=True):
+        torch.testing.assert_close(a, e, **TINY)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +351,24 @@ def test_a_gate_is_judged_with_the_pointwise_operators_behind_it() -> None:
     _merged(b.finish(b.call(aten.linear.default, both, _weight(b, 6, 4))), judge)
     assert [aten.mul.Tensor in t for t in seen] == [True, True]
     assert [t.count(aten.linear.default) for t in seen] == [2, 1]
+
+
+def test_products_of_branches_become_one() -> None:
+    inner = Builder()
+    y = inner.input(3, 6, dtype=torch.float64)
+    ends = [inner.call(aten.linear.default, y, _weight(inner, 4, 6)) for _ in range(2)]
+    branch = inner.finish(*(inner.call(aten.exp.default, e) for e in ends))
+    b = Builder()
+    b.root.side = branch
+    sides = [b.graph.get_attr("side") for _ in range(2)]
+    x = b.input(3, 6, dtype=torch.float64)
+    results = b.graph.call_function(COND, (b.input(dtype=torch.bool), *sides, (x,)))
+    results.meta["val"] = tuple(e.meta["val"] for e in ends)
+    graph_module = b.finish(*(b.part(results, k) for k in range(2)))
+    graph_module.meta[JUDGE] = _always
+    result = MergeParallelOps().run(graph_module)
+    (found,) = (m for _, m in branches_of(result.graph_module))
+    assert targets(found).count(aten.linear.default) == 1
 
 
 def test_growth_below_one_is_refused() -> None:
