@@ -88,7 +88,7 @@ class FuseHorizontal(Pass):
         best = seconds([n.task for n in nodes], gpu)
         for level in _levels(nodes):
             rest = [k for k in level if nodes[k].variants]
-            while len(rest) > 1 and self.most > 1:
+            while len(rest) > 1:
                 trial = self._try(nodes, found, rest, best, gpu)
                 if trial is None:
                     break
@@ -145,10 +145,7 @@ def merged(nodes: Sequence[Node], fusions: Sequence[Fusion]) -> tuple[list[Node]
     inside = {k for tasks in members for k in tasks}
     members += [[k] for k in range(len(nodes)) if k not in inside]
     owner = {k: m for m, tasks in enumerate(members) for k in tasks}
-    needs = [
-        {owner[j] for k in tasks for j in nodes[k].task.after} - {m}
-        for m, tasks in enumerate(members)
-    ]
+    needs = [{owner[j] for k in tasks for j in nodes[k].task.after} for tasks in members]
     readers: list[list[int]] = [[] for _ in members]
     for m, before in enumerate(needs):
         for j in before:

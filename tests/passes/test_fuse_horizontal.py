@@ -38,6 +38,13 @@ def test_small_independent_kernels_share_a_launch() -> None:
         seconds([n.task for n in nodes], SM90)
         - seconds([n.task for n in merged(nodes, found)[0]], SM90)
     )
+    shares = [n.task.share for n in merged(nodes, found)[0]]
+    assert shares == [pytest.approx(x * nodes[0].task.share) for x in (1, 4, 1)]
+
+
+def test_kernels_that_no_multiprocessor_has_room_for_stay_alone() -> None:
+    wide = Node(_node("wide").task, (Candidate(20, 256, 255, 10**9, 9 * US),))
+    assert _fused([wide, wide]) == [] and _fused([wide, _node("a"), _node("b")]) == [(1, 2)]
 
 
 def test_the_librarys_calls_stay_alone() -> None:

@@ -54,7 +54,13 @@ def test_a_chain_needs_two_buffers_only():
 
 def test_equal_symbolic_sizes_share_a_slot():
     chain = [Lifetime(f"b{k}", "4*s0", k, k + 1) for k in range(10)]
-    assert evaluate(plan_memory(chain).total, {"s0": 16}) == 2 * 64
+    for buffers in (chain, chain[::-1]):
+        assert evaluate(plan_memory(buffers).total, {"s0": 16}) == 2 * 64
+
+
+def test_what_ends_at_a_step_is_alive_there():
+    assert live_peak([Lifetime("a", 64, 0, 2), Lifetime("b", 128, 2, 3)]) == 192
+    assert live_peak([Lifetime("a", 64, 0, 1), Lifetime("b", 128, 2, 3)]) == 128
 
 
 def test_duplicate_names_are_refused():
