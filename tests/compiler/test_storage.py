@@ -129,3 +129,19 @@ def test_single_elements_have_no_order() -> None:
     x = torch.randn(3, 4)
     torch.testing.assert_close(model(x), torch.relu(x.sum()) * 2)
     assert model.plan is not None
+
+
+class Flattens(nn.Module):
+    """What has fewer dimensions than an image lies in no order of an image's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.first(x)
+        return y.flatten(2).exp(), y.amax(-1).exp(), y.mean(-1).flip(-1)
+
+
+def test_orders_are_of_as_many_dimensions() -> None:
+    compiled(Flattens().eval())
