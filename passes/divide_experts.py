@@ -42,7 +42,7 @@ _ALONG = {
     for name, dim in (
         ("slice.Tensor", 0), ("select.int", 0), ("split.Tensor", 0), ("chunk.default", 0),
         ("split_with_sizes.default", 0), ("cat.default", 0), ("softmax.int", None),
-        ("unsqueeze.default", None), ("squeeze.dim", None),
+        ("unsqueeze.default", None), ("squeeze.dims", None),
     )
 }  # fmt: skip
 """Operators that work along a dimension, and the one where they name none."""
@@ -175,12 +175,10 @@ class _Layer:
         if name in _VIEWS:
             return alone and _first(node) == self.slots
         if name in _ALONG:
-            dim = ops.argument(node, "dim")
-            dim = _ALONG[name] if dim is None else dim
             rank += name == "aten.unsqueeze.default"
-            return alone and dim is not None and dim % rank != 0
-        if kind == "reduce":
+        if name in _ALONG or kind == "reduce":
             dims = ops.argument(node, "dim")
+            dims = _ALONG.get(name) if dims is None else dims
             dims = [dims] if isinstance(dims, int) else dims
             return alone and bool(dims) and all(d % rank for d in dims)
         if name in ("aten.layer_norm.default", "aten.rms_norm.default"):

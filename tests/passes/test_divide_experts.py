@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from plait.compiler.capture.export import capture
 from plait.kernels.routing import route, routed_linear
+from plait.kernels.routing_rows import take
 from plait.passes.annotations import annotation
 from plait.passes.divide_experts import Divided, Shares, divide_experts
 from plait.passes.manager import PassManager
@@ -160,6 +161,13 @@ def test_16_bits_are_added_up_as_ever() -> None:
         (lambda y: y + torch.arange(10.0)[:, None], "may mix rows"),
         (lambda y: y.reshape(-1, 2 * INNER).relu().reshape(-1, INNER), "may mix rows"),
         (lambda y: y.T.relu().T, "may mix rows"),
+        (lambda y: torch.softmax(y, -2), "may mix rows"),
+        (lambda y: y - y.sum(-2, keepdim=True), "may mix rows"),
+        (lambda y: y - y.sum(), "may mix rows"),
+        (lambda y: nn.functional.layer_norm(y, (10, INNER)), "may mix rows"),
+        (lambda y: nn.functional.linear(torch.ones(10, INNER), y)[:, :INNER], "may mix rows"),
+        (lambda y: nn.functional.linear(y[:, 0], torch.ones(10, 10))[:, None] * y, "may mix rows"),
+        (lambda y: take(y, torch.arange(9, -1, -1), 1), "may mix rows"),
     ],
 )
 def test_rows_that_are_mixed_stay_together(between: Between, reason: str) -> None:
@@ -178,6 +186,8 @@ def test_rows_that_are_mixed_stay_together(between: Between, reason: str) -> Non
         lambda y: torch.cat([y[:, 2:], y[:, :2].sigmoid()], 1),
         lambda y: torch.nn.functional.layer_norm(y, (INNER,)) + torch.arange(float(INNER)),
         lambda y: y.view(-1, 2, 2).relu().view(-1, INNER),
+        lambda y: y + torch.ones(1, INNER),
+        lambda y: nn.functional.linear(y, torch.ones(INNER, INNER)).unsqueeze(-1).squeeze(-1),
     ],
 )
 def test_rows_that_are_treated_alone_are_divided(between: Between) -> None:
@@ -218,6 +228,45 @@ class Counts(Layer):
         return routed_linear(y, offsets, order, self.down, None, False, 0, True)
 
 
+class Crosses(Layer):
+    """Widths and slots are as many: what has a number for each row looks like a row."""
+
+    def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        offsets, order = route(index, 4)
+        y = routed_linear(x, offsets, order, self.up[:, :10], None, False, 2, False)
+        y = y + y.select(1, 0)
+        return routed_linear(y, offsets, order, self.up[:, :, :10], None, True, 0, True)
+
+
+class LooksUp(Layer):
+    """A product that looks up cells where rows are, or rows where cells are."""
+
+    def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        offsets, order = route(index, 4)
+        if self.tail == "rows":
+            x = x.repeat_interleave(2, 0)
+            y = routed_linear(x, offsets, order, self.up, None, False, 0, False)
+            return routed_linear(y, offsets, order, self.down, None, False, 0, True)
+        y = routed_linear(x, offsets, order, self.up, None, False, 2, False)
+        return routed_linear(y, offsets, order, self.down, None, False, 1, True)
+
+
+class Adds(Layer):
+    def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        offsets, order = route(index, 4)
+        y = routed_linear(x, offsets, order, self.up, None, False, 2, False)
+        square = self.up[:, :, :INNER]
+        return y + routed_linear(y, offsets, order, square, None, False, 0, True)
+
+
+class Fewer(Layer):
+    """The last expert has no matrix, and makes zeros."""
+
+    def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        offsets, order = route(index, 4)
+        return routed_linear(x, offsets, order, self.up[:3], None, False, 2, True)
+
+
 class Sorts(nn.Module):
     def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Any:
         return route(index, 4)[0] + 1
@@ -230,6 +279,10 @@ class Sorts(nn.Module):
         (Computes(4, 2), "is computed"),
         (Reorders(4, 2), "the order of another route"),
         (Counts(9, 2), "may mix rows"),
+        (LooksUp(4, 2, "rows"), "may mix rows"),
+        (LooksUp(4, 2, "cells"), "may mix rows"),
+        (Adds(4, 2), "reads slots and experts' rows"),
+        (Fewer(4, 2), "no row for each expert"),
         (Sorts(), "no routed product"),
     ],
 )
