@@ -173,7 +173,7 @@ class _Layer:
         kind, rank = ops.CATEGORY.get(name), max(x.meta["val"].dim() for x in rows)
         alone = len(rows) == len(given)
         if name in _VIEWS:
-            return alone and _first(node) == self.slots
+            return _first(node) == self.slots
         if name in _ALONG:
             rank += name == "aten.unsqueeze.default"
         if name in _ALONG or kind == "reduce":

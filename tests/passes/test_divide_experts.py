@@ -167,6 +167,7 @@ def test_16_bits_are_added_up_as_ever() -> None:
         (lambda y: nn.functional.layer_norm(y, (10, INNER)), "may mix rows"),
         (lambda y: nn.functional.linear(torch.ones(10, INNER), y)[:, :INNER], "may mix rows"),
         (lambda y: nn.functional.linear(y[:, 0], torch.ones(10, 10))[:, None] * y, "may mix rows"),
+        (lambda y: torch.cat([y, torch.arange(10.0)[:, None]], 1)[:, 1:], "may mix rows"),
         (lambda y: take(y, torch.arange(9, -1, -1), 1), "may mix rows"),
     ],
 )
@@ -176,6 +177,22 @@ def test_rows_that_are_mixed_stay_together(between: Between, reason: str) -> Non
     parts = divide(module, {"a": [0, 1], "b": [2, 3]})
     (remark,) = parts.remarks
     assert remark.id == "PLT-DST-015" and reason in remark.reason and not parts.routers
+    assert torch.equal(run(module, *inputs), run(parts.module, *inputs))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda y: y + y.select(1, 0),
+        lambda y: nn.functional.layer_norm(y, (INNER,), y.select(1, 0)),
+    ],
+)
+def test_a_number_of_each_row_is_no_row(between: Between) -> None:
+    """There are as many slots as numbers in a row."""
+    inputs = whole(2, WIDTH), torch.randint(0, 4, (2, 2)), whole(2, 2)
+    module = graph_of(Layer(4, 2, between=between), *inputs)
+    parts = divide(module, {"a": [0, 1], "b": [2, 3]})
+    assert "may mix rows" in parts.remarks[0].reason
     assert torch.equal(run(module, *inputs), run(parts.module, *inputs))
 
 
@@ -228,16 +245,6 @@ class Counts(Layer):
         return routed_linear(y, offsets, order, self.down, None, False, 0, True)
 
 
-class Crosses(Layer):
-    """Widths and slots are as many: what has a number for each row looks like a row."""
-
-    def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
-        offsets, order = route(index, 4)
-        y = routed_linear(x, offsets, order, self.up[:, :10], None, False, 2, False)
-        y = y + y.select(1, 0)
-        return routed_linear(y, offsets, order, self.up[:, :, :10], None, True, 0, True)
-
-
 class LooksUp(Layer):
     """A product that looks up cells where rows are, or rows where cells are."""
 
@@ -257,6 +264,15 @@ class Adds(Layer):
         y = routed_linear(x, offsets, order, self.up, None, False, 2, False)
         square = self.up[:, :, :INNER]
         return y + routed_linear(y, offsets, order, square, None, False, 0, True)
+
+
+class Folds(Layer):
+    """Two rows become one; half of the slots have experts, so there are enough."""
+
+    def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        offsets, order = route(torch.where(torch.arange(2) > 0, index, -1), 4)
+        y = routed_linear(x, offsets, order, self.up[:, :3], None, False, 2, False)
+        return routed_linear(y.view(5, WIDTH), offsets, order, self.up, None, False, 0, True)
 
 
 class Fewer(Layer):
@@ -282,6 +298,7 @@ class Sorts(nn.Module):
         (LooksUp(4, 2, "rows"), "may mix rows"),
         (LooksUp(4, 2, "cells"), "may mix rows"),
         (Adds(4, 2), "reads slots and experts' rows"),
+        (Folds(4, 2), "may mix rows"),
         (Fewer(4, 2), "no row for each expert"),
         (Sorts(), "no routed product"),
     ],
