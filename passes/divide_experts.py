@@ -42,7 +42,7 @@ _ALONG = {
     for name, dim in (
         ("slice.Tensor", 0), ("select.int", 0), ("split.Tensor", 0), ("chunk.default", 0),
         ("split_with_sizes.default", 0), ("cat.default", 0), ("softmax.int", None),
-        ("unsqueeze.default", None), ("squeeze.dims", None),
+        ("unsqueeze.default", None), ("squeeze.dims", None), ("glu.default", -1),
     )
 }  # fmt: skip
 """Operators that work along a dimension, and the one where they name none."""
@@ -185,7 +185,7 @@ class _Layer:
             return rows == [node.args[0]] and len(node.args[1]) < rank  # type: ignore[arg-type]
         if name == "aten.linear.default":
             return rows == [node.args[0]] and rank > 1
-        if kind == "pointwise" and name != "aten.glu.default":
+        if kind == "pointwise":
             others = [x.meta["val"] for x in given if x not in self.inside]
             shared = all(x.dim() < rank or x.shape[0] == 1 for x in others)
             return shared and all(x.meta["val"].dim() == rank for x in rows)

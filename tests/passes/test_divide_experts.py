@@ -204,6 +204,7 @@ def test_a_number_of_each_row_is_no_row(between: Between) -> None:
         lambda y: torch.nn.functional.layer_norm(y, (INNER,)) + torch.arange(float(INNER)),
         lambda y: y.view(-1, 2, 2).relu().view(-1, INNER),
         lambda y: y + torch.ones(1, INNER),
+        lambda y: nn.functional.glu(torch.cat([y, y], 1)),
         lambda y: nn.functional.linear(y, torch.ones(INNER, INNER)).unsqueeze(-1).squeeze(-1),
     ],
 )
@@ -272,7 +273,8 @@ class Folds(Layer):
     def forward(self, x: Tensor, index: Tensor, gates: Tensor) -> Tensor:
         offsets, order = route(torch.where(torch.arange(2) > 0, index, -1), 4)
         y = routed_linear(x, offsets, order, self.up[:, :3], None, False, 2, False)
-        return routed_linear(y.view(5, WIDTH), offsets, order, self.up, None, False, 0, True)
+        y = y.view(5, WIDTH) if self.tail == "sum" else nn.functional.glu(torch.cat([y, y], 1), 0)
+        return routed_linear(y, offsets, order, self.up, None, False, 0, True)
 
 
 class Fewer(Layer):
@@ -299,6 +301,7 @@ class Sorts(nn.Module):
         (LooksUp(4, 2, "cells"), "may mix rows"),
         (Adds(4, 2), "reads slots and experts' rows"),
         (Folds(4, 2), "may mix rows"),
+        (Folds(4, 2, "glu"), "may mix rows"),
         (Fewer(4, 2), "no row for each expert"),
         (Sorts(), "no routed product"),
     ],
