@@ -179,11 +179,9 @@ class PrefetchWeights(Pass):
 
 
 def is_routed_weight(node: fx.Node, user: fx.Node) -> bool:
-    """Whether ``user`` is a routed product that reads ``node`` as its matrices and nothing else."""
+    """Whether ``user`` is a routed product that reads ``node`` as its matrices."""
     return (
-        str(user.target) == "plait.routed_linear.default"
-        and ops.argument(user, "weight") is node
-        and user.all_input_nodes.count(node) == 1
+        str(user.target) == "plait.routed_linear.default" and ops.argument(user, "weight") is node
     )
 
 

@@ -27,7 +27,7 @@ from .graphs import Builder, aten
 linear = torch.ops.plait.routed_linear.default
 
 
-def graph(budget: Any, shared: bool = False) -> Any:
+def graph(budget: Any, shared: bool = False, bias: bool = False) -> Any:
     """Two routed products, of 4 experts each; the first one's weights are also summed if shared."""
     build = Builder()
     x, index = build.input(6, 8), build.input(6, 2, dtype=torch.int64)
@@ -36,7 +36,8 @@ def graph(budget: Any, shared: bool = False) -> Any:
     up = build.constant(torch.randn(4, 16, 8), "up")
     down = build.constant(torch.randn(4, 8, 16), "down")
     inner = build.call(linear, x, offsets, order, up, None, False, 2, False)
-    outer = build.call(linear, inner, offsets, order, down, None, False, 0, True)
+    added = build.constant(torch.randn(4, 8), "added") if bias else None
+    outer = build.call(linear, inner, offsets, order, down, added, False, 0, True)
     results = [outer, build.call(aten.sum.default, up)] if shared else [outer]
     module = build.finish(*results)
     if budget is not None:
@@ -69,6 +70,11 @@ def test_weights_that_something_else_reads_stay() -> None:
     assert marked(result) == ["down"]
     assert [r.id for r in remarks] == ["PLT-PRE-001", "PLT-PRE-002"]
     assert "sum" in remarks[1].reason
+
+
+def test_what_products_add_stays() -> None:
+    result, _ = PrefetchWeights().run(graph(100, bias=True))
+    assert marked(result) == ["up", "down"]
 
 
 def test_a_budget_for_all_of_them_moves_nothing() -> None:
@@ -155,6 +161,14 @@ def test_branches_may_share_weights_with_each_other_but_with_nothing_else() -> N
     result, remarks = PrefetchWeights().run(routed(branch(LARGE, TIED), outside=TIED))
     assert kinds(result, "branch0") == [BRANCH, None]
     assert [r.id for r in remarks] == ["PLT-PRE-001", "PLT-PRE-006"]
+
+
+def test_graphs_that_are_no_branches_keep_their_weights() -> None:
+    module = routed(branch(LARGE))
+    (ran,) = module.graph.find_nodes(op="call_function", target=branches)
+    ran.target = torch.ops.higher_order.map_impl
+    result, remarks = PrefetchWeights().run(module)
+    assert kinds(result, "branch0") == [None] and not remarks
 
 
 def test_variants_leave_weights_where_they_are() -> None:
