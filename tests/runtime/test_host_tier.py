@@ -248,6 +248,15 @@ def test_calls_come_one_after_the_other_on_the_device(monkeypatch: pytest.Monkey
     assert _fails(slots=2 * EXPERTS)
 
 
+def test_calls_come_one_after_the_other_where_one_failed() -> None:
+    device = OrderedGpu()
+    slots = Slots(device, LAYOUT)
+    with pytest.raises(KeyError), slots.turn("failing"):
+        raise KeyError
+    with slots.turn("next"):
+        assert device.log[-2:] == [("failing", "record"), ("next", "wait")]
+
+
 def test_what_stays_wanted_is_not_copied_again() -> None:
     made = _Setup(0, 1, EXPERTS, True, ahead=False)
     x, offsets = torch.rand(ROWS, N), torch.tensor([0, 2, 2, 5, 7])
