@@ -104,8 +104,8 @@ class Slots:
         device = self.device
         for shape, dtype in self.layout:
             nbytes = self.count * math.prod(shape) * dtype.itemsize
-            raw = device.allocate(max(1, nbytes))
-            self._arrays.append(raw[:nbytes].view(dtype).view(self.count, *shape))
+            raw = device.allocate(nbytes)
+            self._arrays.append(raw.view(dtype).view(self.count, *shape))
         self._slots = [_Slot(device.event()) for _ in range(self.count)]
         self._free = list(range(self.count))[::-1]
         device.record(self._ready, device.current())  # memory is zeros by then

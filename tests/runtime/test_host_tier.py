@@ -257,6 +257,39 @@ def test_calls_come_one_after_the_other_where_one_failed() -> None:
         assert device.log[-2:] == [("failing", "record"), ("next", "wait")]
 
 
+class _Filling(OrderedGpu):
+    """New memory is filled by the stream that asks for it."""
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        raw = super().allocate(nbytes)
+        nothing = torch.zeros(nbytes, dtype=torch.uint8)
+        return self.call(torch.Tensor.copy_, raw, nothing, non_blocking=True)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_slots_are_written_when_their_memory_is_there(ahead: bool) -> None:
+    device = _Filling()
+    slots = Slots(device, LAYOUT)
+    slots.resize(1)
+    slots.load((0, 0), [torch.ones(N)] * 2, ahead)
+    device.synchronize()
+
+
+@pytest.mark.parametrize("use", ["read", "copied ahead"])
+def test_slots_go_when_nothing_uses_them_any_more(use: str) -> None:
+    device = OrderedGpu()
+    slots = Slots(device, LAYOUT)
+    slots.resize(3)
+    slots.load((0, 0), [torch.ones(N)] * 2, ahead=True)
+    if use == "read":
+        device.synchronize()
+        with slots.turn("reader"), device.on("reader"):
+            device.call(torch.Tensor.copy_, torch.empty(N), slots.array(0)[0])
+    slots.give((0, 0))
+    slots.resize(2)
+    assert not [kind for queue in device.queues.values() for kind, _ in queue if kind == "run"]
+
+
 def test_what_stays_wanted_is_not_copied_again() -> None:
     made = _Setup(0, 1, EXPERTS, True, ahead=False)
     x, offsets = torch.rand(ROWS, N), torch.tensor([0, 2, 2, 5, 7])
