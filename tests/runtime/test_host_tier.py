@@ -317,6 +317,36 @@ def test_more_experts_than_slots_come_in_waves() -> None:
     assert counters.hits == (3 * 2 - 1) * 2 and counters.peak_bytes == 2 * UNIT
 
 
+@pytest.mark.parametrize("slots", [4, 5])
+def test_the_wave_before_stays_while_the_next_is_copied(slots: int) -> None:
+    device, chance = OrderedGpu(), random.Random(0)
+    tier = HostTier(slots * UNIT, device, LAYOUT, ahead=False)
+    site = tier.site_of([HostBank(torch.rand(9, N)) for _ in LAYOUT])
+    for _ in range(20):
+        counts = [chance.randint(0, 1) for _ in range(9)]
+        with tier.using(), tier.slots.turn("caller"):
+            if tier.fetch(site, counts):
+                continue
+            seen: list[int] = []
+            before: list[int] = []
+            for group in tier.waves(site, counts):
+                assert set(tier.keys(site, [*before, *group])) <= tier.slots.of.keys()
+                seen += group
+                before = list(group)
+            assert sorted(seen) == [u for u, count in enumerate(counts) if count]
+    assert tier.counters.waves > 10 and not tier.counters.over
+
+
+def test_memory_for_tables_is_used_again() -> None:
+    made = _Setup(0, 1, 2, False)
+    x, offsets, used = torch.rand(ROWS, N), torch.tensor([0, 2, 3, 5, 6]), []
+    for _ in range(4):
+        made.executors[0].run([x, offsets])
+        paging: Any = made.executors[0].fetching
+        used.append(len(paging._tables["table0"]._staged))
+    assert used[1:] == used[1:2] * 3
+
+
 def test_what_the_next_router_wants_is_copied_ahead() -> None:
     made = _Setup(0, 2, 6, True)
     x, offsets = torch.rand(ROWS, N), [torch.tensor(r) for r in ([0, 7, 7, 7, 7], [0, 0, 0, 7, 7])]
