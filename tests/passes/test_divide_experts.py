@@ -133,8 +133,9 @@ def test_weights_that_are_not_here_become_rows_of_them() -> None:
 
 
 def test_others_slots_stay_zeros_whatever_they_are_weighed_with() -> None:
-    inputs = torch.randn(3, WIDTH), torch.tensor([[0, 1], [1, 1], [0, 0]]), torch.ones(3, 2)
-    inputs[2][0, 0], inputs[2][1, 1] = float("inf"), float("nan")
+    index = torch.tensor([[0, 1], [1, 1], [0, 0], [0, 1]])
+    inputs = torch.randn(4, WIDTH), index, torch.ones(4, 2)
+    inputs[2][0, 0], inputs[2][1, 1], inputs[2][3, 1] = torch.inf, torch.nan, torch.inf
     module = graph_of(Layer(2, 2), *inputs)
     parts = divide(module, {"a": [0], "b": [1]})
     wanted = run(module, *inputs)
