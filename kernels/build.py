@@ -210,8 +210,13 @@ def lower_to_llvm(functions: dict[str, Any], target: Target, *, addresses: bool 
     import tvm
     from tvm.tirx.build import tir_to_runtime
 
+    from .ops.rounding import with_instruction
+
     bound = target.tvm()
     bound = bound.with_host(bound)
+    if target.bf16_pairs and functions:
+        first = next(iter(functions))
+        functions = {**functions, first: with_instruction(functions[first])}
     lowered: dict[Any, Any] = {}
     for flat in (True, False):
         part = {n: f for n, f in functions.items() if _is_flat(f.body) == flat}
@@ -219,7 +224,8 @@ def lower_to_llvm(functions: dict[str, Any], target: Target, *, addresses: bool 
             part |= {f"{n}__address": _address_function(n) for n in functions}
         named = {n: part[n].with_attr("global_symbol", n) for n in sorted(part)}
         module = tvm.tirx.transform.BindTarget(bound)(tvm.IRModule(named))
-        lowered.update(_pipeline(flat)(module).functions)
+        with bound:  # some operators ask what it has
+            lowered.update(_pipeline(flat)(module).functions)
     return tir_to_runtime(tvm.IRModule(lowered), {}, bound)
 
 

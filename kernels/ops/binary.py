@@ -22,14 +22,15 @@ from .unary import is_float, like
 Function = Callable[[Expr, Expr], Expr]
 
 
-def _arithmetic(*names: str, kind: Promotion = Promotion.DEFAULT) -> Callable:
+def _arithmetic(*names: str, kind: Promotion = Promotion.DEFAULT, picks: bool = False) -> Callable:
     """Registers an operator that computes in its arguments' promoted dtype."""
 
     def register(function: Function) -> Function:
         @converter(*names)
         def convert(node: fx.Node, ctx: Context) -> Value:
             args = node.args[:2]
-            return elementwise(node, ctx, args, function, opmath(promoted(args, kind)))
+            compute = opmath(promoted(args, kind))
+            return elementwise(node, ctx, args, function, compute, picks=picks)
 
         return function
 
@@ -81,8 +82,8 @@ def _rsub(node: fx.Node, ctx: Context) -> Value:
 
 
 _arithmetic("mul.Tensor", "mul.Scalar")(lambda a, b: a * b)
-_arithmetic("maximum")(lambda a, b: extreme(a, b, above=True))
-_arithmetic("minimum")(lambda a, b: extreme(a, b, above=False))
+_arithmetic("maximum", picks=True)(lambda a, b: extreme(a, b, above=True))
+_arithmetic("minimum", picks=True)(lambda a, b: extreme(a, b, above=False))
 
 
 def extreme(a: Expr, b: Expr, *, above: bool) -> Expr:
@@ -103,8 +104,8 @@ def _extreme_number(a: Expr, b: Expr, *, above: bool) -> Expr:
     return tir.Select(first, a, b)
 
 
-_arithmetic("fmax")(lambda a, b: _extreme_number(a, b, above=True))
-_arithmetic("fmin")(lambda a, b: _extreme_number(a, b, above=False))
+_arithmetic("fmax", picks=True)(lambda a, b: _extreme_number(a, b, above=True))
+_arithmetic("fmin", picks=True)(lambda a, b: _extreme_number(a, b, above=False))
 
 
 def floor_divide(a: Expr, b: Expr) -> Expr:

@@ -64,7 +64,7 @@ def _clamp(node: fx.Node, ctx: Context) -> Value:
         least = values.pop(0) if low is not None else None
         return bounded(x, least, values.pop(0) if high is not None else None)
 
-    return elementwise(node, ctx, [node.args[0], *limits], function, compute)
+    return elementwise(node, ctx, [node.args[0], *limits], function, compute, picks=True)
 
 
 @converter("clamp.Tensor", "clamp_min.Tensor", "clamp_max.Tensor")
@@ -79,7 +79,7 @@ def _clamp_tensor(node: fx.Node, ctx: Context) -> Value:
             x = extreme(x, values.pop(0), above=True)
         return extreme(x, values.pop(0), above=False) if high is not None else x
 
-    return elementwise(node, ctx, [node.args[0], *limits], function, compute)
+    return elementwise(node, ctx, [node.args[0], *limits], function, compute, picks=True)
 
 
 @converter("lerp.Scalar", "lerp.Tensor")

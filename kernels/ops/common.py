@@ -14,7 +14,8 @@ from ..abi import Dim
 from ..emit import Expr, compute_dtype, plain
 from ..group import HALF
 from ..value import Context, Value
-from .scope import bind, opaque
+from .rounding import cut, rounded
+from .scope import opaque
 
 Promotion = ELEMENTWISE_TYPE_PROMOTION_KIND
 
@@ -122,16 +123,11 @@ def widened(value: Expr) -> Expr:
     return tir.reinterpret("float32", bits << tir.IntImm("uint32", 16))
 
 
-def rounded(value: Expr) -> Expr:
-    """A float32 as the nearest bfloat16, ties to even; NaN stays NaN."""
-    bits = tir.reinterpret("uint32", bind(value))
-    top = bits >> tir.IntImm("uint32", 16)
-    nearest = (bits + tir.IntImm("uint32", 0x7FFF) + (top & tir.IntImm("uint32", 1))) >> (
-        tir.IntImm("uint32", 16)
-    )
-    is_nan = (bits & tir.IntImm("uint32", 0x7FFFFFFF)) > tir.IntImm("uint32", 0x7F800000)
-    quiet = top | tir.IntImm("uint32", 0x40)
-    return tir.reinterpret("bfloat16", tir.Cast("uint16", tir.Select(is_nan, quiet, nearest)))
+def convert_products(value: Expr, dest: torch.dtype) -> Expr:
+    """A sum of products in float32, converted."""
+    if dest == torch.bfloat16:
+        return rounded(value, products=True)
+    return convert_expr(value, torch.float32, dest)
 
 
 def packed(value: Value) -> Value:
@@ -189,20 +185,35 @@ def elementwise(
     function: Callable[..., Expr],
     compute: torch.dtype,
     produces: torch.dtype | None = None,
+    picks: bool = False,
 ) -> Value:
     """The value ``function(*args)`` of a node, broadcast to the node's shape.
 
     Arguments arrive as expressions of dtype ``compute``; the function returns one of dtype
-    ``produces`` (``compute`` unless given), which is converted to the node's dtype.
+    ``produces`` (``compute`` unless given), which is converted to the node's dtype. A function that
+    ``picks`` returns an argument as it is, or with another sign.
     """
     shape, dtype = shape_of(node, ctx), dtype_of(node)
     values = [operand(a, compute, ctx).broadcast(shape) for a in args]
+    exact = picks and dtype == torch.bfloat16 and all(is_exact(a, dtype) for a in args)
 
     def load(index: Sequence[Expr]) -> Expr:
         result = function(*(v.load(index) for v in values))
+        if exact:
+            return cut(result)
         return convert_expr(result, produces or compute, dtype)
 
     return Value(shape, dtype, load)
+
+
+def is_exact(arg: Any, dtype: torch.dtype) -> bool:
+    """Whether a tensor or scalar argument needs no rounding to ``dtype``."""
+    if is_tensor(arg):
+        return dtype_of(arg) == dtype
+    value = number(arg)
+    if not isinstance(value, (int, float)):
+        return False
+    return float(torch.tensor(float(value), dtype=dtype)) == value
 
 
 def negate(condition: Expr) -> Expr:

@@ -19,6 +19,7 @@ from .common import (
     cast,
     dtype_of,
     elementwise,
+    is_exact,
     negate,
     number,
     operand,
@@ -52,14 +53,15 @@ def _float_unary(*names: str) -> Callable[[Function], Function]:
     return register
 
 
-def _same_unary(*names: str) -> Callable[[Function], Function]:
-    """Registers an operator that keeps its argument's dtype."""
+def _same_unary(*names: str, picks: bool = False) -> Callable[[Function], Function]:
+    """Registers an operator that keeps its argument's dtype, and its value if it ``picks``."""
 
     def register(function: Function) -> Function:
         @converter(*names)
         def convert(node: fx.Node, ctx: Context) -> Value:
             arg = node.args[0]
-            return elementwise(node, ctx, [arg], function, opmath(ctx.env[arg].dtype))
+            compute = opmath(ctx.env[arg].dtype)
+            return elementwise(node, ctx, [arg], function, compute, picks=picks)
 
         return function
 
@@ -137,7 +139,7 @@ def _rad2deg(x: Expr) -> Expr:
     return x * like(x, 180.0 / pymath.pi)
 
 
-@_same_unary("neg")
+@_same_unary("neg", picks=True)
 def _neg(x: Expr) -> Expr:
     return -x if is_float(x) else like(x, 0) - x
 
@@ -147,7 +149,7 @@ def _positive(x: Expr) -> Expr:
     return x
 
 
-@_same_unary("abs")
+@_same_unary("abs", picks=True)
 def _abs(x: Expr) -> Expr:
     if is_float(x):
         return tir.abs(x)
@@ -187,13 +189,13 @@ def _sign(x: Expr) -> Expr:
     return tir.Select(x > zero, like(x, 1), below)
 
 
-@_same_unary("relu")
+@_same_unary("relu", picks=True)
 def _relu(x: Expr) -> Expr:
     x = bind(x)
     return tir.Select(x < like(x, 0), like(x, 0), x)
 
 
-@_same_unary("relu6")
+@_same_unary("relu6", picks=True)
 def _relu6(x: Expr) -> Expr:
     return bounded(x, like(x, 0), like(x, 6))
 
@@ -288,9 +290,12 @@ def _leaky_relu(node: fx.Node, ctx: Context) -> Value:
 def _hardtanh(node: fx.Node, ctx: Context) -> Value:
     low, high = number(argument(node, "min_val")), number(argument(node, "max_val"))
     compute = opmath(dtype_of(node))
-    return elementwise(
-        node, ctx, [node.args[0]], lambda x: bounded(x, like(x, low), like(x, high)), compute
-    )
+    picks = all(is_exact(limit, torch.bfloat16) for limit in (low, high))
+
+    def function(x: Expr) -> Expr:
+        return bounded(x, like(x, low), like(x, high))
+
+    return elementwise(node, ctx, [node.args[0]], function, compute, picks=picks)
 
 
 @converter("softplus")

@@ -17,7 +17,7 @@ from ..abi import Dim
 from ..emit import Emitter, Expr, expr_dtype
 from ..group import Group, Unsupported
 from ..ops import category, evaluate
-from ..ops.common import convert_expr
+from ..ops.common import convert_expr, convert_products
 from ..ops.scope import define_operator, sharing
 from ..target import Target
 from ..value import Context, Value
@@ -39,12 +39,14 @@ class Epilogue:
     """The nodes after the anchor, evaluated elementwise at the anchor's own index.
 
     ``store(index, value)`` writes every output of the group at a logical ``index`` for which the
-    anchor's result is the scalar expression ``value``, of its ``dtype`` or float32.
+    anchor's result is the scalar expression ``value``, of its ``dtype`` or float32; whether that is
+    a sum of ``products`` tells how it is rounded.
     """
 
     emitter: Emitter
     outputs: list[Value]
     dtype: torch.dtype
+    products: bool
     _current: list[Expr]
 
     @staticmethod
@@ -61,12 +63,16 @@ class Epilogue:
         result = Value(tuple(emitter.outputs[0].shape), first.dtype, lambda _: current[0])
         env[anchor] = result if first is meta else (result,)
         evaluate([n for n in group.nodes if n is not anchor], Context(emitter, env))
-        return Epilogue(emitter, [env[n] for n in group.outputs], first.dtype, current)
+        products = group.kind == "conv"
+        return Epilogue(emitter, [env[n] for n in group.outputs], first.dtype, products, current)
 
     def store(self, index: Sequence[Expr], value: Expr) -> None:
         with sharing():
             if expr_dtype(value) == "float32":
-                value = convert_expr(value, torch.float32, self.dtype)
+                if self.products:
+                    value = convert_products(value, self.dtype)
+                else:
+                    value = convert_expr(value, torch.float32, self.dtype)
             self._current[:] = [value]
             results = [out.load(index) for out in self.outputs]
             for ref, result in zip(self.emitter.outputs, results, strict=True):

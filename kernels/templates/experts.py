@@ -25,7 +25,7 @@ from ..emit import Emitter, Expr
 from ..gates import gate_of
 from ..group import HALF, IO, Group, Unsupported, symbols_of
 from ..ops import argument, category, evaluate
-from ..ops.common import convert_expr
+from ..ops.common import convert_expr, convert_products
 from ..ops.scope import sharing
 from ..target import Target
 from ..value import Context, Value
@@ -312,7 +312,7 @@ class _Body:
                 alternate = self.spec.alternate
                 column = column * 2 + part if alternate else column + part * self.stored
             total = total + convert_expr(self.bias.load([branch, column]), dtype, torch.float32)
-        return convert_expr(total, torch.float32, dtype)
+        return convert_products(total, dtype)
 
 
 def _sizes(most: int) -> list[int]:

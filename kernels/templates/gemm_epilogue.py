@@ -23,7 +23,7 @@ from ..abi import Dim
 from ..emit import Emitter, Expr, Ref
 from ..group import Group, Unsupported
 from ..ops import evaluate
-from ..ops.common import convert_expr
+from ..ops.common import convert_expr, convert_products
 from ..ops.scope import sharing
 from ..value import Context, Value
 from .gemm_spec import GemmSpec, aten, dim_of, match_dims, same
@@ -120,7 +120,7 @@ class Epilogue:
             bias = env[spec.fused_bias].broadcast(self._shape)
             term = convert_expr(bias.load([c.expr for c in index]), bias.dtype, torch.float32)
             value = value + (term if spec.beta == 1 else term * self.em.f32(spec.beta))
-        value = convert_expr(value, torch.float32, spec.dtype)
+        value = convert_products(value, spec.dtype)
         return Value(self._shape, spec.dtype, _only_at(index, spec.shape, lambda: value))
 
     def _view(
