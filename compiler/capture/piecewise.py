@@ -2,8 +2,8 @@
 
 `torch.export.ExportedProgram.run_decompositions` traces the whole program once more, which takes
 longer than the export did, though most operators stay as they are. Here only operators that have
-parts are traced, each alone, and writing in place becomes an ordinary operator where nobody looks
-at what was there before. What is not certain to come out the same is left to torch.
+parts are traced, each alone, and writing in place becomes an ordinary operator. What is not certain
+to come out the same is left to torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ...passes.ir import fake_mode_of, is_mutating, is_random
 from . import ops
 from .decompose import Tables, decomposed_anew, tables
+from .written import PLAIN, chain, laid_out, put_back
 
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "seq_nr")
@@ -139,17 +140,18 @@ class _Pieces:
         raise _Uncertain
 
     def _functional(self, node: fx.Node) -> Any:
-        """An ordinary call for one that writes to its first argument, where that is not seen."""
+        """An ordinary call for one that writes to its first argument."""
         written, now = node.args[0], self.order[node]
         plain = _plain(node.target)
         if plain is None or not isinstance(written, fx.Node):
             raise _Uncertain
-        for other in {n for s in _storages(written) for n in self.sharing[s]}:
-            if other.op != "call_function":
-                raise _Uncertain
-            earlier = self.order[other] < now
-            if earlier and any(self.order[user] > now for user in other.users):
-                raise _Uncertain
+        related = {n for s in _storages(written) for n in self.sharing[s]}
+        if any(other.op != "call_function" for other in related):
+            raise _Uncertain
+        before = sorted((n for n in related if self.order[n] < now), key=self.order.__getitem__)
+        seen = [n for n in before if any(self.order[user] > now for user in n.users)]
+        if seen:
+            return self._renewed(node, written, plain, before, seen)
         made = self._called(node, plain)
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         with self.mode, torch.no_grad():
@@ -158,15 +160,62 @@ class _Pieces:
             raise _Uncertain  # promoted, broadcast or dense where writing in place is not
         return made
 
+    def _renewed(
+        self,
+        node: fx.Node,
+        written: fx.Node,
+        plain: OpOverload,
+        before: list[fx.Node],
+        seen: list[fx.Node],
+    ) -> Any:
+        """What ``node`` writes, after all that shares memory with it, and was made ``before``, was
+        made of that where it is ``seen`` later.
+        """
+
+        def call(target: OpOverload, *args: Any, **kwargs: Any) -> Any:
+            if self._has_parts(node, target):
+                return self._parts(node, target, args, kwargs)
+            new = self.new.create_node("call_function", target, args, kwargs)
+            given, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+            with self.mode, torch.no_grad():
+                value = target(*given, **named)
+            new.meta = {**{k: node.meta[k] for k in _ORIGIN if k in node.meta}, "val": value}
+            return new
+
+        whole = before[0]
+        links = chain(written, whole)
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.env.__getitem__)
+        made = call(plain, *args, **kwargs)
+        shown, value = node.meta["val"], made.meta["val"]
+        if links is None or value.dtype != shown.dtype or value.shape != shown.shape:
+            raise _Uncertain
+        found = put_back(links, self.env, made, call)
+        if not _same_layout(found.meta["val"], whole.meta["val"]):
+            found = laid_out(found, whole.meta["val"], call)
+        if not _same_layout(found.meta["val"], whole.meta["val"]):
+            raise _Uncertain
+        self.env[whole] = found
+        wanted = {*seen, written} if node.users else {*seen}
+        for other in reversed(before):
+            if other in wanted:
+                wanted.update(other.all_input_nodes)
+        for other in before[1:]:
+            if other in wanted and is_mutating(other):
+                self.env[other] = self.env[other.args[0]]  # type: ignore[index]
+            elif other in wanted:
+                self.env[other] = self._made(other)
+        return self.env[written]
+
 
 def _plain(target: Any) -> OpOverload | None:
-    """The pointwise operator that computes what ``target`` writes to its first argument."""
+    """The operator that computes what ``target`` writes to its first argument."""
     namespace, _, name = target._schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
     plain = getattr(packet, target._overloadname, None)
     if not name.endswith("_") or plain is None or plain._schema.is_mutable:
         return None
-    return plain if torch.Tag.pointwise in plain.tags else None
+    known = torch.Tag.pointwise in plain.tags or name.removesuffix("_") in PLAIN
+    return plain if known else None
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -66,19 +66,6 @@ def test_nothing_is_traced_anew(anew: list[Any], is_open: bool) -> None:
             assert torch.equal(got, want)
 
 
-def _by_a_view(x: Tensor) -> Tensor:
-    y = x * 2
-    z = y.view(-1)
-    y.relu_()
-    return z + 1
-
-
-def _of_a_view(x: Tensor) -> Tensor:
-    y = x * 2
-    y.view(-1).relu_()
-    return y + 1
-
-
 def _of_a_strided_view(x: Tensor) -> Tensor:
     y = (x * 2)[:, :1]
     y += x[:, 1:2]
@@ -122,8 +109,6 @@ def _of_a_copy_that_is_none(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "function",
     [
-        _by_a_view,
-        _of_a_view,
         _of_a_strided_view,
         _of_an_item,
         _of_an_input,
