@@ -47,7 +47,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class System:
     """What runs: programs by rank, the host of each (the last one is the caller's), costs by
     segment, bytes by tensor, and the link, whose latency keeps both ends busy by halves.
 
@@ -108,8 +108,8 @@ def predicted(
     hosts = [machines[k // each] for k in range(len(devices))]
     called = options.how() == "processes"
     turns = max(1, cores() // threads) if called else math.inf  # as `local.Ranks` gives
-    ranks = Ranks(programs, [*hosts, machines[0]], segment_costs, nbytes, link, turns, called)
-    return ranks.step() if latency else ranks.period()
+    system = System(programs, [*hosts, machines[0]], segment_costs, nbytes, link, turns, called)
+    return system.step() if latency else system.period()
 
 
 @dataclass
@@ -147,18 +147,18 @@ _Rank = Generator[_Wants, None, None]
 class _Play:
     """Plays ``batches`` batches, ``ahead`` of them in flight at most; when each was done."""
 
-    def __init__(self, ranks: Ranks, batches: int, ahead: int) -> None:
-        self.ranks, self.batches, self.ahead = ranks, batches, ahead
+    def __init__(self, system: System, batches: int, ahead: int) -> None:
+        self.system, self.batches, self.ahead = system, batches, ahead
         self.now = 0.0
         self.results = [0.0] * batches
         self.running: list[_Task] = []
-        programs = ranks.programs
+        programs = system.programs
         self.stages = programs[0].stages
         owners = sum(bool(p.results) for p in programs)
         self.fed = [[_Event() for _ in programs] for _ in range(batches + self.stages - 1)]
-        self.done = [_Event(owners if ranks.called else len(programs)) for _ in range(batches)]
+        self.done = [_Event(owners if system.called else len(programs)) for _ in range(batches)]
         self.arrived: dict[tuple[int, int], _Event] = {}
-        self.turns = {host: _Turns(ranks.turns) for host in ranks.hosts}
+        self.turns = {host: _Turns(system.turns) for host in system.hosts}
         self.ready = [self._feed(), self._watch(), *(self._play(p) for p in programs)]
         self._run()
 
@@ -166,12 +166,12 @@ class _Play:
 
     def _feed(self) -> _Rank:
         """The caller's feeding of batches."""
-        ranks = self.ranks
+        system = self.system
         for k, events in enumerate(self.fed):
-            if ranks.called and self.ahead <= k < self.batches:
+            if system.called and self.ahead <= k < self.batches:
                 yield self.done[k - self.ahead]
-            for p, event in zip(ranks.programs, events, strict=True):
-                if ranks.called:
+            for p, event in zip(system.programs, events, strict=True):
+                if system.called:
                     size = sum(map(self._size, p.inputs)) if k < self.batches else 0.0
                     yield self._message(-1, size)
                 self._come(event)
@@ -193,7 +193,7 @@ class _Play:
                     continue
                 for wire in step.receives:
                     yield self._arrival(batch, wire)
-                turns = self.turns[self.ranks.hosts[rank]]
+                turns = self.turns[self.system.hosts[rank]]
                 yield turns
                 yield self._segment(rank, step.segment)
                 for wire in step.sends:
@@ -206,7 +206,7 @@ class _Play:
             batch = period - self.stages + 1
             if batch < 0:
                 continue
-            if not self.ranks.called:
+            if not self.system.called:
                 self._come(self.done[batch])
             elif program.results:
                 size = sum(map(self._size, program.results))
@@ -216,22 +216,22 @@ class _Play:
                 self.running.append(received)
 
     def _size(self, tensor: str) -> float:
-        return self.ranks.nbytes.get(tensor, 0.0)
+        return self.system.nbytes.get(tensor, 0.0)
 
     def _arrival(self, batch: int, wire: Wire) -> _Event:
         return self.arrived.setdefault((batch, wire.number), _Event())
 
     def _segment(self, rank: int, name: str) -> _Task:
-        host, cost = self.ranks.hosts[rank], self.ranks.costs[name]
+        host, cost = self.system.hosts[rank], self.system.costs[name]
         rate = min(cost.nbytes / cost.seconds, host.alone) if cost.seconds else 0.0
         part = rate / host.alone if cost.cores else 0.0
         return _Task(cost.seconds, cost.cores, host, rate, part, _Event())
 
     def _message(self, rank: int, nbytes: float) -> _Task:
         """One end's half of a message, which is a core's work."""
-        link = self.ranks.link
+        link = self.system.link
         seconds = (link.latency_s + nbytes / link.bandwidth_Bps) / 2
-        return _Task(seconds, 1.0, self.ranks.hosts[rank], 0.0, 0.0, _Event())
+        return _Task(seconds, 1.0, self.system.hosts[rank], 0.0, 0.0, _Event())
 
     # -- time -------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.compiler.placed.predict import Cost, Host, Ranks
+from plait.compiler.placed.predict import Cost, Host, System
 from plait.passes.placement.problem import Link
 from plait.runtime.pipeline import RankProgram, SegmentStep, Wire
 
@@ -47,10 +47,10 @@ def made(edges: Sequence[tuple[int, int]], where: Sequence[int], ranks: int) -> 
 def ranks(
     programs: Sequence[RankProgram], host: Host, costs: Sequence[float], link: Link = FREE,
     nbytes: float = 0.0, read: float = 0.0, turns: float = math.inf,
-) -> Ranks:  # fmt: skip
+) -> System:  # fmt: skip
     each = {str(k): Cost(seconds, 1.0, read) for k, seconds in enumerate(costs)}
     sizes = dict.fromkeys(each, nbytes)
-    return Ranks(programs, [host] * (len(programs) + 1), each, sizes, link, turns)
+    return System(programs, [host] * (len(programs) + 1), each, sizes, link, turns)
 
 
 def test_a_chain_takes_its_segments_and_messages() -> None:
