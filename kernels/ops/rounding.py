@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import tvm
 import tvm.tirx as tir
 
@@ -28,8 +27,7 @@ def rounded(value: Expr, *, products: bool = False) -> Expr:
     Sums of ``products`` below the least normal number may become zero.
     """
     if isinstance(value, tir.FloatImm):
-        bits = torch.tensor(value.value, dtype=torch.bfloat16).view(torch.uint16).item()
-        return tir.reinterpret("bfloat16", bind(tir.IntImm("uint16", bits)))
+        return tir.reinterpret("bfloat16", _nearest(bind(value)))  # LLVM computes it
     operator = _rounded_products if products else _rounded
     return tir.reinterpret("bfloat16", tir.call_intrin("uint16", operator, bind(value)))
 
