@@ -1,8 +1,8 @@
 """Tensors made where others of the same size were freed.
 
 Memory that returns to the system when a tensor is freed is mapped again for the next one, page by
-page: 2 ms for 4 MB, forty times what writing them takes. A process whose tensors come and go in the
-same sizes can keep some of it, and still hold little more than what lives.
+page, which takes longer than writing it does. A process whose tensors come and go in the same sizes
+can keep some of it, and still hold little more than what lives.
 """
 
 from __future__ import annotations
