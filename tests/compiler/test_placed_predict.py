@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plait.compiler.placed import local
 from plait.compiler.placed.predict import Cost, Host, System
 from plait.passes.placement.problem import Link
 from plait.runtime.pipeline import RankProgram, SegmentStep, Wire
@@ -118,3 +120,22 @@ def test_no_prediction_is_below_what_there_is_to_do(
     # Some pipelines repeat after several batches only, and twelve are timed.
     least = max(busiest, sum(costs) / min(cores, turns))
     assert 0.9 * least - 1e-9 <= period <= 1.1 * sum(costs) + 1e-9
+
+
+@pytest.mark.parametrize(("threads", "turns"), [(1, 2), (2, 1), (3, 1)])
+def test_local_ranks_share_the_turns_that_are_predicted(
+    threads: int, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[tuple[int, ...]] = []
+    offers: list[int] = []
+
+    def offered(count: int) -> tuple[int, int]:
+        offers.append(count)
+        return os.pipe()
+
+    monkeypatch.setattr(local, "cores", lambda: 2)
+    monkeypatch.setattr(local, "offered", offered)
+    monkeypatch.setattr(local.Ranks, "_start", lambda _, ends: shared.append(ends))
+    local.Ranks(2, 1.0, threads).close()
+    assert offers == ([turns] if turns < 2 else [])
+    assert [len(ends) for ends in shared] == ([2, 2] if turns < 2 else [0, 0])

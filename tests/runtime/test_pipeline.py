@@ -176,6 +176,37 @@ def test_several_batches_are_in_flight() -> None:
     assert [name for name, _ in seen] == ["A", "A", "A", "C"]
 
 
+def test_a_turn_is_kept_until_all_is_sent_and_not_while_waiting() -> None:
+    did: list[str] = []
+
+    class Noted:
+        def send(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
+            did.append("send")
+            return Later(lambda: True)
+
+        def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
+            did.append("ask")
+            return Later(lambda: did.append("wait") is None)
+
+        def __enter__(self) -> None:
+            did.append("turn")
+
+        def __exit__(self, *_: object) -> None:
+            did.append("over")
+
+    def empty(shape: Sequence[int], strides: None, dtype: torch.dtype) -> torch.Tensor:
+        did.append("room")
+        return torch.zeros(shape, dtype=dtype)
+
+    noted = Noted()
+    player = Player(zigzag()[0], SEGMENTS, noted, turns=noted, empty=empty)
+    player.feed({"x": torch.ones(2)})
+    while player.busy:
+        player.drain()
+    first, last = ["turn", "send", "send", "over"], ["wait", "turn", "send", "over"]
+    assert did == [*first, "room", "ask", *last]
+
+
 def test_a_broken_link_names_the_other_rank() -> None:
     class Broken:
         def send(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
