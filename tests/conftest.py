@@ -8,11 +8,16 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch starts: idle OpenMP threads of parallel test processes must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+
+# How long an example takes says how busy the machine is: nothing is wrong where it is slow.
+settings.register_profile("plait", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("plait")
 
 
 def pytest_collection_finish() -> None:

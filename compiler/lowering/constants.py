@@ -13,6 +13,7 @@ from ...passes.ir import attribute, branches_of
 from ...passes.prefetch_weights import BRANCH, EXPERTS, TIERED
 from ...passes.remarks import Remark
 from ...runtime.bank import Bank
+from ...runtime.pages import Pool
 from ..weights.budget import WeightStore
 from .lowered import Absent, Kernels
 from .select import missed
@@ -31,6 +32,7 @@ class Constants:
         self, graph_module: fx.GraphModule, kernels: Kernels, store: WeightStore | None
     ) -> None:
         self._graph_module, self._kernels, self._store = graph_module, kernels, store
+        self._pool = Pool()
         self.tensors: dict[str, torch.Tensor] = {}
         self.banks: dict[str, Bank] = {}
         self.whole: dict[str, Bank] = {}
@@ -73,7 +75,7 @@ class Constants:
             self.whole[name] = bank = self._store.bank(tensor, pack, whole=True)
             self.tensors[name] = bank.tensor[0]
         else:
-            self.tensors[name] = self._kernels.pack(tensor, pack)
+            self.tensors[name] = self._pool.place(self._kernels.pack(tensor, pack))
         if kind is not None:
             self._file(node)
         if source.is_meta:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ...kernels import packing
+from ...runtime.pages import settle
 from ..errors import FileError
 from .safetensors_file import Stored, stored
 
@@ -161,7 +162,8 @@ def fill(*lowered: tuple[Lowered, Source]) -> None:
     wanted.sort(key=lambda item: item[:2])
     with torch.no_grad():
         for _, _, part, name, source in wanted:
-            part.constants[name] = _made(part.absent[name], source, part.constants[name])
+            made = _made(part.absent[name], source, part.constants[name])
+            part.constants[name] = settle(made)
     for part, _ in parts:
         part.absent.clear()
 
