@@ -25,7 +25,7 @@ from .capture.arguments import (
     argument_names,
     canonical,
     canonical_tree,
-    default_device,
+    defaults,
     is_plain,
     is_wrapped,
     positional,
@@ -57,7 +57,6 @@ MAX_KEYS = 4096
 
 _VALUES = frozenset(SCALARS)
 _autocast = torch._C._is_any_autocast_enabled
-_default_dtype = torch.get_default_dtype
 
 
 class Dispatcher:
@@ -83,7 +82,7 @@ class Dispatcher:
         self._restless = False  # whether it changes itself at every call
         self._fleeting = 0  # how often in a row no program served two calls; see MAX_FLEETING
         self._structure = Structure(self.modules)
-        self._default, self._device = torch.get_default_dtype(), default_device()
+        self._defaults = defaults()
         self.signature = signature_of(target) if signature is None else signature
         owners = self.modules if shell is None else [shell]
         self.specialiser = Specialiser(
@@ -192,11 +191,7 @@ class Dispatcher:
             return self._original(args, kwargs)
         if watched():
             return self._original(args, kwargs)
-        if (
-            self._structure.changed()
-            or _default_dtype() is not self._default
-            or default_device() != self._device
-        ):
+        if self._outgrown():
             self._outgrow()
         if self._structure.trains:
             self.notes.say(
@@ -451,11 +446,17 @@ class Dispatcher:
         self.notes.add("PLT-CAP-014", "weights changed; they were prepared again", kind="note")
         return True
 
+    def _outgrown(self) -> bool:
+        """Whether the model, or what its tensors are made like, is another now."""
+        return self._structure.changed() or defaults() != self._defaults
+
     def _outgrow(self) -> None:
         """Drops the programs of a model that is another now. Where it is at nearly every call, the
         original runs from now on.
         """
         with self._lock:
+            if not self._outgrown():
+                return  # it was being captured in another thread, for which settings change
             programs = self.programs
             served = any(p.calls > 1 for p in programs)
             self._fleeting = 0 if served else self._fleeting + bool(programs)
@@ -476,7 +477,7 @@ class Dispatcher:
                 self._buckets.clear()
                 self.specialiser.forget_weights()
             self._structure.snapshot()
-            self._default, self._device = torch.get_default_dtype(), default_device()
+            self._defaults = defaults()
 
     @property
     def programs(self) -> list[Program]:

@@ -15,7 +15,7 @@ from .capture.arguments import shares_memory
 from .capture.captured import Captured
 from .capture.state import Given, apply
 from .capture.tree import unflatten
-from .guards.watch import Watch, locate
+from .guards.watch import Watch, is_list, locate
 from .options import Executable
 
 COUNTER = "num_batches_tracked"
@@ -60,7 +60,7 @@ class Program:
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether values of the call's tensors decide as they did when this was captured."""
         decisions = self.captured.decisions
-        if not all(isinstance(vars(m).get(name), Tensor) for m, name, _ in self._assigned):
+        if not all(_alike(vars(m).get(name), slot) for m, name, slot in self._assigned):
             return False
         return decisions is None or decisions.hold(tensors)
 
@@ -159,7 +159,8 @@ class Program:
         for update in captured.updates:
             apply(update, objects[update.number], leaf)
         for module, name, slot in self._assigned:
-            setattr(module, name, leaf(slot))
+            value = [leaf(x) for x in slot] if isinstance(slot, list) else leaf(slot)
+            setattr(module, name, value)
         return unflatten(captured.out_tree, leaves)
 
     def _write_back(self, inputs: list[Tensor], results: list[Tensor]) -> list[Tensor]:
@@ -244,6 +245,13 @@ def _index(modules: Sequence[nn.Module]) -> dict[Any, tuple[dict[str, Any], str]
                 if tensor is not None:
                     found.setdefault(_memory(tensor), (place, key))
     return found
+
+
+def _alike(value: Any, slot: Any) -> bool:
+    """Whether an attribute is a tensor, or a list of as many, as that which a run puts there."""
+    if isinstance(slot, list):
+        return is_list(value) and len(value) == len(slot)
+    return isinstance(value, Tensor)
 
 
 def _memory(tensor: Tensor) -> Any:

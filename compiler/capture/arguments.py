@@ -55,12 +55,14 @@ def watched() -> bool:
     )
 
 
-def default_device() -> torch.device | None:
-    """Where new tensors are made, as `torch.set_default_device` says; None where nothing does."""
+def defaults() -> tuple[torch.dtype, torch.device | None]:
+    """Type and place of new tensors, as `torch.set_default_dtype` and `torch.set_default_device`
+    say; the place is None where nothing does.
+    """
     if not _functions():
-        return None
+        return torch.get_default_dtype(), None
     found = (m.device for m in reversed(_function_modes()) if type(m) is DeviceContext)
-    return next(found, None)
+    return torch.get_default_dtype(), next(found, None)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ does not. Triangular systems of linear attention become a program for each row o
 sizes are guarded and every operator runs: what eager mode chooses is right, shorter, and what
 results are compared with. Of what depends on a mask's values, see `masks`. Outputs that parts
 record are kept in one place for all models, where a model within another one ends the other's. Of
-padding in torch's own encoders, see `encoders`.
+padding in torch's own encoders, see `encoders`, of recurrent layers `recurrent`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .encoders import encoders
+from .recurrent import recurrences
 
 QUESTION = "is_torchdynamo_exporting"
 """The library's name of the question whether a model is being exported."""
@@ -54,7 +55,7 @@ def as_eager(roots: Iterable[nn.Module]) -> Iterator[None]:
             if question in names:
                 placed.append((names, question, names[question]))
                 names[question] = lambda: False
-        with _SwitchedOff(), encoders(roots):
+        with _SwitchedOff(), encoders(roots), recurrences(roots):
             yield
     finally:
         for names, question, original in placed:

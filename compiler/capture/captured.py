@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,8 @@ class Captured:
             over the symbols, a 1-tuple ``(value,)``, or what the call was `Given`.
         updates: what becomes of the state objects among the arguments.
         assigned: results that become attributes: (module's number, name, leaf), modules numbered
-            as by `Attributes`, leaves as in ``updates``. Each replaces a tensor not looked at.
+            as by `Attributes`, leaves as in ``updates``, or a list of such. Each replaces a tensor,
+            or a list of as many, not looked at.
         routes: how its calls were routed, once that was learned from them.
         names: for every ``get_attr`` target of the graph the model's own name of the tensor.
         aliases: further names of tied tensors, with the attribute that holds them.
@@ -148,7 +150,7 @@ class Captured:
         lines = ["def function(shapes):"]
         lines += [f"    {n} = shapes[{i}][{d}]" for n, (i, d) in self.symbols.items()]
         lines.append(f"    return {result}")
-        namespace: dict[str, Any] = {"math": __import__("math")}
+        namespace: dict[str, Any] = {"math": math, "torch": torch}  # which the printer names
         exec("\n".join(lines), namespace)  # the text is printed from expressions, never read
         return namespace["function"]
 

@@ -34,6 +34,7 @@ from .masks import MaskError
 from .padding import padded_sizes
 from .piecewise import decomposed
 from .quiet import functions_kept, quiet
+from .substitution import substituted
 from .traced import Traced
 from .tree import Tree, flatten_call
 
@@ -148,7 +149,7 @@ def _export(
         finally:
             attributes.restore()
 
-    with chosen(roots), routed_experts(target) as count:
+    with chosen(roots), substituted(roots), routed_experts(target) as count:
         if not count:
             return export(), []
         try:

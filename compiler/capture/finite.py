@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .source import compiled, definition, loads
+
 QUESTIONS = frozenset(("isfinite", "isinf", "isnan"))
 PURE = frozenset(("clamp", "finfo", "nan_to_num", "where"))
 """Functions of torch that a branch may call."""
@@ -102,47 +104,17 @@ def _code(function: types.FunctionType) -> types.CodeType | None:
     """The code of ``function`` with choices in place of branches; None where there are none."""
     code = function.__code__
     asks = QUESTIONS.intersection(code.co_names) and {"all", "any"}.intersection(code.co_names)
-    if not asks or code.co_freevars or hasattr(function, "__wrapped__"):
+    found = definition(function) if asks else None
+    if found is None:
         return None
-    if function.__globals__.get("torch") is not torch:
-        return None
-    try:
-        source = inspect.getsource(function)
-        inner = source[:1].isspace()  # stays so: its texts of several lines would change
-        tree = ast.parse(f"class _:\n{source}" if inner else source)
-    except (OSError, SyntaxError):
-        return None
-    ast.increment_lineno(tree, code.co_firstlineno - 1 - inner)
-    if isinstance(tree.body[0], ast.ClassDef):
-        tree.body = tree.body[0].body
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef):
-        return None
-    if _written(_compiled(tree, code)) != _written(code):
-        return None  # the file is not what was loaded
-    branches = [x for x in ast.walk(definition) if isinstance(x, ast.If) and _computes(x)]
-    loads = sum(_loads(b, n) for b in branches for n in _temporary(b))
+    tree, body = found
+    branches = [x for x in ast.walk(body) if isinstance(x, ast.If) and _computes(x)]
+    inside = sum(loads(b, n) for b in branches for n in _temporary(b))
     names = {n for b in branches for n in _temporary(b)}
-    if not branches or loads != sum(_loads(definition, n) for n in names):
+    if not branches or inside != sum(loads(body, n) for n in names):
         return None  # what only a branch sets is read elsewhere
-    _Choices(branches).visit(definition)
-    return _compiled(ast.fix_missing_locations(tree), code)
-
-
-def _compiled(tree: ast.Module, like: types.CodeType) -> types.CodeType:
-    for node in ast.walk(tree):  # annotations may name what is only there for checkers
-        if isinstance(node, ast.arg):
-            node.annotation = None
-        elif isinstance(node, ast.FunctionDef):
-            node.returns = None
-    module = compile(tree, like.co_filename, "exec", dont_inherit=True)
-    return next(x for x in module.co_consts if isinstance(x, types.CodeType))
-
-
-def _written(code: types.CodeType) -> Any:
-    """What tells functions apart. Instructions also depend on what else is in a file."""
-    constants = [repr(x) for x in code.co_consts if not isinstance(x, types.CodeType)]
-    return code.co_name, code.co_names, code.co_varnames, constants
+    _Choices(branches).visit(body)
+    return compiled(tree, code)
 
 
 def _computes(branch: ast.If) -> bool:
@@ -173,16 +145,11 @@ def _set(branch: ast.If) -> list[str]:
 
 def _kept(branch: ast.If) -> list[str]:
     """Names that a branch sets and that are set before: it is asked about them."""
-    return [n for n in _set(branch) if _loads(branch.test, n)]
+    return [n for n in _set(branch) if loads(branch.test, n)]
 
 
 def _temporary(branch: ast.If) -> list[str]:
-    return [n for n in _set(branch) if not _loads(branch.test, n)]
-
-
-def _loads(node: ast.AST, name: str) -> int:
-    names = [x for x in ast.walk(node) if isinstance(x, ast.Name) and x.id == name]
-    return sum(isinstance(x.ctx, ast.Load) for x in names)
+    return [n for n in _set(branch) if not loads(branch.test, n)]
 
 
 class _Choices(ast.NodeTransformer):

@@ -63,7 +63,8 @@ class CheckedSizes(TorchFunctionMode):
 
 
 class Untouched(TorchFunctionMode):
-    """Within it, ``touched`` tells whether a function of torch was given one of some tensors."""
+    """Within it, ``touched`` tells whether a function of torch was given one of some tensors, or
+    they were in what `look` was shown."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -78,14 +79,15 @@ class Untouched(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if self._tensors and not self.touched:
-            self._look((args, kwargs))
+            self.look((args, kwargs))
         return func(*args, **(kwargs or {}))
 
-    def _look(self, value: Any) -> None:
+    def look(self, value: Any) -> None:
+        """Looks for the tensors in ``value``."""
         if isinstance(value, torch.Tensor):
             self.touched |= any(value is t for t in self._tensors)
         elif isinstance(value, (tuple, list)):
             for part in value:
-                self._look(part)
+                self.look(part)
         elif isinstance(value, dict):
-            self._look(list(value.values()))
+            self.look(list(value.values()))

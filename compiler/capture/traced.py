@@ -65,7 +65,8 @@ class Traced(nn.Module):
             raise CaptureError(
                 "PLT-CAP-005", "the program changes a container it is given", "return it instead"
             )
-        assigned = self._assigned(untouched)
+        flat, out_tree = flatten(out, objects=True, marks=tracked.given)
+        assigned = self._assigned(untouched, flat)
         changed = self.attributes.changed() if self.attributes is not None else None
         if changed is not None:
             error = ChangeError(
@@ -75,25 +76,26 @@ class Traced(nn.Module):
             )
             error.noticed = changed[1]
             raise error
-        flat, out_tree = flatten(out, objects=True, marks=tracked.given)
         changes = list(tracked.changes())
         found: list[torch.Tensor] = []
         own = {id(t): Given(i, tensor=True) for i, t in enumerate(tensors)}
         # Not the tensors themselves: export objects to fake tensors that survive the trace.
         slots = [_slot(x, found, {}) for x in flat]
         updates = [Update(n, t, [_slot(x, found, own) for x in xs]) for n, xs, t in changes]
-        kept = [(i, name, _slot(x, found, own)) for i, name, x in assigned]
+        kept = [(i, name, _slots(x, found, own)) for i, name, x in assigned]
         if not found:
             raise CaptureError("PLT-CAP-007", "no result is a tensor")
+        self.result.given = {n: own[id(t)] for n, t in enumerate(found) if id(t) in own}
         self.result.value = out_tree, slots, updates, kept
         return tuple(found)
 
-    def _assigned(self, untouched: Untouched) -> list[tuple[int, str, torch.Tensor]]:
-        """Attributes that the program gives other tensors without a look at those they held. They
-        are put back, and a run will assign them.
+    def _assigned(self, untouched: Untouched, result: list[Any]) -> list[tuple[int, str, Any]]:
+        """Attributes that the program gives other tensors, or lists of them, without a look at what
+        they held. They are put back, and a run will assign them.
         """
         attributes = self.attributes
         found = [] if attributes is None else list(attributes.replaced())
+        untouched.look([result, [x for _, _, x in found]])
         if attributes is None or untouched.touched:
             return []
         for number, name, _ in found:
@@ -105,9 +107,17 @@ class _Holder:
     """Keeps a value set while tracing: export puts plain attributes of a module back."""
 
     value: tuple[Tree, list[Any], list[Update], list[tuple[int, str, Any]]]
+    given: dict[int, Given]  # results that are arguments themselves
 
     def __init__(self) -> None:
         self.reads: set[Read] = set()
+
+
+def _slots(value: Any, found: list[torch.Tensor], given: Mapping[int, Given]) -> Any:
+    """`_slot` of a tensor, or of each in a list."""
+    if isinstance(value, list):
+        return [_slot(x, found, given) for x in value]
+    return _slot(value, found, given)
 
 
 def _slot(leaf: Any, found: list[torch.Tensor], given: Mapping[int, Given]) -> Any:

@@ -119,8 +119,8 @@ _STATE = frozenset(
     ("transformers.cache_utils", name)
     for name in ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin")
 )
-COUNTERS = frozenset({"cumulative_length", "cumulative_length_int"})
-"""Attributes of state objects: how many tokens a sliding window has seen."""
+COUNTERS = frozenset({"cumulative_length", "cumulative_length_int", "max_cache_len"})
+"""Attributes of state objects: how many tokens a window has seen, or a cache has room for."""
 _is_state: dict[type, bool] = {}
 
 

@@ -192,14 +192,15 @@ class Attributes:
         self._before = [(vars(m), {k: _kept(v) for k, v in vars(m).items()}) for m in modules]
         self._derived = list(map(_derived, modules))
         self._weights: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._held: list[dict[str, Tensor]] = []
+        self._held: list[dict[str, Tensor | list[Tensor]]] = []
 
     def begin(self) -> None:
         """Notes the weights: to be called where tracing has put its own in their places."""
         tables = (now[name] for now, _ in self._before for name in ("_parameters", "_buffers"))
         self._weights = [(table, dict(table)) for table in tables]
         self._held = [
-            {k: v for k, v in now.items() if isinstance(v, Tensor)} for now, _ in self._before
+            {k: v for k, v in now.items() if isinstance(v, Tensor) or is_list(v)}
+            for now, _ in self._before
         ]
 
     def changed(self) -> tuple[str, bool] | None:
@@ -223,22 +224,28 @@ class Attributes:
                     noticed = name, True
         return noticed
 
-    def replaced(self) -> Iterator[tuple[int, str, Tensor]]:
-        """(number of the module, name, tensor) of every plain attribute that held another tensor
-        when tracing began.
+    def replaced(self) -> Iterator[tuple[int, str, Tensor | list[Tensor]]]:
+        """(number of the module, name, value) of every plain attribute that held another tensor, or
+        another list of as many tensors, when tracing began.
         """
+        weights = [weight for _, held in self._weights for weight in held.values()]
         for i, ((now, before), held) in enumerate(zip(self._before, self._held, strict=True)):
             for name, old in held.items():
                 new = now.get(name)
-                if not isinstance(new, Tensor) or new is old or name not in before:
+                if new is old or name not in before:
                     continue
-                if not any(new is weight for _, held in self._weights for weight in held.values()):
+                if isinstance(old, list) and (not is_list(new) or len(new) != len(old)):
+                    continue
+                if isinstance(old, Tensor) and not isinstance(new, Tensor):
+                    continue
+                if not any(t is weight for t in _tensors(new) for weight in weights):
                     yield i, name, new
 
     def held(self) -> Iterator[Tensor]:
-        """Tensors that were plain attributes when tracing began."""
+        """Tensors that were plain attributes, or in lists that were, when tracing began."""
         for attributes in self._held:
-            yield from attributes.values()
+            for value in attributes.values():
+                yield from _tensors(value)
 
     def put_back(self, number: int, name: str) -> None:
         """Undoes a change of one attribute."""
@@ -259,6 +266,15 @@ class Attributes:
                 elif isinstance(value, dict | set):
                     value.clear()
                     value.update(content)
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value is a list of tensors, and of nothing else."""
+    return type(value) is list and bool(value) and all(isinstance(v, Tensor) for v in value)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else value
 
 
 _TABLES = frozenset({"_parameters", "_buffers", "_modules"})

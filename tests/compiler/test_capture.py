@@ -248,6 +248,24 @@ def test_linear_algebra_is_captured_and_still_checks_its_arguments(name: str) ->
         compiled(bad)
 
 
+def test_labels_end_at_the_first_that_is_none() -> None:
+    model = nn.MultiLabelMarginLoss(reduction="none").eval()
+    compiled = plait.compile(model, tune="off", pipeline="normalize")
+    x, labels = torch.randn(3, 5), torch.tensor([[3, 0, -1, 1, 2], [1, -1, 1, 0, 0], [-1] * 5])
+    torch.testing.assert_close(compiled(x, labels), model(x, labels))
+
+
+def test_guards_may_be_about_fractions() -> None:
+    def upper(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.shape[0] * 0.7 > 3.5 else x - 1
+
+    compiled = plait.compile(upper, tune="off", pipeline="normalize")
+    for size in (3, 4, 5, 6, 7, 2):
+        x = torch.randn(size)
+        torch.testing.assert_close(compiled(x), upper(x))
+    assert len(compiled.programs) <= 4
+
+
 def test_strides_of_sizes_of_one_need_no_symbols() -> None:
     """A part of a batch has its strides; where it has a single row they mean nothing."""
     compiled = plait.compile(lambda x: (x + 1).sum(1), tune="off")

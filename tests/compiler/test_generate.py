@@ -232,6 +232,21 @@ def test_a_sliding_window_does_not_take_a_program_for_each_token(cache: str) -> 
     assert len(compiled.programs) <= 6
 
 
+def test_static_caches_of_other_sizes_share_programs(mixtral: Made) -> None:
+    model, compiled = mixtral.model, plait.compile(mixtral.model, tune="off", pipeline="normalize")
+    with torch.no_grad():
+        for room, length in ((16, 5), (19, 7), (24, 9), (30, 6)):
+            mine, theirs = (
+                transformers.StaticCache(config=model.config, max_cache_len=room) for _ in range(2)
+            )
+            for ids in (torch.randint(3, 60, (2, length)), torch.full((2, 1), 4)):
+                have = compiled(input_ids=ids, past_key_values=mine)
+                want = model(input_ids=ids, past_key_values=theirs)
+                torch.testing.assert_close(have.logits, want.logits, rtol=1e-5, atol=1e-6)
+            assert mine.layers[1].max_cache_len == mine.layers[0].keys.shape[2] == room
+    assert len(compiled.programs) == 4 and runs(compiled) == 8
+
+
 def test_counters_of_caches_are_sizes_and_come_back_as_numbers() -> None:
     layer = transformers.cache_utils.DynamicSlidingWindowLayer(8)
     layer.cumulative_length = 3

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import plait
+from plait.compiler.dispatch import MAX_FLEETING
 from plait.compiler.guards import quick, watch
 from plait.compiler.guards.layout import dict_tag, tensor_layout
 from plait.compiler.guards.watch import Structure, Watch, locate
@@ -408,6 +409,44 @@ def test_a_change_is_noticed_beside_other_threads() -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def test_who_waits_for_a_capture_in_another_thread_forgets_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 2.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale
+
+    model, x = Scaled().eval(), torch.ones(3)
+    compiled = plait.compile(model, tune="off")
+    compiled(x)
+    (program,) = compiled.programs
+    dispatcher = compiled._dispatcher
+    asked, changed = threading.Semaphore(0), dispatcher._structure.changed
+
+    def asks() -> bool:
+        try:
+            return changed()
+        finally:
+            asked.release()
+
+    monkeypatch.setattr(dispatcher._structure, "changed", asks)
+    threads = [threading.Thread(target=compiled, args=(x,)) for _ in range(MAX_FLEETING + 1)]
+    with dispatcher._lock:
+        model.scale = 3.0  # as a capture does with settings of Hugging Face's
+        for thread in threads:
+            thread.start()
+            assert asked.acquire(timeout=10)
+        model.scale = 2.0
+    for thread in threads:
+        thread.join()
+    assert list(compiled.programs) == [program]
+    assert "PLT-CAP-026" not in {r.id for r in compiled.remarks}
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,11 @@ def test_integer_division_by_zero_is_an_error(function: Callable[..., Any]) -> N
 def test_the_extreme_of_nothing_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="max"):
         compile(lambda x: x.max() + 1)(torch.randn(0, 3))
+    compiled = compile(lambda x: x.min(0))
+    assert torch.equal(compiled(torch.eye(3)).values, torch.zeros(3))
+    with pytest.raises(IndexError, match="non-zero size"):
+        compiled(torch.randn(0, 3))
+    assert compiled(torch.randn(3, 0)).indices.shape == (0,)
 
 
 def test_assertions_of_the_model_are_kept() -> None:
