@@ -104,6 +104,8 @@ def memory_order(value: torch.Tensor) -> list[int] | None:
     orders = [dims, [*dims[:1], *dims[2:], *dims[1:2]]]
     if all(isinstance(stride, int) for stride in value.stride()):
         orders.append(sorted(dims, key=lambda d: (-value.stride(d), d)))
+    else:
+        orders.append(_by_steps(value))
     for order in orders:
         reach: Any = 1
         for d in reversed(order):
@@ -113,6 +115,18 @@ def memory_order(value: torch.Tensor) -> list[int] | None:
         else:
             return order
     return None
+
+
+def _by_steps(value: torch.Tensor) -> list[int]:
+    """The order in which each dimension steps over those within it, as far as there is one."""
+    left, order = list(range(value.dim())), list[int]()
+    reach: Any = 1
+    while left:
+        inner = next((d for d in reversed(left) if same_size(value.stride(d), reach)), left[-1])
+        left.remove(inner)
+        order.insert(0, inner)
+        reach = reach * value.shape[inner]
+    return order
 
 
 def _rewrite(

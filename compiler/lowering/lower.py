@@ -44,7 +44,6 @@ from .storage import Place, Storage, buffer_bytes, is_tensor, runs_parts, split_
 from .subgraphs import bound_symbols, subgraph_call
 
 aten = torch.ops.aten
-NO_STEP = ("view", "concat")
 
 
 def lower(
@@ -283,6 +282,9 @@ class _Lowering:
             kind, selector, graphs, refs = "cond", args[0], args[1:3], args[3]
         else:
             kind, selector, graphs, refs = "rows", args[2], args[0], (args[1], *args[3])
+        results: Any = self._results(node)
+        if not all(ref.dtype for ref in results):
+            raise NotImplementedError("how many rows it has, only the data tell")
         names = []
         for b, graph in enumerate(graphs):
             name = str(graph.target)
@@ -304,7 +306,7 @@ class _Lowering:
             plans=tuple(names),
             selector=self._operand(selector),
             refs=tuple(map(self._operand, refs)),
-            results=self._results(node),  # type: ignore[arg-type]
+            results=results,
             group=number,
             router="" if router is None else f"{router[0]}#{router[1]}",
             sized=self._sized_plans(node, names),

@@ -19,6 +19,7 @@ import torch.fx as fx
 from ...kernels import routing_rows
 from ...kernels.abi import TensorArg, contiguous_strides
 from ...kernels.group import Group
+from ...passes.strided import memory_order
 from .. import sizes
 from .orders import (
     Halo,
@@ -28,7 +29,6 @@ from .orders import (
     channels_last,
     fake,
     followed,
-    is_dense,
     natural,
     spread,
     torchs_order,
@@ -153,6 +153,7 @@ class Storage:
         self.inputs: list[fx.Node] = []
         (self.output,) = (n for n in graph_module.graph.nodes if n.op == "output")
         self._returned = set(self.output.all_input_nodes)
+        self._shown = {self._base(x) for x in self._returned}
         self._orders = self._find_orders()
         self._member: dict[fx.Node, fx.Node] = {}
         for group in self.groups:
@@ -214,13 +215,17 @@ class Storage:
         for x in whole:
             if fake(x).shape != fake(node).shape or torchs_order(fake(x)) != order:
                 return None
-            base = x
-            while (owner := self.owner.get(base)) is not None and owner.kind == "view":
-                base = base.all_input_nodes[0]
+            base = self._base(x)
             torchs = torchs_order(fake(base))
             if torchs is None or orders.get(base, natural(fake(base))) != torchs:
                 return None  # it does not lie as torch would have it
         return order if whole else None
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        """What a view shows; any other node itself."""
+        while (owner := self.owner.get(node)) is not None and owner.kind == "view":
+            node = node.all_input_nodes[0]
+        return node
 
     def _find_halos(self, halo_of: Callable[[fx.Node], Halo]) -> dict[fx.Node, Halo]:
         halos: dict[fx.Node, Halo] = {}
@@ -319,7 +324,7 @@ class Storage:
             return
         if self.library(group):
             self._place_library(node, value)
-        elif group.kind == "view" and self._place_view(node, value):
+        elif group.kind == "view" and self._place_view(node):
             return
         elif node in group.outputs and is_tensor(node):
             if group.kind == "view":
@@ -346,7 +351,7 @@ class Storage:
                     parts.append(None)
             self.places[node] = tuple(parts)
 
-    def _place_view(self, node: fx.Node, value: Any) -> bool:
+    def _place_view(self, node: fx.Node) -> bool:
         base = next((a for a in node.all_input_nodes if is_tensor(a)), None)
         if base is None:
             return False
@@ -365,7 +370,8 @@ class Storage:
         cat = self._member.get(node)
         if cat is None:
             kind = "output" if node in self._returned else "arena"
-            self._own(node, kind)
+            free = node in self._shown and node not in self._orders and node not in self._halo
+            self._own(node, kind, self._torchs(node) if free else None)
             return
         if cat not in self.places:
             self._place_result(cat)
@@ -383,6 +389,12 @@ class Storage:
             whole, shape=shape, offset=whole.offset + start * whole.strides[axis]
         )
 
+    def _torchs(self, node: fx.Node) -> Sequence[Int]:
+        """The strides that torch gives a result, unless they leave gaps."""
+        value = fake(node)
+        dense = memory_order(value) is not None
+        return value.stride() if dense else contiguous_strides(tuple(value.shape))
+
     def _own(self, node: fx.Node, kind: str, strides: Sequence[Int] | None = None) -> None:
         value = fake(node)
         shape = tuple(value.shape)
@@ -391,7 +403,7 @@ class Storage:
         if kind == "const":
             strides = value.stride()
         if kind == "output" and strides is None:
-            strides = value.stride() if is_dense(value) else contiguous_strides(shape)
+            strides = self._torchs(node)
         elif strides is None and node in self._orders:
             halo = self._halo.get(node, halo)
             strides, offset, elements = spread(shape, halo, self._orders[node])

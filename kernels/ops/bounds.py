@@ -134,6 +134,11 @@ def _check_extreme(node: fx.Node) -> str | None:
     return "there are no elements" if 0 in source.meta["val"].shape else None
 
 
+@check("max.dim", "min.dim")
+def _check_extreme_along(node: fx.Node) -> str | None:
+    return "rows have no elements" if _size(node.args[0], node.args[1]) == 0 else None
+
+
 def limits(node: Any) -> Limits | None:
     """Limits that the integers in ``node``'s value provably keep, or None."""
     if not isinstance(node, fx.Node):

@@ -81,3 +81,19 @@ def test_no_bet_on_the_route_of_no_cells(monkeypatch: pytest.MonkeyPatch) -> Non
     for n in (6, 1):
         torch.testing.assert_close(compiled(usual[:n]), model(usual[:n]))
     assert len(compiled.programs) == 2
+
+
+def test_cells_of_which_only_data_tell_how_many() -> None:
+    router = plait.Router(
+        [nn.Linear(4, 4), nn.ReLU()], Does(lambda x: (x[:, 0] > 0.5).long()), combine="sum"
+    )
+    model = Does(lambda x: router(x[x[:, 1] > 0]) * 2)
+    model.router = router
+    compiled = plait.compile(model.eval(), tune="off")
+    for n in (7, 4, 1):
+        for sign in (1, -1):  # then, there are none
+            x = torch.randn(n, 4)
+            x[:, 1] = sign * x[:, 1].abs()
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), model(x))
+    assert any(r.id == "PLT-BRN-007" for r in compiled.remarks)

@@ -253,6 +253,48 @@ def test_an_attribute_that_is_read_runs_the_original() -> None:
     assert "PLT-CAP-019" in ids(compiled)
 
 
+class Pyramid(nn.Module):
+    """Keeps a list of levels; ``reads`` tells what becomes of the list before."""
+
+    def __init__(self, reads: str = "") -> None:
+        super().__init__()
+        self.reads = reads
+        self.levels = [torch.tensor(0.0)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        before = self.levels
+        self.levels = [x * 2, x.sum(0)] + (before[-2:] if self.reads == "kept" else [])
+        for _ in range(2):
+            self.levels.append(self.levels[0] + 1)
+        last = before[-1] if self.reads == "last" else x * 3
+        return last, sum((t.mean() for t in self.levels), torch.tensor(0.0))
+
+
+def test_a_list_of_tensors_is_left_as_the_original_leaves_it() -> None:
+    model, twin = Pyramid().eval(), Pyramid().eval()
+    compiled = compile(model)
+    for rows in (3, 3, 5, 7, 1, 0):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(compiled(x), twin(x), equal_nan=True)
+        torch.testing.assert_close(model.levels, twin.levels)
+    assert "PLT-CAP-019" not in ids(compiled) and compiled.plan is not None
+    model.levels = twin.levels = []
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(compiled(x), twin(x))
+    torch.testing.assert_close(model.levels, twin.levels)
+
+
+@pytest.mark.parametrize("reads", ["kept", "last"])
+def test_a_list_of_tensors_that_is_read_runs_the_original(reads: str) -> None:
+    model, twin = Pyramid(reads).eval(), Pyramid(reads).eval()
+    compiled = compile(model)
+    for _ in range(4):
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(compiled(x), twin(x))
+        torch.testing.assert_close(model.levels, twin.levels)
+    assert "PLT-CAP-019" in ids(compiled)
+
+
 def test_an_attribute_may_be_what_was_given() -> None:
     class Keeping(nn.Module):
         kept: Tensor | None = None
