@@ -82,11 +82,6 @@ class CudaBundle:
     failed: dict[str, str] = field(default_factory=dict)
     usage: dict[str, Usage] = field(default_factory=dict)
 
-    @property
-    def sha256(self) -> str:
-        """The content hash of the image."""
-        return loader.digest(self.image)
-
 
 def sm90() -> Target:
     """NVIDIA's Hopper generation (H100, H200)."""
@@ -159,28 +154,6 @@ def _one_thread_each(definition: Definition) -> Any:
     return made.mod["main"]
 
 
-def compile_cuda(definitions: Mapping[str, Definition], target: Target) -> CudaBundle:
-    """Schedules and compiles definitions, by the name each is to have, for one GPU generation.
-
-    Where a rule's schedule does not compile, the plain one is taken. A definition that does not
-    compile even so is left out and named in ``failed``. Raises BuildError when none compiles or
-    nvcc is missing.
-    """
-    if not available():
-        raise BuildError("nvcc is not on the PATH: install the CUDA toolkit to compile GPU kernels")
-    kernels: dict[str, DeviceKernel] = {}
-    failed: dict[str, str] = {}
-    for name, definition in definitions.items():
-        for plain in (False, True):
-            try:
-                kernels[name] = device_kernel(name, definition, target, plain=plain)
-                failed.pop(name, None)
-                break
-            except Exception as error:  # TVM raises many kinds
-                failed[name] = _first_line(error)
-    return build(kernels, target, failed)
-
-
 def device_kernel(
     name: str, definition: Definition, target: Target, *, plain: bool = False
 ) -> DeviceKernel:
@@ -190,17 +163,14 @@ def device_kernel(
 
 
 def build(
-    kernels: Mapping[str, DeviceKernel],
-    target: Target,
-    failed: Mapping[str, str] | None = None,
-    store: Database | None = None,
+    kernels: Mapping[str, DeviceKernel], target: Target, store: Database | None = None
 ) -> CudaBundle:
     """Compiles lowered kernels, by the names they were lowered with; ``store`` keeps images.
 
-    What nvcc refuses is left out and joins ``failed``. Raises BuildError when nothing compiles or
-    nvcc is missing.
+    What nvcc refuses is left out and named in ``failed``. Raises BuildError when nothing compiles
+    or nvcc is missing.
     """
-    sound, refused = dict(kernels), dict(failed or {})
+    sound, refused = dict(kernels), {}
     kept = None if store is None else _kept(sound, target, store)
     if kept is not None:
         return CudaBundle(*kept[:2], {n: k.kernel for n, k in sound.items()}, refused, kept[2])
@@ -485,8 +455,3 @@ def _errors(output: str) -> str:
     """What matters of a compiler's output: its errors, not its pages of warnings."""
     lines = [line for line in output.splitlines() if "error" in line]
     return "\n".join(lines or [output.strip()])[:2000]
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

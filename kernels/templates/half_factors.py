@@ -20,7 +20,7 @@ from ..abi import Dim
 from ..emit import Emitter, Expr, Ref
 from ..group import Unsupported
 from ..target import Target
-from .vectors import ramp
+from .vectors import bits_of, ramp
 
 _DOT = "plait_dot_bf16_pairs"
 _INTRINSIC = "@llvm.x86.avx512bf16.dpbf16ps.512"
@@ -84,7 +84,7 @@ class Wide:
 
     def __init__(self, ref: Ref) -> None:
         self.ref = ref
-        self.bits = _bits(ref)
+        self.bits = bits_of(ref)
 
     def element(self, offset: Expr) -> Expr:
         """The element at an offset."""
@@ -103,13 +103,6 @@ class Wide:
         wide = tir.Cast(_vector("uint32", lanes), self.bits[at])
         shift = tir.Broadcast(shift, lanes) if lanes > 1 else shift
         return tir.reinterpret(_vector("float32", lanes), wide << shift)
-
-
-def _bits(ref: Ref) -> Any:
-    """A buffer over the bits of a bfloat16 tensor, else None."""
-    if ref.arg.dtype != torch.bfloat16:
-        return None
-    return T.decl_buffer(ref.buffer.shape, "uint16", data=ref.buffer.data)
 
 
 def _vector(dtype: str, lanes: int) -> str:

@@ -28,6 +28,7 @@ from ..ops.scope import rehearsal, sharing
 from ..target import Target
 from ..value import Context, Value
 from .pointwise_axes import Accesses, Axis, Probe, initial_axes, output_index
+from .vectors import bits_of
 
 _GRAIN = 32768
 _ABREAST = 4
@@ -103,7 +104,7 @@ class _Output:
     """Where an output is stored."""
 
     def __init__(self, ref: Ref, simplify: Callable[[Expr], Expr]) -> None:
-        self.ref, self._bits, self._simplify = ref, _bits(ref), simplify
+        self.ref, self._bits, self._simplify = ref, bits_of(ref), simplify
 
     def store(self, value: Expr, index: Sequence[Expr]) -> None:
         offset = self._simplify(self.ref.offset(index))
@@ -341,7 +342,7 @@ def _all_wide(dtypes: Sequence[torch.dtype]) -> bool:
 
 def _recording(ref: Ref, offsets: list[Expr], simplify: Callable[[Expr], Expr]) -> Value:
     """The value of an input that also notes the offset of each load."""
-    bits = _bits(ref)
+    bits = bits_of(ref)
 
     def load(index: Sequence[Expr]) -> Expr:
         offset = simplify(ref.offset(index))
@@ -357,16 +358,6 @@ def _recording(ref: Ref, offsets: list[Expr], simplify: Callable[[Expr], Expr]) 
         return plain(ref.load_flat(offset))
 
     return Value(tuple(ref.shape), ref.arg.dtype, load, ref.arg.strides)
-
-
-def _bits(ref: Ref) -> Any:
-    """A buffer over the bits of a bfloat16 tensor, else None.
-
-    TVM lowers vectors of bfloat16 that a scalar is spread over to ill-typed code; integers it can.
-    """
-    if ref.arg.dtype != torch.bfloat16:
-        return None
-    return T.decl_buffer(ref.buffer.shape, "uint16", data=ref.buffer.data)
 
 
 def _even(total: int, chunk: int, multiple: int) -> int:

@@ -45,7 +45,7 @@ def lower(
     rows = product(d for k, d in enumerate(inputs[0].shape) if k != spec.dim)
     chunk = max(1, ROWS_WORK // size) if isinstance(size, int) and size else 16
     with em.function() as task:
-        body = _Body(em, spec, group)
+        body = _Body(em, spec)
         first = name_index(task * chunk)
         last = tir.min(em.i64(chunk), em.dim(rows) - first)
         with T.serial(em.i64(0), last) as row:
@@ -93,7 +93,7 @@ def _order(group: Group, io: IO, target: Target) -> Order:
 class _Body:
     """Emits the work on one row."""
 
-    def __init__(self, em: Emitter, spec: Order, group: Group) -> None:
+    def __init__(self, em: Emitter, spec: Order) -> None:
         self.em, self.spec = em, spec
         self.source = em.inputs[0]
         self.best = em.local(max(1, spec.count), compute_dtype(spec.held))

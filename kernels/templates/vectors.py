@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
-from ..emit import Expr
+from ..emit import Expr, Ref
 
 
 def ramp(start: Expr, lanes: int) -> Expr:
     """The indices of a vector of neighbours."""
     return tir.Ramp(start, tir.IntImm("int64", 1), tir.IntImm("int32", lanes))
+
+
+def bits_of(ref: Ref) -> Any:
+    """A buffer over the bits of a bfloat16 tensor, else None.
+
+    TVM lowers vectors of bfloat16 that a scalar is spread over to ill-typed code; integers it can.
+    """
+    if ref.arg.dtype != torch.bfloat16:
+        return None
+    return T.decl_buffer(ref.buffer.shape, "uint16", data=ref.buffer.data)
 
 
 def transposed(rows: list[Any]) -> list[Expr]:

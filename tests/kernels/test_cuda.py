@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from plait.kernels.group import Group, Unsupported
 from plait.kernels.loader import LoadError
 from plait.kernels.target import host
 
-from .cuda_emulator import Emulator, buffers
+from .cuda_emulator import Emulator, buffers, lowered
 from .search_check import Problem, linear, problem
 
 aten = torch.ops.aten
@@ -120,12 +119,7 @@ def test_generated_code_computes_the_right_thing(
     problems: dict[str, Problem], definitions: dict[str, Definition], tmp_path: Path
 ) -> None:
     """On the CPU, one fiber for each thread; `plain` schedules where a rule's does not lower."""
-    devices = {}
-    for name, definition in definitions.items():
-        try:
-            devices[name] = cuda.device_kernel(name, definition, TARGET)
-        except Exception:  # as in `compile_cuda`
-            devices[name] = cuda.device_kernel(name, definition, TARGET, plain=True)
+    devices = lowered(definitions, TARGET)
     assert len(devices["softmax"].kernel.launches) == 1  # the threads of a block share a row
     source = cuda.generate([d.functions for d in devices.values()], TARGET)
     emulator = Emulator(source, [d.kernel for d in devices.values()], tmp_path)
@@ -137,9 +131,9 @@ def test_generated_code_computes_the_right_thing(
 
 @needs_nvcc
 def test_every_kind_of_group_compiles(definitions: dict[str, Definition]) -> None:
-    bundle = cuda.compile_cuda(definitions, TARGET)
+    bundle = cuda.build(lowered(definitions, TARGET), TARGET)
     assert bundle.failed == {} and set(bundle.kernels) == set(definitions)
-    assert bundle.image[:4] == b"\x7fELF" and len(bundle.sha256) == 64
+    assert bundle.image[:4] == b"\x7fELF"
     for name, kernel in bundle.kernels.items():
         definition = definitions[name]
         count = len(definition.inputs) + len(definition.outputs)
@@ -160,7 +154,7 @@ def test_plain_schedules_are_one_launch_a_stage(
     schedule = cuda.schedule
     monkeypatch.setattr(cuda, "schedule", lambda d, t, plain: schedule(d, t, plain=True))
     chosen = {n: definitions[n] for n in ("softmax", "sum_of_all", "linear")}
-    bundle = cuda.compile_cuda(chosen, TARGET)
+    bundle = cuda.build(lowered(chosen, TARGET), TARGET)
     for name, definition in chosen.items():
         kernel = bundle.kernels[name]
         assert len(kernel.launches) == len(definition.blocks)
@@ -179,7 +173,7 @@ def test_kernels_run_on_a_gpu(
     problems: dict[str, Problem], definitions: dict[str, Definition]
 ) -> None:
     torch.cuda.init()
-    bundle = cuda.compile_cuda(definitions, TARGET)
+    bundle = cuda.build(lowered(definitions, TARGET), TARGET)
     library = GpuLibrary(bundle.image)
     for name, made in problems.items():
         kernel, definition = bundle.kernels[name], definitions[name]
@@ -214,21 +208,7 @@ def test_without_nvcc_there_is_one_clear_error(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(BuildError, match="nvcc is not on the PATH"):
-        cuda.compile_cuda(definitions, TARGET)
-
-
-@needs_nvcc
-def test_what_does_not_compile_spares_the_rest(definitions: dict[str, Definition]) -> None:
-    good = definitions["mean"]
-    broken = replace(good, func=None, blocks=("none",))
-    unknown = problem("pointwise", lambda x: aten.add.Tensor(x, 1.0), [torch.randn(8)])
-    text = cuda.lower(unknown.group, unknown.io, TARGET)
-    body = tvm.tirx.Evaluate(tvm.tirx.call_extern("int32", "no_such_function"))
-    text.func = text.func.with_body(tvm.tirx.SeqStmt([text.func.body, body]))
-    bundle = cuda.compile_cuda({"good": good, "broken": broken, "text": text}, TARGET)
-    assert list(bundle.kernels) == ["good"] and set(bundle.failed) == {"broken", "text"}
-    with pytest.raises(BuildError, match="none of 1 GPU kernels"):
-        cuda.compile_cuda({"broken": broken}, TARGET)
+        cuda.build(lowered(definitions, TARGET), TARGET)
 
 
 @needs_nvcc
@@ -246,8 +226,11 @@ def test_what_nvcc_refuses_spares_the_rest(
 
     monkeypatch.setattr(cuda, "_split", spoilt)
     both = {"good": definitions["mean"], "bad": definitions["pointwise"]}
-    bundle = cuda.compile_cuda(both, TARGET)
+    kernels = lowered(both, TARGET)
+    bundle = cuda.build(kernels, TARGET)
     assert list(bundle.kernels) == ["good"] and "no_such_function" in bundle.failed["bad"]
+    with pytest.raises(BuildError, match="none of 1 GPU kernels"):
+        cuda.build({"bad": kernels["bad"]}, TARGET)
 
 
 def test_what_has_no_definition_is_declined() -> None:

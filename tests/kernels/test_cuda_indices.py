@@ -10,7 +10,7 @@ import torch
 
 from plait.kernels import cuda
 
-from .cuda_emulator import Emulator, buffers
+from .cuda_emulator import Emulator, buffers, lowered
 from .search_check import Problem, problem
 
 aten = torch.ops.aten
@@ -77,7 +77,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 def test_code_for_indices_compiles_and_computes_the_right_thing(tmp_path: Path) -> None:
     problems = {name: make() for name, make in PROBLEMS.items()}
     definitions = {n: cuda.lower(p.group, p.io, TARGET) for n, p in problems.items()}
-    bundle = cuda.compile_cuda(definitions, TARGET)
+    bundle = cuda.build(lowered(definitions, TARGET), TARGET)
     assert bundle.failed == {}
     emulator = Emulator(bundle.source, bundle.kernels.values(), tmp_path)
     for name, made in problems.items():

@@ -88,6 +88,9 @@ def test_measurements_are_kept_with_their_failures(tmp_path: Path, library) -> N
     database.store([entry()], library, measured=[slow, wrong])
     database.record_measurements([fast])
     assert Database(tmp_path).measurements("k") == [fast, slow, wrong]
+    for config in ({"r": 1, "c": 2}, {"c": 2, "r": 1}):
+        database.record_measurements([Measured("other", config, 1.0)])
+    assert len(database.measurements("other")) == 1
 
 
 def test_progress_survives_and_is_replaced(tmp_path: Path) -> None:
@@ -108,7 +111,9 @@ def test_another_version_sees_nothing_and_prune_removes_the_old(tmp_path: Path, 
     assert old.lookup("k") is not None
     path = next((tmp_path / "objects").glob("*/*.so"))
     os.utime(path, (0, 0))
+    folders = [database.scratch("search") for database in (old, new)]
     assert new.prune(1 << 30) == len(library)
+    assert [folder is not None and folder.exists() for folder in folders] == [False, True]
     assert new.stats()["stale_kernels"] == 0 and not path.exists()
 
 
@@ -247,7 +252,7 @@ def test_a_directory_that_cannot_be_made_means_memory(tmp_path: Path, library, n
     assert database.get_bundle(stored.object) == library
     assert database.stats()["bytes"] == len(library) and database.verify().ok
     database.clear()
-    assert database.lookup("k") is None
+    assert database.lookup("k") is None and database.stats()["bytes"] == 0
 
 
 def test_a_read_only_directory_still_serves_what_it_holds(
@@ -305,6 +310,11 @@ def test_kernels_of_this_process_only_are_not_written(tmp_path: Path, library) -
     database.store([entry()], None, loaded)
     assert (found := database.lookup("k")) and call(database, found) == 42
     assert Database(tmp_path).lookup("k") is None
+    (kept,) = database.store([entry()], library)
+    assert database.lookup("k") == kept == Database(tmp_path).lookup("k")
+    database.store([entry("here")], None, loaded)
+    database.clear()
+    assert database.lookup("here") is None
     with pytest.raises(ValueError, match="needs the library's bytes"):
         database.store([entry()], None)
 
@@ -338,6 +348,10 @@ def test_prune_drops_the_least_recently_used(tmp_path: Path, compile_c) -> None:
     freed = database.prune(len(bundles[3]) + len(bundles[0]))
     assert freed == len(bundles[1]) + len(bundles[2])
     assert set(Database(tmp_path).lookup_many(["k0", "k1", "k2", "k3"])) == {"k0", "k3"}
+    begun = database.put_bundle(compile_c("int f(void) { return 4; }\n"))
+    assert database.prune(1 << 30) == 0, "its rows may be of a transaction yet"
+    os.utime(tmp_path / "objects" / begun[:2] / f"{begun}.so", (0, 0))
+    assert database.prune(1 << 30) == len(bundles[0])
     with pytest.raises(ValueError, match="negative"):
         database.prune(-1)
 

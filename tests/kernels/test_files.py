@@ -64,6 +64,9 @@ def test_only_what_killed_processes_were_writing_is_removed(
     for other in others:
         other.touch()
         os.utime(other, (0, 0))
+    others.append(tmp_path / ".a[1].plait-0a1b2c3d.json")
+    others[-1].symlink_to(others[0])
+    os.utime(others[-1], (0, 0), follow_symlinks=False)
 
     def write() -> None:
         with replacing(path) as temporary, scratch_folder("plait-build-") as folder:
@@ -80,6 +83,10 @@ def test_only_what_killed_processes_were_writing_is_removed(
         write()
         assert set(tmp_path.iterdir()) == {*left, *others, path}
         process.send_signal(signal.SIGKILL)
-    os.utime(left[0])  # another one that has just begun
+    (folder,) = filter(Path.is_dir, left)
+    os.utime(folder)  # as if it had just begun
     write()
-    assert set(tmp_path.iterdir()) == {left[0], *others, path}
+    assert set(tmp_path.iterdir()) == {folder, *others, path}
+    os.utime(folder, (0, 0))
+    write()
+    assert set(tmp_path.iterdir()) == {*others, path}
