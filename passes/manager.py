@@ -205,7 +205,8 @@ def _level(level: str | None) -> Level:
     for known in get_args(Level):
         if level == known:
             return known
-    raise ValueError(f"verify is one of {', '.join(get_args(Level))}, not {level!r}")
+    levels = ", ".join(get_args(Level))
+    raise ValueError(f"verify (or PLAIT_VERIFY) is one of {levels}, not {level!r}")
 
 
 def _limit(limit: int | None) -> int | None:

@@ -25,13 +25,14 @@ def _print_pass(item: Any) -> str:
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
         if value != default or type(value) is not type(default):
-            options.append(f"{f.name}={_print_value(value)}")
+            options.append(f"{f.name}={print_value(value)}")
     return item.name + (f"{{{','.join(options)}}}" if options else "")
 
 
-def _print_value(value: Any) -> str:
+def print_value(value: Any) -> str:
+    """The value of an option as pipeline text."""
     if isinstance(value, tuple):
-        return f"[{','.join(map(_print_value, value))}]"
+        return f"[{','.join(map(print_value, value))}]"
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -6,7 +6,7 @@ may assert it and tools may count it. `CATALOGUE` explains every ID. TVM-free an
 
 from __future__ import annotations
 
-import json
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -89,30 +89,6 @@ class Remark:
         return f"{_MARK[self.kind]} {self.id} {self.pass_name}{where}: {self.reason}{gain}{hint}"
 
 
-def dumps(remarks: Iterable[Remark]) -> str:
-    """Remarks as one JSON document."""
-    return json.dumps({"version": 1, "remarks": [r.to_json() for r in remarks]}, indent=1)
-
-
-def loads(text: str) -> tuple[Remark, ...]:
-    """The remarks in a document that `dumps` wrote.
-
-    Raises:
-        ValueError: the text is not such a document.
-    """
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"remarks are not JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("version") != 1:
-        raise ValueError('remarks must be a JSON object with "version": 1')
-    if not isinstance(data.get("remarks"), list):
-        raise ValueError('remarks must hold a list under "remarks"')
-    if not all(isinstance(item, dict) for item in data["remarks"]):
-        raise ValueError("every remark must be a JSON object")
-    return tuple(Remark.from_json(item) for item in data["remarks"])
-
-
 def render(remarks: Iterable[Remark], *, kinds: Iterable[str] = get_args(Kind)) -> str:
     """Remarks as text: one per line, equal IDs and reasons counted instead of repeated.
 
@@ -142,10 +118,12 @@ def explain(remark_id: str) -> str:
     """What an ID means.
 
     Raises:
-        KeyError: the ID is not in the catalogue.
+        LookupError: the ID is not in the catalogue; the message proposes the nearest ones.
     """
     if remark_id not in CATALOGUE:
-        raise KeyError(f"unknown remark ID {remark_id!r}; known: {', '.join(sorted(CATALOGUE))}")
+        near = difflib.get_close_matches(remark_id, CATALOGUE, 3)
+        hint = f": did you mean {' or '.join(near)}?" if near else ""
+        raise LookupError(f"unknown remark ID {remark_id!r}{hint}")
     return CATALOGUE[remark_id]
 
 
@@ -218,7 +196,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-BRN-004": "Branches read each other's cells.",
     "PLT-BRN-005": "Something outside reads the values of one branch.",
     "PLT-BRN-006": "A branch needs a size from outside that it cannot be given.",
-    "PLT-BRN-007": "A branch has sizes that none of its inputs has.",
+    "PLT-BRN-007": "A branch has sizes that none of its inputs has, or that only data tell.",
     "PLT-BRN-008": "A plan with branches or fetches is more than one launch.",
     "PLT-BRN-009": "A cell has no slots, so no branch has cells.",
     "PLT-DST-001": "What was named as a device is nothing that a model can run on here.",

@@ -76,7 +76,10 @@ def check(model: Model, input: Inputs = []) -> None:  # noqa: B006 - typer copie
 
 @app.command()
 def passes(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="module:function or file.py:function."),
+    ] = None,
     pipeline: Pipeline = None,
     input: Inputs = [],  # noqa: B006
 ) -> None:
@@ -97,8 +100,10 @@ def run(
     model: Model,
     input: Inputs = [],  # noqa: B006
     pipeline: Pipeline = None,
-    tune: Annotated[str, typer.Option(help="off, quick or full.")] = "quick",
-    rounds: Annotated[int, typer.Option("--rounds", "-n", min=1)] = 3,
+    tune: Annotated[str, typer.Option(help="Race kernels: off, quick or full.")] = "quick",
+    rounds: Annotated[
+        int, typer.Option("--rounds", "-n", min=1, help="In which both take turns.")
+    ] = 3,
     threads: Threads = None,
     save: Annotated[Path | None, typer.Option(help="Save the compiled model here.")] = None,
     gantt: Annotated[
@@ -144,8 +149,19 @@ def explain(
     threads: Threads = None,
     json: Json = None,
 ) -> None:
-    """Compile MODEL and show each step's kernel, time and bound, and every remark."""
+    """Compile MODEL and show each step's kernel, time and bound, and every remark.
+
+    With the ID of a remark or error instead, such as PLT-FUS-004, say what it means.
+    """
     with reported():
+        if model.startswith("PLT-"):
+            from ...passes import remarks
+
+            try:
+                print(remarks.explain(model))
+            except LookupError as error:
+                raise CliError(str(error)) from None
+            return
         from . import explain as cli_explain
         from . import model as cli_model
 
@@ -224,7 +240,8 @@ def place(
         str | None, typer.Option(metavar="SPEC", help="For a model: such as 4xh100:80GB,cpu:512GB.")
     ] = None,
     link: Annotated[
-        str | None, typer.Option(metavar="RATE,DELAY", help="For a model: such as 450GB/s,5us.")
+        str | None,
+        typer.Option(metavar="RATE,DELAY", help="For a model: such as 450GB/s,5us (50GB/s,10us)."),
     ] = None,
     host_link: Annotated[
         str | None,
@@ -232,7 +249,10 @@ def place(
     ] = None,
     train: Annotated[
         str | None,
-        typer.Option(metavar="OPTIMIZER", help="For a model: plan a step; none, sgd or adam."),
+        typer.Option(
+            metavar="OPTIMIZER",
+            help="For a model: plan a training step; none, sgd, momentum or adam.",
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the placement to this file.")
@@ -359,6 +379,17 @@ def cache_verify() -> None:
         cli_cache.verify()
 
 
+@cache_app.command("prune")
+def cache_prune(
+    size: Annotated[int, typer.Argument(metavar="MIB", min=0, help="How many MiB may stay.")],
+) -> None:
+    """Remove kernels of other versions, then those used longest ago, until MIB are left."""
+    with reported():
+        from . import cache as cli_cache
+
+        cli_cache.prune(size)
+
+
 @cache_app.command("clear")
 def cache_clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
@@ -376,11 +407,13 @@ def bench(
         list[str] | None,
         typer.Argument(help="Workloads or groups (all), own models (module:function), or weights."),
     ] = None,
-    size: Annotated[str, typer.Option(help="cpu or paper.")] = "cpu",
+    size: Annotated[str, typer.Option(help="Of the models: cpu or paper.")] = "cpu",
     peers: Annotated[
         str, typer.Option(help="Engines, comma-separated.")
     ] = "plait,eager,eager-cl,compile,compile-freeze,compile-max,ort,openvino",
-    rounds: Annotated[int, typer.Option("--rounds", "-n", min=1)] = 5,
+    rounds: Annotated[
+        int, typer.Option("--rounds", "-n", min=1, help="In which engines take turns.")
+    ] = 5,
     seconds: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Per engine and round.")
     ] = 0.25,

@@ -46,6 +46,12 @@ def verify() -> None:
         sys.exit(1)
 
 
+def prune(size: int) -> None:
+    """Leaves at most ``size`` MiB of libraries, and none of another version of plait."""
+    freed = _database().prune(size << 20)
+    print(f"removed {freed / 2**20:.1f} MiB from {cache_directory()}")
+
+
 def clear(yes: bool) -> None:
     """Empties the database, after a question where someone can answer it."""
     where = cache_directory()
@@ -54,10 +60,17 @@ def clear(yes: bool) -> None:
             raise CliError("nobody can be asked whether to clear the cache", "add --yes")
         if not Confirm.ask(f"Remove all kernels in {where}?", default=False):
             return
-    database = Database()
-    if not database.persistent:
-        raise CliError(f"{where} cannot be written", "change its permissions, or remove it")
+    database = _database()
     before = database.stats()
     database.clear()
     size = before["bytes"] / 2**20
     print(f"removed {before['libraries']} libraries, {size:.1f} MiB, from {where}")
+
+
+def _database() -> Database:
+    """The database, to be changed. Raises CliError where it cannot be."""
+    database = Database()
+    if not database.persistent:
+        where = cache_directory()
+        raise CliError(f"{where} cannot be written", "change its permissions, or remove it")
+    return database

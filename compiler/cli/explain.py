@@ -72,7 +72,7 @@ def _row(
 def _table(rows: list[dict[str, Any]], total: float) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("#", justify="right")
-    table.add_column("step", overflow="ellipsis", no_wrap=True, max_width=28)
+    table.add_column("step", overflow="ellipsis", max_width=28)  # the one to narrow
     table.add_column("kernel", no_wrap=True)
     for name in ("us", "time", "bound us", "bound by", "reached"):
         table.add_column(name, justify="right", no_wrap=True)

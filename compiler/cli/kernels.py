@@ -132,9 +132,9 @@ def _what(step: Step) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("step", overflow="ellipsis", no_wrap=True, max_width=24)
+    table.add_column("step", overflow="ellipsis", max_width=24)  # the one to narrow
     for name in ("runs", "blocks", "thr.", "regs", "shared", "occ.", "parts", "us"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("on", justify="right", no_wrap=True)

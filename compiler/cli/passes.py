@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ...passes import registry
 from ...passes.manager import PassManager, PassRecord
+from ...passes.pipeline_print import print_value
 from ...passes.printer import print_graph
 from ..capture.export import capture
 from ..pipeline import DEFAULT_PIPELINE
@@ -22,23 +23,24 @@ from .model import load
 
 
 def list_passes() -> None:
-    """Prints every pass with its options and defaults."""
-    console = Console()
-    table = Table("pass", "option", "default", "what it does", box=box.SIMPLE_HEAD)
+    """Prints every pass with its options, their defaults and what they do."""
+    console = Console(markup=False)
+    table = Table("pass, option=default", "what it does", box=box.SIMPLE_HEAD)
     for name in registry.names():
         try:
             cls = registry.lookup(name)
         except registry.BrokenPass as error:
-            table.add_row(name, "", "", str(error), style="red")
+            table.add_row(name, str(error), style="red")
             continue
-        table.add_row(name, "", "", _first_sentence(cls))
+        table.add_row(name, _first_sentence(cls), style="bold")
+        meanings = _attributes(cls)
         for field in dataclasses.fields(cls):
             default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
-            table.add_row("", field.name, str(default), "")
+            table.add_row(f"  {field.name}={print_value(default)}", meanings.get(field.name, ""))
     console.print(table)
-    console.print(f"default pipeline: {DEFAULT_PIPELINE}", markup=False, highlight=False)
+    console.print(f"default pipeline: {DEFAULT_PIPELINE}", soft_wrap=True, highlight=False)
 
 
 def run_pipeline(model: str, inputs: Sequence[str], pipeline: str | None) -> None:
@@ -71,3 +73,16 @@ class _Show:
 def _first_sentence(cls: type) -> str:
     text = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
     return text.split(". ")[0].rstrip(".")
+
+
+def _attributes(cls: type) -> dict[str, str]:
+    """What the part "Attributes:" of a docstring says of each option."""
+    _, _, part = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    found: dict[str, list[str]] = {}
+    for line in part.split("\n\n")[0].splitlines():
+        name, colon, rest = line.strip().partition(": ")
+        if colon and line.startswith("    ") and line[4:5] != " ":
+            found[name] = [rest]
+        elif found:
+            found[next(reversed(found))].append(line.strip())
+    return {name: " ".join(texts) for name, texts in found.items()}

@@ -94,11 +94,13 @@ def _from_model(target: str, model: Model) -> tuple[Graph, Problem]:
         raise CliError(f"there is no file {target}", "name a problem file, or module:function")
     if model.devices is None:
         raise CliError("a model needs --devices", "such as --devices 4xh100:80GB")
-    devices = parse_devices(model.devices)
-    link = parse_link(model.link or "50GB/s,10us")
-    host_link = None if model.host_link is None else parse_link(model.host_link)
     from ..placed.graph import trace
+    from ..placed.place import LINK
     from . import model as cli_model
+
+    devices = parse_devices(model.devices)
+    link = parse_link(model.link or LINK)
+    host_link = None if model.host_link is None else parse_link(model.host_link)
 
     with torch_on_meta():
         loaded = cli_model.load(target, [])

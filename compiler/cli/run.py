@@ -45,7 +45,8 @@ def check(loaded: Loaded) -> None:
         console.print("plait.compile would run the original model.")
         sys.exit(1)
     nodes = list(_operators(result.graph_module))
-    console.print(f"captured whole: {len(nodes)} operators after {DEFAULT_PIPELINE}")
+    captured_whole = f"captured whole: {len(nodes)} operators after {DEFAULT_PIPELINE}"
+    console.print(captured_whole, soft_wrap=True)
     for spec in captured.inputs[: captured.num_tensors]:
         console.print(f"  input {spec.name}: {spec}", markup=False, highlight=False)
     table = Table("kind of kernel", title="operators", title_justify="left", box=box.SIMPLE_HEAD)
@@ -84,7 +85,7 @@ def run(
     gantt: Path | None = None,
     weight_budget: int | str | None = None,
 ) -> None:
-    """Compiles, checks against eager and prints times. Exits with 1 where the answers differ."""
+    """Compiles, checks against eager and prints times. Raises CliError where the answers differ."""
     check_output(save)
     check_output(gantt)
     if gantt is not None and gantt.suffix not in PICTURES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,6 +12,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from plait.compiler.cli import app
+from plait.compiler.pipeline import DEFAULT_PIPELINE
+from plait.passes import registry
+from plait.passes.pipeline_print import print_value
 
 MODELS = """
 import torch
@@ -190,11 +194,22 @@ def test_commands_look_into_branches(models: str) -> None:
 # -- passes -------------------------------------------------------------------------------------
 
 
-def test_passes_lists_passes_with_options() -> None:
+def test_passes_lists_passes_with_options_as_pipelines_take_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
     result = plait("passes")
     assert result.exit_code == 0
-    for word in ("normalize", "fold_batch_norm", "fuse-vertical", "max_nodes", "default pipeline"):
-        assert word in result.output
+    lines = [line.split(maxsplit=1) for line in result.output.splitlines()]
+    told = dict(line for line in lines if len(line) == 2)
+    for word in ("fold_batch_norm=true", "max_nodes=64", "evict=value", "likely=0.9"):
+        assert word in told
+    # Every pass and every option of one says what it does.
+    for name in registry.names():
+        assert told[name], name
+        for field in dataclasses.fields(registry.lookup(name)):
+            assert told[f"{field.name}={print_value(field.default)}"], (name, field.name)
+    assert DEFAULT_PIPELINE in result.output
 
 
 def test_passes_prints_the_graph_after_each_pass(models: str) -> None:
@@ -255,6 +270,12 @@ def test_run_names_a_wrong_tune_level(models: str) -> None:
     assert "use one of" in error_of("run", f"{models}:small", "--tune", "fast")
 
 
+def test_explain_tells_what_an_id_means() -> None:
+    result = plait("explain", "PLT-FUS-002")
+    assert result.exit_code == 0 and "library" in result.output
+    assert "did you mean PLT-FUS-0" in error_of("explain", "PLT-FUS-999")
+
+
 def test_explain_shows_each_step_and_writes_json(models: str, tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     result = plait("explain", f"{models}:small", "--json", path)
@@ -298,12 +319,27 @@ def test_cache_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert "removed 0 libraries" in plait("cache", "clear", "--yes").output
 
 
-def test_a_cache_that_cannot_be_written_is_not_said_to_be_cleared(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("command", [("clear", "--yes"), ("prune", "1")])
+def test_a_cache_that_cannot_be_written_is_not_said_to_be_changed(
+    command: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PLAIT_CACHE_DIR", str(tmp_path / "file"))
-    assert "file cannot be written" in error_of("cache", "clear", "--yes")
+    assert "file cannot be written" in error_of("cache", *command)
+
+
+def test_cache_prune_leaves_so_many_mebibytes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PLAIT_CACHE_DIR", str(tmp_path))
+    plait("cache", "info")
+    library = tmp_path / "objects" / "ab" / f"{'ab' * 16}.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(bytes(3 << 20))
+    os.utime(library, (0, 0))
+    assert "removed 3.0 MiB" in plait("cache", "prune", "2").output
+    assert not library.exists()
+    assert "removed 0.0 MiB" in plait("cache", "prune", "2").output
 
 
 def test_cache_verify_removes_damage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Docs: tables of options name every option, with its default."""
+"""Docs: tables name every option with its default, and every environment variable."""
 
 from __future__ import annotations
 
@@ -39,3 +39,12 @@ def test_every_option_is_there_with_its_default(
         if x.name not in ("model", "self")
     }
     assert shown == expected
+
+
+def test_every_environment_variable_is_there() -> None:
+    read: set[str] = set()
+    for layer in ("bench", "compiler", "kernels", "passes", "runtime"):
+        for path in (ROOT / layer).rglob("*.py"):
+            read |= set(re.findall(r"\bPLAIT_[A-Z_]+\b", path.read_text("utf-8")))
+    told = re.findall(r"^\| `(PLAIT_[A-Z_]+)` \|", (ROOT / "docs/cli.md").read_text("utf-8"), re.M)
+    assert read and read == set(told)

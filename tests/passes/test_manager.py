@@ -150,7 +150,7 @@ def test_the_environment_sets_limit_dumps_and_verification(monkeypatch, tmp_path
     ("variable", "value", "message"),
     [
         ("PLAIT_BISECT_LIMIT", "many", "PLAIT_BISECT_LIMIT must be a whole number, is 'many'"),
-        ("PLAIT_VERIFY", "maybe", "verify is one of off, structure, full, not 'maybe'"),
+        ("PLAIT_VERIFY", "maybe", r"PLAIT_VERIFY\) is one of off, structure, full, not 'maybe'"),
     ],
 )
 def test_bad_environment_variables_are_named(monkeypatch, variable, value, message):

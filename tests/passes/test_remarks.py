@@ -1,10 +1,11 @@
-"""Remarks: stable IDs, JSON in and out, text."""
+"""Remarks: stable IDs, JSON in and out, text, and what an ID means."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.passes import remarks
@@ -24,10 +25,23 @@ any_remark = st.builds(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(any_remark, max_size=4))
-def test_json_round_trip_keeps_everything(items):
-    assert remarks.loads(remarks.dumps(items)) == tuple(items)
+@given(any_remark)
+def test_json_round_trip_keeps_everything(item):
+    assert Remark.from_json(json.loads(json.dumps(item.to_json()))) == item
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"idd": 3}, "unknown field of a remark: idd"),
+        ({"id": 3}, "must be strings"),
+        ({"nodes": [1]}, "list of names"),
+        ({"predicted_gain": "1"}, "number or null"),
+    ],
+)
+def test_bad_json_says_what_is_wrong(data, message):
+    with pytest.raises(ValueError, match=message):
+        Remark.from_json(data)
 
 
 def test_the_catalogue_has_every_id_used_anywhere_and_no_other():
@@ -60,25 +74,6 @@ def test_malformed_fields_are_refused(fields, message):
         Remark(**{**good, **fields})
 
 
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        ("{", "not JSON"),
-        ("[]", '"version": 1'),
-        ('{"version": 2, "remarks": []}', '"version": 1'),
-        ('{"version": 1}', 'a list under "remarks"'),
-        ('{"version": 1, "remarks": [3]}', "JSON object"),
-        ('{"version": 1, "remarks": [{"idd": 3}]}', "unknown field of a remark: idd"),
-        ('{"version": 1, "remarks": [{"id": 3}]}', "must be strings"),
-        ('{"version": 1, "remarks": [{"nodes": [1]}]}', "list of names"),
-        ('{"version": 1, "remarks": [{"predicted_gain": "1"}]}', "number or null"),
-    ],
-)
-def test_bad_documents_say_what_is_wrong(document, message):
-    with pytest.raises(ValueError, match=message):
-        remarks.loads(document)
-
-
 def test_text_merges_equal_remarks_and_counts_kinds():
     items = [
         Remark("PLT-FUS-002", "missed", "fuse-vertical", (name,), "no lowering", "wait", 2e-6)
@@ -94,7 +89,7 @@ def test_text_merges_equal_remarks_and_counts_kinds():
     assert remarks.render(items, kinds=["done"]).startswith("+ PLT-NRM-008")
 
 
-def test_explain_knows_ids_and_names_them_when_asked_for_another():
+def test_explain_knows_ids_and_names_near_ones_when_asked_for_another():
     assert "library" in remarks.explain("PLT-FUS-002")
-    with pytest.raises(KeyError, match="PLT-FUS-001"):
-        remarks.explain("PLT-XXX-999")
+    with pytest.raises(LookupError, match="'PLT-FUS-999': did you mean PLT-FUS-0"):
+        remarks.explain("PLT-FUS-999")
