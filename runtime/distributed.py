@@ -31,10 +31,8 @@ def _started(work: Any, rank: int) -> Pending:
     return work
 
 
-def join(
-    rank: int, ranks: int, store: str, start: float, timeout: float, backend: str = "gloo"
-) -> None:
-    """Makes the default process group through a file that all ranks see.
+def join(rank: int, ranks: int, store: str, start: float, timeout: float) -> None:
+    """Makes the default process group, over gloo, through a file that all ranks see.
 
     ``start`` (seconds) is how long ranks wait for the last to come, ``timeout`` holds for each
     transfer. Raises RuntimeError when a rank stays away.
@@ -44,7 +42,7 @@ def join(
     files.set(f"here{rank}", "")
     files.wait([f"here{k}" for k in range(ranks)])
     limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=files, rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group("gloo", store=files, rank=rank, world_size=ranks, timeout=limit)
 
 
 def leave() -> None:

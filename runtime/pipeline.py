@@ -192,10 +192,7 @@ class Player:
         """`feed` without a new batch, to be called while `busy`: results go out period by period,
         for whoever kept those of all batches would need room for them.
         """
-        done = self._play()
-        if not self._batches:
-            self._finish_sends(self._period)
-        return done
+        return self._play()
 
     def _play(self) -> list[tuple[int, dict[str, Any]]]:
         now = self._period

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from ...passes.placement.devices import KINDS, Placed, parse_devices
@@ -26,7 +28,8 @@ class Device:
         if not isinstance(self.spec, str):
             kind = type(self.spec).__name__
             raise OptionError("PLT-PLC-003", f"a {kind} is no device", 'name one, such as "cpu"')
-        if not self.speed > 0 or (self.memory is not None and not self.memory >= 0):
+        memory = 0 if self.memory is None else self.memory
+        if not (_is_size(memory) and _is_size(self.speed) and self.speed > 0):
             raise OptionError("PLT-PLC-003", f"{self} has no meaning", "memory >= 0, speed > 0")
         if not self.spec.startswith("cuda") and len(parse_devices(self.spec)) != 1:
             raise OptionError("PLT-PLC-003", f"{self.spec!r} is more than one device", "name one")
@@ -44,6 +47,10 @@ class Device:
         room = found.device.memory_bytes if room is None else room
         named = replace(found.device, name=f"{kind}:{number}", memory_bytes=room, speed=self.speed)
         return Placed(named, found.kind)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def as_devices(devices: Any) -> list[Device]:

@@ -81,6 +81,12 @@ class PlacementOptions:
                 raise _wrong(f"{name}={value!r} is no number of seconds", "give a positive number")
         if self.threads is not None and not (isinstance(self.threads, int) and self.threads > 0):
             raise _wrong(f"threads={self.threads!r} has no meaning", "give a positive number")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            raise _wrong(f"seed={self.seed!r} has no meaning", "give a number from 0 to 2**32 - 1")
+        if not isinstance(self.weights, None | str | os.PathLike):
+            raise _wrong(f"weights={self.weights!r} names no files", "give a path")
+        if not isinstance(self.link, None | str):
+            raise _wrong(f"link={self.link!r} is unknown", 'write it as "1GB/s,50us"')
         if self.link is not None:
             parse_link(self.link)
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .graph import Graph
 
 
+LINK = "50GB/s,10us"
+"""Between the devices of a model, unless said."""
+
+
 def place(
     problem: Problem | Graph | Mapping[str, Any] | str | Path | Any,
     *,
@@ -30,7 +34,7 @@ def place(
     recompute: bool = False,
     offload: str | None = None,
     devices: str | Sequence[Device | str] | None = None,
-    link: str = "50GB/s,10us",
+    link: str | None = None,
     host_link: str | None = None,
     example_inputs: Any = (),
     optimizer: str | None = None,
@@ -40,8 +44,9 @@ def place(
     ``problem`` is a placement problem (an object, its JSON values, or a file's path), or a
     `torch.nn.Module` with its ``example_inputs`` (positional, or keywords in a mapping), which may
     be on the meta device: nothing is run. A module needs ``devices`` ("4xh100:80GB", or a list of
-    `Device`) joined by equal links, but for ``host_link`` between CPUs and others; with
-    ``optimizer`` ("none", "sgd", "momentum" or "adam") a whole training step is placed.
+    `Device`) joined by equal links (``link``: "50GB/s,10us" unless said), but for ``host_link``
+    between CPUs and others; with ``optimizer`` ("none", "sgd", "momentum" or "adam") a whole
+    training step is placed. A problem has its devices and links, and takes none of these.
 
     ``algorithm`` is "best", "single", "min-cut", "m-topo", "m-etf", "m-sct" or "heft";
     ``objective`` "latency" (makespan of a step) or "throughput" (largest load of a device or link
@@ -51,12 +56,19 @@ def place(
     of that name, where the plan gets better by it or only fits so; `Placement.alternatives` tells
     which.
 
-    Raises PlacementError (a ValueError) for a problem or option without meaning, InfeasibleError
-    where nothing fits, CaptureError where a module cannot be traced.
+    Raises PlacementError or OptionError (ValueErrors) for a problem or option without meaning,
+    InfeasibleError where nothing fits, CaptureError where a module cannot be traced.
     """
     options: dict[str, Any] = {"algorithm": algorithm, "objective": objective, "budget": budget,
                                "seed": seed, "coarsen_to": coarsen_to, "recompute": recompute,
                                "offload": offload}  # fmt: skip
+    if isinstance(problem, str | Path | Mapping | Problem):
+        given = {"devices": devices, "link": link, "host_link": host_link, "optimizer": optimizer,
+                 "example_inputs": None if example_inputs == () else example_inputs}  # fmt: skip
+        wrong = ", ".join(name for name, value in given.items() if value is not None)
+        if wrong:
+            hint = "leave them out, or change the problem"
+            raise OptionError("PLT-PLC-003", f"a problem does not take {wrong}", hint)
     if isinstance(problem, str | Path):
         began = time.perf_counter()
         return plan.place(read_problem(problem), began=began, **options)
@@ -78,7 +90,7 @@ def place(
     else:
         found = [x.placed(k) for k, x in enumerate(as_devices(devices))]
     host = None if host_link is None else parse_link(host_link)
-    return plan.place(graph.problem(found, parse_link(link), host), **options)
+    return plan.place(graph.problem(found, parse_link(link or LINK), host), **options)
 
 
 def _positional(inputs: Any) -> tuple[Any, ...]:

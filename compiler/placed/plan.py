@@ -238,7 +238,7 @@ def _with_flights(
             raise _short(problem, needed) from error
         ranks = {op: problem.device_index[d] for op, d in placement.assign.items()}
         segments = divide(units, ranks)
-        made = programs(units, segments, len(problem.devices), results)
+        made = programs(segments, len(problem.devices), results)
         sizes = {x.name: bytes_of(x) for s in segments for x in (*s.inputs, *s.outputs)}
         flight = [_waiting(program, sizes) for program in made]
         peaks = placement.report["peak_bytes"].values()

@@ -167,7 +167,7 @@ def _contiguous(value: torch.Tensor) -> torch.Tensor:
 
 
 def programs(
-    units: Units, segments: Sequence[Segment], ranks: int, results: Sequence[fx.Node]
+    segments: Sequence[Segment], ranks: int, results: Sequence[fx.Node]
 ) -> list[RankProgram]:
     """What each rank does. ``results`` are the nodes that the caller gets."""
     maker = {x: s for s in segments for x in s.outputs}

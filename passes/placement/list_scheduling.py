@@ -178,15 +178,15 @@ class Ledger:
         )
 
 
-def upward_ranks(problem: Problem, mean_transfers: bool = True) -> Floats:
+def upward_ranks(problem: Problem) -> Floats:
     """HEFT's upward ranks: longest path to the end with mean times and mean transfers, seconds."""
     p = problem.arrays
     m = len(problem.devices)
     allowed = np.isfinite(p.time)
     mean = (np.where(allowed, p.time, 0).sum(1) / np.maximum(allowed.sum(1), 1)).tolist()
     other = ~np.eye(m, dtype=bool)
-    lat = float(p.lat[other].mean()) if m > 1 and mean_transfers else 0.0
-    per_byte = float((1 / p.bw[other]).mean()) if m > 1 and mean_transfers else 0.0
+    lat = float(p.lat[other].mean()) if m > 1 else 0.0
+    per_byte = float((1 / p.bw[other]).mean()) if m > 1 else 0.0
     cost = (lat + p.tensor_bytes * per_byte)[p.pair_tensor].tolist()
     first, dst = p.tensor_ptr[p.out_ptr].tolist(), p.pair_dst.tolist()
     rank = [0.0] * len(mean)

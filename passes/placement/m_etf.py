@@ -13,22 +13,16 @@ from .list_scheduling import Ledger, Listed, earliest_first, upward_ranks
 from .problem import Problem
 
 
-def m_etf(
-    problem: Problem,
-    contention: bool = False,
-    limited: bool = True,
-    balanced: bool = False,
-    patience: float = math.inf,
-) -> Listed:
-    """Places ops by m-ETF; ``contention`` sees busy links. Raises InfeasibleError if stuck, or out
-    of ``patience`` (`earliest_first`).
+def m_etf(problem: Problem, balanced: bool = False, patience: float = math.inf) -> Listed:
+    """Places ops by m-ETF. Raises InfeasibleError if stuck, or out of ``patience``
+    (`earliest_first`).
     """
-    ledger = Ledger(problem, contention, limited, balanced)
+    ledger = Ledger(problem, balanced=balanced)
     rank = (-upward_ranks(problem)).tolist()  # decides between pairs that could start together
     arrivals: dict[tuple[int, int], float] = {}
 
     def start_of(op: int, d: int, again: bool) -> float:
-        if not again or ledger.contention:  # without contention, data arrives when it arrives
+        if not again:  # links are never busy: data arrives when it arrives
             arrivals[op, d] = ledger.arrival(op, d)
         return max(arrivals[op, d], ledger.free[d])
 

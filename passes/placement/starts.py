@@ -95,6 +95,8 @@ def run_starts(p: Arrays, orders: Ints, repeats: tuple[int, ...]) -> Iterator[In
                         continue
                     rate = (1 - mix) * speed / speed.sum() + mix * p.cap / max(p.cap.sum(), 1e-300)
                     edges = np.cumsum(np.tile(rate[:used], repeat))
+                    if not edges[-1]:
+                        continue  # none of them has memory
                     run = np.searchsorted(edges / edges[-1], along - 1e-9) % used
                     device = np.zeros(units, np.int64)
                     device[order] = run

@@ -169,6 +169,18 @@ def test_the_api_takes_problems_and_refuses_models_without_devices(tmp_path: Pat
         plait.place(Block(), example_inputs=(torch.zeros(8, 16),))
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"devices": "2xcpu"}, {"link": "1GB/s,1us"}, {"host_link": "1GB/s,1us"}, {"optimizer": "sgd"}]
+    + [{"example_inputs": (torch.zeros(8, 16),)}],
+    ids=lambda option: next(iter(option)),
+)
+def test_a_problem_takes_no_option_of_models(option: dict[str, Any]) -> None:
+    problem = problem_of(Block(), torch.zeros(8, 16))
+    with pytest.raises(plait.OptionError, match=f"does not take {next(iter(option))}"):
+        plait.place(problem, budget=0.2, **option)
+
+
 def test_memory_over_time_peaks_where_the_simulator_says() -> None:
     problem = problem_of(Block(), torch.zeros(8, 16), optimizer="sgd")
     schedule = simulate(problem, plait.place(problem, budget=0.2))

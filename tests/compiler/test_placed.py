@@ -99,7 +99,7 @@ def test_every_assignment_gives_the_same(net: nn.Module) -> None:
         draw = torch.randint(0, 3, (len(units.units),), generator=generator).tolist()
         ranks = {u.name: r for u, r in zip(units.units, draw, strict=True)}
         segments = placed_segments.divide(units, ranks)
-        programs = placed_segments.programs(units, segments, 3, flat)
+        programs = placed_segments.programs(segments, 3, flat)
         runs = {
             s.name: SegmentRun(
                 placed_segments.extract(units.module, s), found.whole.names, found.whole.source,
@@ -399,11 +399,19 @@ def test_what_cannot_be_divided_says_why(model: Any, given: Any, text: str) -> N
 @pytest.mark.parametrize(
     "wrong",
     [{"launch": "magic"}, {"objective": "speed"}, {"costs": "none"}, {"budget": 0}, {"threads": 0},
-     {"timeout": float("nan")}, {"algorithm": "x"}],
+     {"timeout": float("nan")}, {"algorithm": "x"}, {"seed": -1}, {"seed": 2**32}, {"seed": 1.5},
+     {"weights": 3}, {"link": 5}],
 )  # fmt: skip
 def test_options_without_meaning_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(plait.OptionError, match=f"PLT-DST-008: {next(iter(wrong))}="):
         plait.PlacementOptions(**wrong)
+
+
+@pytest.mark.parametrize("wrong", ["2GB", True, -1, float("nan"), float("inf")])
+def test_devices_without_meaning_are_refused(wrong: Any) -> None:
+    for field in ("memory", "speed"):
+        with pytest.raises(plait.OptionError, match="PLT-PLC-003"):
+            plait.Device("cpu", **{field: wrong})
 
 
 RESULTS_COME_AND_GO = """

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.compiler.placed import local
-from plait.compiler.placed.predict import Cost, Host, System
+from plait.compiler.placed import local, options, predict
+from plait.compiler.placed.measure import Costs
+from plait.compiler.placed.options import PlacementOptions
+from plait.compiler.placed.predict import Cost, Host, System, predicted
 from plait.passes.placement.problem import Link
 from plait.runtime.pipeline import RankProgram, SegmentStep, Wire
 
@@ -47,10 +53,10 @@ def made(edges: Sequence[tuple[int, int]], where: Sequence[int], ranks: int) -> 
 
 
 def ranks(
-    programs: Sequence[RankProgram], host: Host, costs: Sequence[float], link: Link = FREE,
+    programs: Sequence[RankProgram], host: Host, costs: Sequence[float | Cost], link: Link = FREE,
     nbytes: float = 0.0, read: float = 0.0, turns: float = math.inf,
 ) -> System:  # fmt: skip
-    each = {str(k): Cost(seconds, 1.0, read) for k, seconds in enumerate(costs)}
+    each = {str(k): x if isinstance(x, Cost) else Cost(x, 1.0, read) for k, x in enumerate(costs)}
     sizes = dict.fromkeys(each, nbytes)
     return System(programs, [host] * (len(programs) + 1), each, sizes, link, turns)
 
@@ -60,6 +66,10 @@ def test_a_chain_takes_its_segments_and_messages() -> None:
     # of a message but the feeding, whose second half nobody waits for.
     found = ranks(made([(0, 1)], [0, 1], 2), PLENTY, [1.0, 2.0], Link(0.1, 100.0), nbytes=10.0)
     assert found.step() == pytest.approx(0.05 + 1 + 0.2 + 2 + 0.2)
+    # What is fed behind the last batch is no input, only the word to go on.
+    programs = [replace(p, inputs=("x",) * (p.rank == 0)) for p in found.programs]
+    fed = replace(found, programs=programs, nbytes={**found.nbytes, "x": 1000.0})
+    assert fed.step() == pytest.approx(5 + found.step())
 
 
 @pytest.mark.parametrize(("cores", "seconds"), [(4, 1.0), (2, 1.0), (1, 2.0)])
@@ -74,6 +84,35 @@ def test_ranks_share_the_rate_of_memory() -> None:
     assert both.step() == pytest.approx(20 / 12)
     half = ranks(made([], [0, 1], 2), host, [1.0, 1.0], read=7.0)  # 30 % waits for nothing else
     assert half.step() == pytest.approx(0.3 + 0.7 * 14 / 12)
+    cached = ranks(made([], [0, 1], 2), host, [1.0, 1.0], read=20.0)  # memory is no faster
+    assert cached.step() == pytest.approx(20 / 12)
+    # Who runs half of the time reads half as much in it.
+    one = Host(1, alone=10.0, together=12.0)
+    assert ranks(made([], [0, 1], 2), one, [1.0, 1.0], read=10.0).step() == pytest.approx(2.0)
+
+
+def test_gpus_share_neither_cores_nor_memory_of_their_host() -> None:
+    programs, gpu = made([(0, 2), (1, 2)], [0, 1, 2], 3), Cost(1.0, 0.0, 10.0)
+    host = Host(2, alone=10.0, together=10.0)
+    assert ranks(programs, host, [1.0, gpu, 0.0], read=10.0).step() == pytest.approx(1.0)
+    busy = Cost(1.0, 4.0)
+    assert ranks(programs, host, [busy, Cost(1.5), 0.0]).step() == pytest.approx(2.0)
+    assert ranks(programs, host, [busy, Cost(3.0), 0.0]).step() == pytest.approx(3.0)
+
+
+def test_a_step_ends_with_the_last_result() -> None:
+    programs = made([], [0, 1], 2)
+    programs[0] = replace(programs[0], results=("0",))
+    assert ranks(programs, PLENTY, [3.0, 1.0]).step() == pytest.approx(3.0)
+    assert ranks(programs, PLENTY, [1.0, 3.0]).step() == pytest.approx(3.0)
+
+
+def test_messages_keep_the_cores_of_both_ends_busy() -> None:
+    programs = made([(0, 2)], [0, 1, 1], 2)
+    each = {str(k): Cost(seconds, 1.0) for k, seconds in enumerate((1.0, 4.0, 0.0))}
+    link, sizes = Link(1.0, math.inf), dict.fromkeys(each, 1.0)
+    hosts = [Host(1), Host(1), Host(1)]
+    assert System(programs, hosts, each, sizes, link, called=False).step() == pytest.approx(4.5)
 
 
 def test_who_has_no_turn_waits() -> None:
@@ -85,11 +124,71 @@ def test_who_has_no_turn_waits() -> None:
     assert ranks(programs, Host(3), costs).step() == pytest.approx(1 + 16 / 3 + 1)
 
 
+def test_who_waited_longest_has_the_next_turn() -> None:
+    found = ranks(made([], [0, 1, 2, 3], 4), PLENTY, [2.0, 1.0, 1.0, 3.0], turns=2)
+    assert found.step() == pytest.approx(2 + 3)
+
+
 def test_a_full_pipeline_is_as_fast_as_its_slowest_rank() -> None:
     programs = made([(0, 1), (1, 2)], [0, 1, 2], 3)
     assert ranks(programs, PLENTY, [1.0, 3.0, 2.0]).step() == pytest.approx(6.0)
     assert ranks(programs, PLENTY, [1.0, 3.0, 2.0]).period() == pytest.approx(3.0)
     assert ranks(programs, Host(1), [1.0, 3.0, 2.0]).period() == pytest.approx(6.0)
+
+
+def test_one_more_batch_than_stages_is_in_flight() -> None:
+    # While the caller is sent a result and sends an input, there is one to compute on.
+    found = ranks(made([(0, 1)], [0, 1], 2), PLENTY, [1.0, 1.0], Link(0.2, math.inf))
+    assert found.period() == pytest.approx(1 + 0.1)
+
+
+def seconds_of(
+    edges: Sequence[tuple[int, int]], seconds: Sequence[float], how: dict[str, Any],
+    devices: Sequence[str] = ("cpu", "cpu", "cpu"), report: dict[str, float] | None = None,
+) -> float:  # fmt: skip
+    """What is predicted of segments with a unit each, one on each device; a call takes 0.5 s."""
+    count = len(seconds)
+    nodes = [SimpleNamespace() for _ in seconds]
+    units: Any = SimpleNamespace(of={})
+    units.of = {str(k): SimpleNamespace(name=str(k), nodes=nodes) for k in range(count)}
+    ops = [SimpleNamespace(name=str(k), time_s=(x,) * count) for k, x in enumerate(seconds)]
+    segments: Any = [
+        SimpleNamespace(name=str(k), nodes=[str(k)], rank=k, inputs=(), outputs=())
+        for k in range(count)
+    ]
+    here: Any = [SimpleNamespace(torch=torch.device(x)) for x in devices[:count]]
+    return predicted(
+        SimpleNamespace(ops=ops), SimpleNamespace(report=report or {}),
+        made(edges, range(count), count), segments, units, Costs(call=0.5), FREE, here,
+        PlacementOptions(**how),
+    )  # fmt: skip
+
+
+def test_what_a_plan_takes_is_told_by_how_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "work", lambda unit: (0.0, 0.0))
+    monkeypatch.setattr(predict, "cores", lambda: 2)
+    monkeypatch.setattr(options, "cores", lambda: 2)
+    alone = {"launch": "processes", "threads": 1}
+    assert seconds_of([(0, 1)], [1.0, 2.0], alone) == pytest.approx(1.5 + 2.5)
+    assert seconds_of([], [1.0, 2.0], alone) == pytest.approx(2.5)
+    # With all cores they take turns: the second does not share those of the first.
+    assert seconds_of([], [2.0, 1.0], {**alone, "threads": 2}) == pytest.approx(2.5 + 1.5)
+    full = {**alone, "objective": "throughput"}
+    assert seconds_of([(0, 1)], [1.0, 2.0], full) == pytest.approx(2.5)
+    # One thread drives all devices, but GPUs compute by themselves.
+    report = {"makespan_s": 3.5, "load_s": 2.75}
+    inline = {"launch": "inline"}
+    for devices, objective, want in (
+        (("cpu", "cpu"), "latency", 4.0), (("cuda:0", "cpu"), "latency", 3.5),
+        (("cuda:0", "cpu"), "throughput", 2.75), (("cuda:0", "cuda:1"), "latency", 3.5),
+    ):  # fmt: skip
+        how = {**inline, "objective": objective}
+        assert seconds_of([(0, 1)], [1.0, 2.0], how, devices, report) == pytest.approx(want)
+    # Two ranks share a machine of two cores, the third has one to itself.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    spread = {"launch": "torchrun", "threads": 2}
+    assert seconds_of([], [1.0, 1.0, 2.0], spread) == pytest.approx(3.0)
+    assert seconds_of([], [1.0, 1.0, 3.0], spread) == pytest.approx(3.5)
 
 
 @st.composite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class Post:
         self.mail, self.rank = mail, rank
 
     def send(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
+        assert tensor.is_contiguous()
         box = self.mail.boxes[self.rank, rank]
         done = threading.Event()
         box.put((tag, tensor, done))
@@ -74,10 +76,10 @@ def wire(name: str, source: int, target: int, stage: int, number: int) -> Wire:
     return Wire(name, source, target, stage, number, "float32", (2,))
 
 
-def zigzag() -> list[RankProgram]:
+def zigzag(numbers: Sequence[int] = (0, 1, 2, 3)) -> list[RankProgram]:
     """x -> a on 0 -> b on 1 -> c on 0, which reads a too; a skips a stage on its way to d on 1."""
-    ab, ad, bc = wire("a", 0, 1, 0, 0), wire("a2", 0, 1, 0, 1), wire("b", 1, 0, 1, 2)
-    cd = wire("c", 0, 1, 2, 3)
+    ab, ad = wire("a", 0, 1, 0, numbers[0]), wire("a2", 0, 1, 0, numbers[1])
+    bc, cd = wire("b", 1, 0, 1, numbers[2]), wire("c", 0, 1, 2, numbers[3])
     first = RankProgram(
         0, 2, 4, 4,
         (
@@ -98,7 +100,7 @@ def zigzag() -> list[RankProgram]:
 
 
 def both(ts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [ts[0] * 2, ts[0] * 5]
+    return list(torch.stack([ts[0] * 2, ts[0] * 5], 1).unbind(1))  # with elements between theirs
 
 
 SEGMENTS = {
@@ -123,18 +125,33 @@ def test_programs_survive_text() -> None:
 def test_inline_plays_all_ranks() -> None:
     cpu = torch.device("cpu")
     x = torch.randn(2)
-    found = Inline(zigzag(), SEGMENTS, [cpu, cpu]).run({"x": x})
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def noted(ts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        results = SEGMENTS["B"](ts)
+        made.extend(map(weakref.ref, results))
+        return results
+
+    def last(ts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        assert [ref() for ref in made] == [None]  # nobody reads it any more
+        return SEGMENTS["D"](ts)
+
+    found = Inline(zigzag(), {**SEGMENTS, "B": noted, "D": last}, [cpu, cpu]).run({"x": x})
     torch.testing.assert_close(found["d"], expected(x))
 
 
-@pytest.mark.parametrize("batches", [1, 2, 7])
-def test_ranks_pass_batches_on_in_order_and_end(batches: int) -> None:
+@pytest.mark.parametrize(
+    ("batches", "numbers"),
+    [(1, (0, 1, 2, 3)), (2, (0, 1, 2, 3)), (7, (0, 1, 2, 3)), (7, (1, 2, 3, 0))],
+)
+def test_ranks_pass_batches_on_in_order_and_end(batches: int, numbers: Sequence[int]) -> None:
     mail, found = Mail(2), []
     xs = [torch.randn(2) for _ in range(batches)]
 
     def play(rank: int) -> None:
-        player = Player(zigzag()[rank], SEGMENTS, mail.of(rank))
+        player = Player(zigzag(numbers)[rank], SEGMENTS, mail.of(rank))
         done = [r for x in xs for r in player.feed({"x": x})]
+        assert len(done) == max(0, batches - 3)  # a batch is done in the fourth period
         while player.busy:
             done += (period := player.drain())
             assert len(period) <= 1  # no results wait for others
@@ -182,7 +199,7 @@ def test_a_turn_is_kept_until_all_is_sent_and_not_while_waiting() -> None:
     class Noted:
         def send(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
             did.append("send")
-            return Later(lambda: True)
+            return Later(lambda: did.append("sent") is None)
 
         def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
             did.append("ask")
@@ -202,9 +219,29 @@ def test_a_turn_is_kept_until_all_is_sent_and_not_while_waiting() -> None:
     player = Player(zigzag()[0], SEGMENTS, noted, turns=noted, empty=empty)
     player.feed({"x": torch.ones(2)})
     while player.busy:
+        did.append("next")
         player.drain()
-    first, last = ["turn", "send", "send", "over"], ["wait", "turn", "send", "over"]
-    assert did == [*first, "room", "ask", *last]
+    # Sends are waited for one period later, when their readers have asked.
+    assert did == [
+        *("turn", "send", "send", "over"), *("next", "room", "ask", "sent", "sent"),
+        *("next", "wait", "turn", "send", "over"), *("next", "sent"),
+    ]  # fmt: skip
+
+
+def test_nothing_is_sent_of_empty_tensors() -> None:
+    class Broken:
+        def send(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
+            raise RuntimeError("asked")
+
+        receive = send
+
+    empty = Wire("a", 0, 1, 0, 0, "float32", (0, 2))
+    reads = SegmentStep("B", 1, ("a",), ("b",), (empty,))
+    program = RankProgram(1, 2, 2, 1, (reads,), (), ("b",))
+    player = Player(program, {"B": lambda ts: [ts[0].sum(0)]}, Broken())
+    assert player.feed({}) == []
+    ((_, results),) = player.drain()
+    assert results["b"].tolist() == [0.0, 0.0]
 
 
 def test_a_broken_link_names_the_other_rank() -> None:

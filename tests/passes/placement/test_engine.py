@@ -59,6 +59,43 @@ def test_a_limit_cuts_what_is_above_it_and_nothing_else(
     assert engine.settle(3.0, np.nextafter(cost, -1.0)) == np.inf
 
 
+@pytest.mark.parametrize("memory_model", ["dynamic", "static"])
+def test_the_cost_is_the_makespan_and_what_is_over_memory(memory_model: str) -> None:
+    sizes = {"output_bytes": 2, "temp_bytes": 3, "keep": True}
+    problem = {
+        "format": "placement-problem v1",
+        "memory_model": memory_model,
+        "devices": [{"name": "a", "memory_bytes": 4}],
+        "default_link": {"latency_s": 0, "bandwidth_Bps": 1},
+        "ops": [{"name": x, "time_s": 1, **sizes} for x in "pqr"],
+        "edges": [],
+    }
+    p = problem_from_dict(problem).arrays
+    engine = Engine(p, linear_orders(p), regions(cluster_levels(p)))
+    peak = 9 if memory_model == "dynamic" else 15  # 5, 7 and 9: outputs stay
+    assert engine.settle(8.0) == 3.0 + 8.0 * (peak - 4) / 4
+    engine.set_throughput(True)
+    assert engine.settle(8.0) == 3.0 + 8.0 * (peak - 4) / 4
+    assert engine.settle(8.0, 3.0 + 8.0 * (peak - 4) / 4) < np.inf
+    assert engine.settle(8.0, 3.0 + 8.0 * (peak - 4) / 4 - 1e-9) == np.inf
+
+
+def test_sums_in_another_order_cut_nothing() -> None:
+    assert 0.1 + 0.2 + 0.3 > 0.3 + 0.2 + 0.1
+    problem = {
+        "format": "placement-problem v1",
+        "devices": [{"name": "a", "memory_bytes": 4}],
+        "default_link": {"latency_s": 0, "bandwidth_Bps": 1},
+        "ops": [{"name": str(x), "time_s": x} for x in (0.1, 0.2, 0.3)],
+        "edges": [],
+    }
+    p = problem_from_dict(problem).arrays
+    engine = Engine(p, linear_orders(p), regions(cluster_levels(p)))
+    cost = engine.settle(1.0)  # the longest op leads
+    assert cost == 0.3 + 0.2 + 0.1
+    assert engine.settle(1.0, cost) == cost
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_no_ops_are_no_moves(devices: int) -> None:
     engine = annealed(1, 1, devices, False, 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.passes.placement import expert_lines
+from plait.passes.placement import expert_lines, expert_slots
 from plait.passes.placement.errors import InfeasibleError, PlacementError
 from plait.passes.placement.expert_search import ALGORITHMS, place_experts
 from plait.passes.placement.experts import (
@@ -296,6 +297,28 @@ def test_loads_that_cannot_be_balanced_are_proven() -> None:
         place_experts(traffic, AB, balance=1.2)
     assert caught.value.proven
     assert place_experts(traffic, AB).report["imbalance"]["x"] <= 1.88  # as round robin has it
+
+
+def test_what_was_not_searched_to_the_end_is_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = SimpleNamespace(status=1, x=None)
+    monkeypatch.setattr(expert_slots, "milp", lambda *_, **__: stopped)
+    traffic = ExpertTraffic.from_routes({"x": np.repeat([0, 1, 2, 3], [90, 4, 4, 2])}, 4)
+    with pytest.raises(InfeasibleError, match="the best found has") as caught:
+        place_experts(traffic, AB, balance=1.2)
+    assert not caught.value.proven
+
+
+def test_a_limit_that_is_a_whole_number_of_tokens_is_that() -> None:
+    assert 1.4 * 45 / 3 < 21
+    traffic = ExpertTraffic.from_routes({"x": np.repeat([0, 1, 2], [15, 15, 15])}, 3)
+    assert limits_of(traffic, 3, None, 1.4).load.tolist() == [21]
+
+
+def test_exchanges_within_a_device_overload_nothing() -> None:
+    traffic = ExpertTraffic.from_routes({"x": np.repeat([0, 1, 2, 3], [9, 4, 3, 2])}, 4)
+    state = expert_slots.slots_of(traffic, limits_of(traffic, 2, None, 1.0), None, 0.0)
+    here = state.where[0][:, None] == state.where[0][None, :]
+    assert not state.exchanges(0, 5.0)[here].any() and state.exchanges(0, 5.0)[~here].any()
 
 
 def test_routes_without_meaning_are_refused() -> None:

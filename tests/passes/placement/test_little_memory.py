@@ -105,6 +105,49 @@ def test_large_sizes_fill_many_devices_in_a_few_tries(monkeypatch: pytest.Monkey
     assert np.bincount(device, sizes, 32).tolist() == rooms
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rooms", [[0.0, 9.0], [9.0, 0.0], [0.0, 0.0, 9.0]])
+def test_devices_may_have_no_memory(rooms: list[float]) -> None:
+    placed = place(chain([3, 3, 3], rooms), budget=0.2)
+    peaks = placed.report["peak_bytes"].values()
+    assert sum(peaks) == 9.0 and all(p <= r for p, r in zip(peaks, rooms, strict=True))
+
+
+def test_a_share_that_stays_free_proves_nothing() -> None:
+    assert pack(chain([3, 3], [3.0, 3.0]), 5.0, slack=0.25) is None
+    device = pack(chain([3, 3, 2], [8.0, 8.0]), 5.0, slack=0.25)
+    assert device is not None and np.bincount(device, [3, 3, 2]).max() <= 6
+    with pytest.raises(InfeasibleError, match="no packing exists") as error:
+        pack(chain([3, 3], [5.0, 2.0]), 5.0)
+    assert error.value.proven
+
+
+@pytest.mark.parametrize(("more", "fits"), [(0, True), (1, False)])
+def test_what_an_op_needs_while_it_runs_is_proven(more: int, fits: bool) -> None:
+    ops = [{"name": "p", "time_s": 1, "param_bytes": 3, "output_bytes": 2, "temp_bytes": 3 + more}]
+    problem = problem_from_dict(
+        {
+            "format": "placement-problem v1",
+            "devices": [{"name": "a", "memory_bytes": 8}, {"name": "b", "memory_bytes": 4}],
+            "default_link": {"latency_s": 0, "bandwidth_Bps": 1},
+            "ops": ops,
+            "edges": [],
+        }
+    )
+    if fits:
+        return feasible.refuse_hopeless(problem)
+    with pytest.raises(InfeasibleError, match="op 'p' needs 9 bytes and fits nowhere") as error:
+        feasible.refuse_hopeless(problem)
+    assert error.value.proven and error.value.shortfall == {"a": 1.0, "b": 5.0}
+
+
+def test_units_stay_where_they_were_only_where_they_may_run() -> None:
+    problem = chain([3, 3], [6.0, 6.0], time_s=[None, 1e-3])
+    rng = np.random.default_rng(0)
+    device = exchange(problem, np.zeros(2, np.int64), 1.0, rng, time.perf_counter() + 9)
+    assert device is not None and device.tolist() == [1, 0]
+
+
 def test_one_device_that_is_too_small_is_not_filled() -> None:
     problem = chain([3, 3], [6.0])
     near = np.zeros(2, np.int64)

@@ -74,6 +74,19 @@ def test_a_link_sends_one_tensor_after_another() -> None:
     assert [(x.start, x.end) for x in schedule.transfers] == [(1.0, 4.0), (4.0, 8.0)]
     assert schedule.makespan == 9.0
     assert schedule.peak.tolist() == [0.0, 5.0]
+    assert schedule.load == 7.0
+
+
+def test_readers_on_one_device_share_what_is_sent() -> None:
+    problem = {
+        "format": "placement-problem v1",
+        "devices": [{"name": "a", "memory_bytes": 99}, {"name": "b", "memory_bytes": 99}],
+        "default_link": {"latency_s": 1, "bandwidth_Bps": 1},
+        "ops": [{"name": x, "time_s": 1} for x in ("p", "q", "r")],
+        "edges": [{"src": "p", "dst": x, "bytes": 2} for x in ("q", "r")],
+    }
+    schedule = simulate(problem_from_dict(problem), Placement({"p": "a", "q": "b", "r": "b"}))
+    assert len(schedule.transfers) == 1 and schedule.load == 3.0
 
 
 @pytest.mark.parametrize(
