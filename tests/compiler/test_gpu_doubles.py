@@ -31,7 +31,8 @@ def test_sines_near_multiples_of_pi(tmp_path: Path) -> None:
         lowered = planned(capture(Sine().eval(), (x,), {})).lower()
     assert [type(s) for s in lowered.plan.steps] == [KernelStep]
     device = FakeGpu()
-    (found,) = assemble(lowered, device, Emulated(tmp_path)).run([x])
+    executor = assemble(lowered, device, Emulated(tmp_path))  # holds the memory of what is issued
+    (found,) = executor.run([x])
     device.synchronize()
     wanted = torch.sin(x.double()).float()
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0, equal_nan=True)
