@@ -78,10 +78,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m plait.bench.branch_budget", description=__doc__
     )
-    parser.add_argument("part", nargs="?", choices=("all", "times", "memory"), default="all")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("part", nargs="?", choices=("all", "times", "memory"), default="all",
+                        help="what to measure")  # fmt: skip
+    parser.add_argument("--threads", type=int, help="to use (torch's default)")
+    parser.add_argument("--rounds", type=int, default=5, help="in which modes take turns")
+    parser.add_argument("--json", type=Path, help="write the outcome here")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -20,7 +20,7 @@ def main() -> int:
     """Returns 0 where plait compiled every model and every answer was right."""
     parser = argparse.ArgumentParser(prog="python -m plait.bench.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(".demo"), help="folder for the pictures")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="in which engines take turns")
     options = parser.parse_args()
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)

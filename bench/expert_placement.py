@@ -211,17 +211,18 @@ def show_drift(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Records, places and judges for each seed; prints two tables."""
     parser = argparse.ArgumentParser(prog="plait.bench.expert_placement", description=__doc__)
-    parser.add_argument("--devices", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--devices", type=int, nargs="+", default=[2, 4], help="how many")
     parser.add_argument("--copies", type=int, nargs="*", default=[1, 2],
                         help="slots for copies on each device and layer, also tried")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
+                        help="of batches and searches")  # fmt: skip
     parser.add_argument("--batches", type=int, default=12, help="to place from")
     parser.add_argument("--held-out", type=int, default=12, help="batches to judge by")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for each placement")
     parser.add_argument("--auxiliary", type=float, default=trained_moe.AUXILIARY,
                         help="weight of the router's balancing loss in training")  # fmt: skip
     parser.add_argument("--steps", type=int, help="to train (what trained_moe takes)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the outcomes here")
     options = parser.parse_args()
     model, train, held_out = trained_moe.trained(options.steps, auxiliary=options.auxiliary)
     experts = trained_moe.SETTINGS["num_local_experts"]

@@ -39,11 +39,6 @@ class Limits:
     compute: float
     memory: float
 
-    @property
-    def schedule_gap(self) -> float:
-        """The measured time over what no schedule of these kernels could beat."""
-        return self.measured / max(self.path, self.work)
-
 
 def limits(
     executor: Executor, tensors: Sequence[torch.Tensor], machine: Machine, rounds: int = 15

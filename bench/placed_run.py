@@ -187,11 +187,12 @@ def show(outcome: Outcome) -> None:
 def main() -> None:
     """Parses the command line, runs, prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="default")
-    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--size", choices=SIZES, default="default", help="of the model")
+    parser.add_argument("--ranks", type=int, default=4, help="processes")
     parser.add_argument("--room", type=float, default=1.25, help="limit over an equal share")
-    parser.add_argument("--objective", choices=OBJECTIVES, nargs="+", default=list(OBJECTIVES))
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--objective", choices=OBJECTIVES, nargs="+", default=list(OBJECTIVES),
+                        help="to place for, one after the other")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=20, help="to time")
     parser.add_argument("--json", type=Path, help="write the outcomes here")
     chosen = parser.parse_args()
     outcomes = []

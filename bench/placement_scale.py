@@ -112,11 +112,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Runs each size in a process of its own, prints a table, and draws it."""
     parser = argparse.ArgumentParser(prog="plait.bench.placement_scale", description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--devices", type=int, default=16)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES),
+                        help="of the graphs, in ops")  # fmt: skip
+    parser.add_argument("--devices", type=int, default=16, help="how many")
     parser.add_argument("--budget", type=float, default=50.0, help="seconds for each size")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path, help="write the outcomes here")
+    parser.add_argument("--plot", type=Path, help="draw them here")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
