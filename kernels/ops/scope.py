@@ -50,6 +50,25 @@ def _fence(call: Expr) -> Expr:
 _named = define_operator("plait.named", _fence, pure=False)
 
 
+def named(value: Expr) -> Expr:
+    """A variable for a scalar or a vector of numbers, whose value TVM does not copy into its uses.
+
+    What is computed from one another, such as positions, becomes exponentially long where it is
+    copied, and TVM's simplifier, which its code generator asks about every variable too, spends
+    seconds to minutes on that. So the value passes through memory on the stack, which LLVM turns
+    into a register again.
+    """
+    emitter = Emitter.active()
+    assert emitter is not None
+    dtype = value.ty.dtype
+    lanes = dtype.lanes
+    kept = emitter.scratch(lanes, str(dtype.with_lanes(1)))
+    zero = tir.IntImm("int64", 0)
+    where = zero if lanes == 1 else tir.Ramp(zero, tir.IntImm("int64", 1), lanes)
+    T.buffer_store(kept, value, [where])
+    return T.bind(kept[where])
+
+
 class _Scope:
     """What is bound so far: by statements, or (``lets`` given) by a chain of Let expressions."""
 
@@ -148,11 +167,11 @@ def _bind_below(value: Expr, lets: list[tuple[Expr, Expr]] | None) -> Expr:
     """
     dtype = expr_dtype(value)
     if dtype in _FLOATS:
-        named = tir.call_intrin(dtype, _named, value)
+        fenced = tir.call_intrin(dtype, _named, value)
         if lets is None:
-            return T.bind(named)
+            return T.bind(fenced)
         var = tir.Var("v", dtype)
-        lets.append((var, named))
+        lets.append((var, fenced))
         return var
     if dtype == "bool":
         flags = _bind_below(tir.reinterpret("float32", tir.Cast("int32", value)), lets)

@@ -21,7 +21,7 @@ from .. import math as kernel_math
 from ..abi import Dim
 from ..emit import Emitter, Expr
 from ..ops.common import i64
-from ..ops.scope import sharing
+from ..ops.scope import named, sharing
 from .attention_spec import (
     AttentionSpec,
     Mask,
@@ -54,11 +54,11 @@ class Block:
 
     def task(self, number: Expr, blocks: Dim) -> None:
         em, spec = self.em, self.spec
-        *lead, block = [T.bind(i) for i in task_index(em, spec, number, blocks)]
-        first = T.bind(block * self.bq)
+        *lead, block = [named(i) for i in task_index(em, spec, number, blocks)]
+        first = named(block * self.bq)
         self.lead = lead
         self.bases = {
-            n: T.bind(o.base(lead))
+            n: named(o.base(lead))
             for n, o in (("q", self.q), ("k", self.k), ("v", self.v), ("mask", self.mask))
             if o is not None
         }
@@ -73,10 +73,10 @@ class Block:
         self._clear()
         end = self.keys
         if spec.causal:
-            end = T.bind(tir.min(end, first + self.bq))
+            end = named(tir.min(end, first + self.bq))
         with T.serial(i64(0), tir.floordiv(end + (self.tb - 1), i64(self.tb))) as b:
-            start = T.bind(b * self.tb)
-            count = T.bind(tir.min(i64(self.tb), end - start))
+            start = named(b * self.tb)
+            count = named(tir.min(i64(self.tb), end - start))
             self._stage(start, count)
             self._products(start, count)
             if spec.causal:
@@ -99,7 +99,7 @@ class Block:
         depth, lanes = self.spec.depth, self.lanes
         scale = self.em.f32(self.spec.scale)
         with T.serial(i64(0), i64(self.bq)) as i:
-            row = T.bind(tir.min(first + i, self.queries - 1))
+            row = named(tir.min(first + i, self.queries - 1))
 
             def one(d: Expr) -> None:
                 x = self.q.wide(self.bases["q"], row, d) * scale
@@ -153,9 +153,9 @@ class Block:
             for r in range(self.rk):
                 t = tir.min(tile * self.rk + r, count - 1)
                 if self.keys_staged is not None:
-                    rows.append(T.bind(t * depth))
+                    rows.append(named(t * depth))
                 else:
-                    rows.append(T.bind(self.bases["k"] + (start + t) * self.k.row_stride))
+                    rows.append(named(self.bases["k"] + (start + t) * self.k.row_stride))
                 for v in range(self.nv):
                     with lane_loop(self.lanes) as j:
                         T.buffer_store(acc, em.f32(0.0), [r * bq + v * self.lanes + j])
@@ -195,8 +195,8 @@ class Block:
         assert mask is not None
         done: Expr = i64(0)
         if self.lanes > 1 and mask.has_rows:
-            squares = T.bind(tir.floordiv(count, i64(self.lanes)))
-            done = T.bind(squares * self.lanes)
+            squares = named(tir.floordiv(count, i64(self.lanes)))
+            done = named(squares * self.lanes)
             self._apply_squares(first, start, squares)
         with T.serial(done, count) as t:
 
@@ -218,10 +218,10 @@ class Block:
         for v in range(self.nv):
             last = self.queries - 1
             rows = [tir.min(first + (v * lanes + i), last) for i in range(lanes)]
-            begins = [T.bind(self.bases["mask"] + row * mask.row_stride) for row in rows]
+            begins = [named(self.bases["mask"] + row * mask.row_stride) for row in rows]
             with T.serial(i64(0), squares) as square:
-                at = T.bind(start + square * lanes)
-                loaded = [T.bind(mask.addends(begin + at, lanes)) for begin in begins]
+                at = named(start + square * lanes)
+                loaded = [named(mask.addends(begin + at, lanes)) for begin in begins]
                 for k, addends in enumerate(transposed(loaded)):
                     where = ramp((square * lanes + k) * self.bq + v * lanes, lanes)
                     T.buffer_store(self.scores, self.scores[where] + addends, [where])
@@ -290,9 +290,9 @@ class Block:
         each(begin)
         with T.serial(i64(0), count) as t:
             if self.values_staged is not None:
-                row = T.bind(t * self.spec.width)
+                row = named(t * self.spec.width)
             else:
-                row = T.bind(self.bases["v"] + (start + t) * self.v.row_stride)
+                row = named(self.bases["v"] + (start + t) * self.v.row_stride)
 
             def add(r: int, slot: int, at: Expr, j: Expr) -> None:
                 weight = self.scores[t * self.bq + query + r]

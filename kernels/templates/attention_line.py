@@ -18,7 +18,7 @@ from .. import math as kernel_math
 from ..abi import Dim
 from ..emit import Emitter, Expr
 from ..ops.common import i64
-from ..ops.scope import sharing
+from ..ops.scope import named, sharing
 from .attention_spec import (
     AttentionSpec,
     Mask,
@@ -48,10 +48,10 @@ class Line:
 
     def task(self, number: Expr, blocks: Dim) -> None:
         em, spec = self.em, self.spec
-        *lead, row = [T.bind(i) for i in task_index(em, spec, number, blocks)]
+        *lead, row = [named(i) for i in task_index(em, spec, number, blocks)]
         self.row = row
         self.bases = {
-            n: T.bind(o.base(lead))
+            n: named(o.base(lead))
             for n, o in (("q", self.q), ("k", self.k), ("v", self.v), ("mask", self.mask))
             if o is not None
         }
@@ -65,10 +65,10 @@ class Line:
         for slot in range(len(self.starts)):
             with lane_loop(self.width) as j:
                 T.buffer_store(self.out, em.f32(0.0), [slot * self.width + j])
-        end = T.bind(tir.min(self.keys, row + 1)) if spec.causal else self.keys
+        end = named(tir.min(self.keys, row + 1)) if spec.causal else self.keys
         with T.serial(i64(0), tir.floordiv(end + (self.tb - 1), i64(self.tb))) as b:
-            start = T.bind(b * self.tb)
-            count = T.bind(tir.min(i64(self.tb), end - start))
+            start = named(b * self.tb)
+            count = named(tir.min(i64(self.tb), end - start))
             self._products(start, count)
             if self.mask is not None:
                 self._apply_mask(start)

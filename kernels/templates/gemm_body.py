@@ -23,6 +23,7 @@ from tvm.script.ir_builder import tirx as T
 from ..abi import ceil_div
 from ..emit import Emitter, Expr, Ref
 from ..group import HALF
+from ..ops.scope import named
 from .gemm_epilogue import Epilogue
 from .gemm_spec import GemmSpec, unravel
 from .half_factors import LANES, Left, Wide, dot, words, words_at_even
@@ -249,7 +250,7 @@ class Body:
             with T.serial(squares) as s:
                 corner = T.bind(origin + v * t.lanes * stride_n + s * t.lanes)
                 starts = [corner + i * stride_n for i in range(t.lanes)]
-                rows = [T.bind(self.wide.vector(start, t.lanes)) for start in starts]
+                rows = [named(self.wide.vector(start, t.lanes)) for start in starts]
                 for i, row in enumerate(transposed(rows)):
                     at = (s * t.lanes + i) * t.width + v * t.lanes
                     T.buffer_store(self.panel, row, [ramp(at, t.lanes)])

@@ -9,6 +9,7 @@ import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
 from ..emit import Expr, Ref
+from ..ops.scope import named
 
 
 def ramp(start: Expr, lanes: int) -> Expr:
@@ -27,7 +28,10 @@ def bits_of(ref: Ref) -> Any:
 
 
 def transposed(rows: list[Any]) -> list[Expr]:
-    """The transpose of a square of vectors: log2(lanes) perfect shuffles of pairs of rows."""
+    """The transpose of a square of vectors: log2(lanes) perfect shuffles of pairs of rows.
+
+    The rows should be `named`, as the results are: each depends on all rows.
+    """
     lanes = len(rows)
     half, rounds = lanes // 2, lanes.bit_length() - 1
     for _ in range(rounds):
@@ -35,6 +39,6 @@ def transposed(rows: list[Any]) -> list[Expr]:
         for row in range(lanes):
             pair = [rows[row // 2], rows[row // 2 + half]]
             order = [lanes * (i % 2) + i // 2 + half * (row % 2) for i in range(lanes)]
-            mixed.append(T.bind(tir.Shuffle(pair, [tir.IntImm("int32", i) for i in order])))
+            mixed.append(named(tir.Shuffle(pair, [tir.IntImm("int32", i) for i in order])))
         rows = mixed
     return rows
