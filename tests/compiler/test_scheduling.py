@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from torch import nn
 import plait
 from plait.compiler.measure import scheduling
 from plait.runtime.plan import KernelStep
+from plait.runtime.trace import Event
 
 PLAIN = "normalize,outline-branches,speculate-routes,fuse-vertical"
 FORCED = PLAIN + ",schedule{least_gain=-1,rounds=5}"
@@ -47,6 +51,22 @@ class Woven(nn.Module):
             else:
                 values.append(layer(torch.cat([values[a], values[b]], 1)))
         return torch.cat(values[-4:], 1)
+
+
+@pytest.fixture(autouse=True)
+def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All parts of kernels take the same, and all calls: what is measured says how busy the machine
+    is, and the schedules that are found follow from it.
+    """
+    run, ticks = scheduling.Tracer.run, itertools.count()
+
+    def even(self: Any, inputs: Any) -> list[Event]:
+        events = enumerate(run(self, inputs))
+        return [replace(e, begin=k * 1e-4, end=(k + 1) * 1e-4) for k, e in events]
+
+    monkeypatch.setattr(scheduling.Tracer, "run", even)
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks) / 10)
+    monkeypatch.setattr(scheduling, "time", clock)
 
 
 @pytest.fixture
@@ -194,6 +214,15 @@ def test_calls_that_take_long_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> 
     compiled = _compiled(Woven(8).eval(), torch.randn(1, 8, 24, 24), FORCED)
     (remark,) = [r for r in compiled.remarks if r.pass_name == "schedule"]
     assert remark.id == "PLT-PAR-004" and "too long" in remark.reason
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_one_call_that_takes_long_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    late = SimpleNamespace(perf_counter=lambda: (n := next(ticks)) / 10 + 9 * (n > 2))
+    monkeypatch.setattr(scheduling, "time", late)
+    compiled = _compiled(Woven(3).eval(), torch.randn(1, 8, 20, 20), FORCED)
+    assert _ids(compiled) == {"PLT-PAR-001"}
 
 
 @pytest.mark.usefixtures("two_threads")
