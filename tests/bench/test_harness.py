@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def test_a_right_engine_is_timed_and_compared_with_float64() -> None:
     assert result.error_ratio == pytest.approx(1)
     assert 0 < result.error < 1e-5  # type: ignore[operator]
     assert result.repeatable
-    assert 0 < result.p10 <= result.p50 <= result.p90 < 1  # type: ignore[operator]
+    assert 0 < result.p10 <= result.p50 <= result.p90  # type: ignore[operator]
     assert len(result.rounds) == 2
 
 
@@ -83,7 +84,8 @@ def test_an_engine_cannot_spoil_the_model_of_the_next() -> None:
 
 def test_answers_that_change_from_call_to_call_are_noticed() -> None:
     def noisy(model: nn.Module, inputs: tuple):
-        return lambda: model(*inputs) + 1e-6 * torch.rand(())
+        calls = itertools.count()
+        return lambda: model(*inputs) + 1e-5 * (next(calls) % 2)
 
     (result,) = run_workload(CHAIN, [Peer("noisy", "", noisy)], rounds=1, seconds=0.01)
     assert result.repeatable is False

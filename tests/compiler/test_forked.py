@@ -26,7 +26,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def in_child(check: Callable[[], None], seconds: float = 30.0) -> int:
+def in_child(check: Callable[[], None], seconds: float = 300.0) -> int:
     """The exit status of a child that runs ``check``; -1 where it did not end in time."""
     process = os.fork()
     if process == 0:
@@ -63,7 +63,7 @@ def test_launches_of_the_parent_run_on_one_thread() -> None:
         assert torch.equal(compiled(x), expected)
         assert "PLT-RUN-001" in [r.id for r in compiled.remarks]
 
-    assert in_child(check, 10.0) == 0
+    assert in_child(check) == 0
     assert torch.equal(compiled(x), expected)
     assert "PLT-RUN-001" not in [r.id for r in compiled.remarks]
 
@@ -113,5 +113,5 @@ def test_a_fork_waits_for_the_end_of_a_capture() -> None:
     def check() -> None:
         assert captured.is_set() and EXCLUSIVE.acquire(timeout=1)
 
-    assert in_child(check, 10.0) == 0
+    assert in_child(check) == 0
     thread.join()

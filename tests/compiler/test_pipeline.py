@@ -16,7 +16,7 @@ from plait.compiler.lowering import select
 from plait.kernels.database import Database
 from plait.runtime.plan import KernelStep, LibraryStep
 
-torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("kernels_win")
 
 
 def relative_error(model, compiled, *inputs):

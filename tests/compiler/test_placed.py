@@ -24,7 +24,7 @@ from plait.compiler.placed.options import devices_here
 from plait.compiler.placed.part import segment_from_json, segment_to_json
 from plait.compiler.weights.absent import Checkpoint
 
-FAST = {"budget": 0.3, "timeout": 120.0}
+FAST = {"budget": 0.3, "timeout": 600.0}  # a timeout that a busy machine keeps
 
 
 class Net(nn.Module):
@@ -167,10 +167,8 @@ def test_wrong_arguments_are_refused_and_leave_ranks_alive(
     check(ranks, net, *example(1))
 
 
-def failing(net: nn.Module, seconds: float = 30.0) -> plait.Placed:
-    placed = plait.compile(
-        net, devices=SMALL, placement=options(launch="processes", timeout=seconds)
-    )
+def called(net: nn.Module) -> plait.Placed:
+    placed = plait.compile(net, devices=SMALL, placement=options(launch="processes"))
     placed(*example())
     return placed
 
@@ -187,21 +185,22 @@ def test_a_first_call_that_fails_is_not_the_last(net: nn.Module) -> None:
 
 
 def test_a_killed_rank_is_one_clear_error_and_ends_the_others(net: nn.Module) -> None:
-    placed = failing(net)
+    placed = called(net)
     processes = placed._engine.ranks.processes  # type: ignore[union-attr]
     processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(plait.DistributedError, match="PLT-DST-004: rank 1 ended by signal 9"):
         placed(*example())
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 300  # it is no timeout that tells
     assert all(p.poll() is not None for p in processes)
     with pytest.raises(plait.DistributedError, match="PLT-DST-011.*rank 1"):
         placed(*example())
 
 
 def test_a_rank_that_hangs_is_noticed(net: nn.Module) -> None:
-    placed = failing(net, 8.0)
-    processes = placed._engine.ranks.processes  # type: ignore[union-attr]
+    placed = called(net)
+    ranks = placed._engine.ranks  # type: ignore[union-attr]
+    processes, ranks.timeout = ranks.processes, 1.0
     processes[0].send_signal(signal.SIGSTOP)
     with pytest.raises(plait.DistributedError, match="PLT-DST-005"):
         placed(*example())
@@ -209,7 +208,7 @@ def test_a_rank_that_hangs_is_noticed(net: nn.Module) -> None:
 
 
 def test_a_rank_ends_with_its_parent(net: nn.Module) -> None:
-    placed = failing(net)
+    placed = called(net)
     process = placed._engine.ranks.processes[0]  # type: ignore[union-attr]
     placed.close()
     assert process.poll() is not None
@@ -280,7 +279,7 @@ def spmd(folder: Path, devices: str, *extra: str) -> list[tuple[int, str]]:
                 text=True,
             )
         )
-    outputs = [p.communicate(timeout=240)[0] for p in started]
+    outputs = [p.communicate(timeout=900)[0] for p in started]
     return [(p.returncode, out) for p, out in zip(started, outputs, strict=True)]
 
 
@@ -295,12 +294,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_ranks_of_torchrun_give_the_same(tmp_path: Path) -> None:
-    for code, output in spmd(tmp_path, "2xcpu:40kB", "120", "run"):
+    for code, output in spmd(tmp_path, "2xcpu:40kB", "600", "run"):
         assert (code, "done" in output) == (0, True), output
 
 
 def test_a_lost_rank_of_torchrun_is_an_error_of_the_others(tmp_path: Path) -> None:
-    (code, output), (lost, _) = spmd(tmp_path, "2xcpu:40kB", "20", "die")
+    (code, output), (lost, _) = spmd(tmp_path, "2xcpu:40kB", "600", "die")
     assert lost == 7 and code == 3 and "rank 0: PLT-DST-004: rank 0 lost" in output, output
 
 
@@ -309,7 +308,7 @@ def test_ranks_of_torchrun_agree_on_what_is_wrong(tmp_path: Path) -> None:
                           ("2xcpu:20kB", "bytes short")):  # fmt: skip
         folder = tmp_path / devices.replace(":", "")
         folder.mkdir()
-        for code, output in spmd(folder, devices, "120", "run"):
+        for code, output in spmd(folder, devices, "600", "run"):
             assert code == 3 and text in output, output
 
 

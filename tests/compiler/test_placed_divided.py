@@ -68,7 +68,7 @@ def model() -> Model:
 
 
 def options(**given: Any) -> plait.PlacementOptions:
-    return plait.PlacementOptions(**{"budget": 0.3, "timeout": 120.0, **given})
+    return plait.PlacementOptions(**{"budget": 0.3, "timeout": 600.0, **given})
 
 
 def placed_on(*devices: tuple[str, ...] | str) -> ExpertPlacement:

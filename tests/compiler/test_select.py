@@ -80,7 +80,7 @@ def test_wrong_candidates_never_run(fresh: Database, monkeypatch: pytest.MonkeyP
 
 
 def test_where_the_c_compiler_cannot_link_kernels_run_all_the_same(
-    fresh: Database, monkeypatch: pytest.MonkeyPatch
+    fresh: Database, monkeypatch: pytest.MonkeyPatch, kernels_win: None
 ) -> None:
     monkeypatch.setattr(build, "c_compiler", lambda: ("false",))
     compiled, model, x = compiled_linear()

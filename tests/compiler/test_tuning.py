@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -14,6 +12,7 @@ from plait.compiler.cli import app
 from plait.compiler.lowering.trial import Trial
 from plait.compiler.measure import tuning
 
+pytestmark = pytest.mark.usefixtures("kernels_win")  # what the library wins, nothing can tune
 MODEL = """
 import torch
 from torch import nn
@@ -23,12 +22,6 @@ def build():
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 64))
     return model.eval(), (torch.randn(32, 256),)
 """
-
-
-@pytest.fixture(autouse=True)
-def kernels_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the library wins, no tuning can reach; on a busy machine it may win by chance."""
-    monkeypatch.setattr(Trial, "library_seconds", lambda self: math.inf)
 
 
 def compiled_model() -> tuple[plait.Compiled, torch.Tensor]:

@@ -441,7 +441,7 @@ def test_who_waits_for_a_capture_in_another_thread_forgets_nothing(
         model.scale = 3.0  # as a capture does with settings of Hugging Face's
         for thread in threads:
             thread.start()
-            assert asked.acquire(timeout=10)
+            assert asked.acquire(timeout=300)
         model.scale = 2.0
     for thread in threads:
         thread.join()

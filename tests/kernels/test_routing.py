@@ -125,7 +125,7 @@ def test_any_routes_give_the_references_result(data: st.DataObject) -> None:
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
 
 
-def test_all_of_it_is_kernels() -> None:
+def test_all_of_it_is_kernels(kernels_win: None) -> None:
     model = MODELS[0]
     x, index, scale = torch.randn(9, 64), torch.randint(0, 8, (9, 2)), torch.rand(9, 2)
     with torch.no_grad():

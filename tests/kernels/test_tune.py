@@ -48,7 +48,7 @@ def works(made: Problem, database: Database, key: str = "k", role: str = "fast")
 def test_templates_are_raced_and_schedules_searched(tmp_path: Path) -> None:
     made, seen = linear(96, 128, 128), list[Progress]()
     database = Database(tmp_path)
-    (outcome,) = tune([task(made)], database, host(), budget=60, trials=8, progress=seen.append)
+    (outcome,) = tune([task(made)], database, host(), budget=600, trials=8, progress=seen.append)
     entry = works(made, Database(tmp_path))
     works(made, Database(tmp_path), role=FRUGAL)
     assert outcome.before is None and outcome.after == entry.seconds and outcome.remark == ""
@@ -65,7 +65,7 @@ def test_templates_are_raced_and_schedules_searched(tmp_path: Path) -> None:
 
 def test_a_second_run_does_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = linear(64, 64, 128)
-    tune([task(made)], Database(tmp_path), host(), budget=60, trials=4)
+    tune([task(made)], Database(tmp_path), host(), budget=600, trials=4)
     entry = works(made, Database(tmp_path))
 
     def forbidden(*args: Any, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ def test_a_second_run_does_nothing_more(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(tune_module, "build", forbidden)
     monkeypatch.setattr(tune_module, "search", forbidden)
-    (again,) = tune([task(made)], Database(tmp_path), host(), budget=60, trials=4)
+    (again,) = tune([task(made)], Database(tmp_path), host(), budget=600, trials=4)
     assert again.before == again.after == entry.seconds
 
 
@@ -85,10 +85,10 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune([task(made)], Database(tmp_path), host(), budget=60, trials=8, progress=interrupt)
+        tune([task(made)], Database(tmp_path), host(), budget=600, trials=8, progress=interrupt)
     works(made, Database(tmp_path))  # the templates' winner is there already
     seen: list[Progress] = []
-    tune([task(made)], Database(tmp_path), host(), budget=60, trials=8, progress=seen.append)
+    tune([task(made)], Database(tmp_path), host(), budget=600, trials=8, progress=seen.append)
     assert [p.stage for p in seen if p.stage == "templates"] == []
     assert seen[-1].stage == "done" and seen[-1].trials >= 8
     works(made, Database(tmp_path))
@@ -134,7 +134,7 @@ def test_a_wrong_kernel_never_wins(tmp_path: Path) -> None:
 def test_tuning_works_without_a_disk(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     database, made = Database(tmp_path / "file"), linear(64, 64, 128)
-    (outcome,) = tune([task(made)], database, host(), budget=60, trials=2)
+    (outcome,) = tune([task(made)], database, host(), budget=600, trials=2)
     assert not database.persistent and outcome.after is not None
     works(made, database)
 

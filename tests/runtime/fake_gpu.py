@@ -41,6 +41,7 @@ class FakeGpu:
         self._latest: dict[Any, Any] = {}
         self._happened: set[Any] = set()
         self._current: list[Any] = []
+        self._allocated: list[torch.Tensor] = []
         self._spare: dict[tuple[Any, bool], list[torch.Tensor]] = {}
         self._graph: list[tuple[Any, str, Any]] | None = None
         self._joined: set[Any] = set()
@@ -51,6 +52,7 @@ class FakeGpu:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         raw = torch.zeros(nbytes + 512, dtype=torch.uint8)
+        self._allocated.append(raw)  # what is issued may use it when whoever issued it is gone
         shift = -raw.data_ptr() % 512
         return raw[shift : shift + nbytes]
 

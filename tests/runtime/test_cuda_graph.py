@@ -46,8 +46,8 @@ def _expected(steps: Sequence[Step], x: torch.Tensor, outputs: Sequence[str]) ->
     known = {"x": x}
     for step in steps:
         if isinstance(step, KernelStep):
-            reads = [known[r.buffer] for r in step.args[:-1]]
-            known[step.name] = 1 + sum((k + 1) * v / 4 for k, v in enumerate(reads))
+            reads = [known[r.buffer].double() for r in step.args[:-1]]  # as Python computes
+            known[step.name] = (1 + sum((k + 1) * v / 4 for k, v in enumerate(reads))).float()
         else:
             assert isinstance(step, LibraryStep)
             known[step.name] = known[step.refs[0].buffer] + known[step.refs[1].buffer]

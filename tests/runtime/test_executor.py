@@ -114,12 +114,13 @@ def test_ten_thousand_calls_leak_nothing(add):
     plan, _ = random_plan(random.Random(7), 64, [0])
     executor = Executor(plan, {}, {"add": add})
     x = torch.randn(64, COLUMNS)
-    for _ in range(500):
-        executor.run([x])
-    before = psutil.Process().memory_info().rss
-    for _ in range(10_000):
-        executor.run([x])
-    assert psutil.Process().memory_info().rss - before < 4 << 20
+    grown = []
+    for _ in range(5):
+        before = psutil.Process().memory_info().rss
+        for _ in range(2000):
+            executor.run([x])
+        grown.append(psutil.Process().memory_info().rss - before)
+    assert min(grown) < 800 << 10  # what leaks does so each time; the process may grow otherwise
 
 
 def test_library_steps_mix_with_kernels(add):

@@ -135,8 +135,11 @@ def _wanted(
             known[step.name][begin:middle] = cells[begin:middle] * 2
             known[step.name][middle:end] = cells[middle:end] * 3
         elif isinstance(step, KernelStep):
-            reads = [known[r.buffer].flatten()[int(r.offset) :][:N] for r in step.args[:-1]]
-            known[step.name] = 1 + sum((k + 1) * v / 4 for k, v in enumerate(reads))
+            # To the bit, for a `torch.cond` asks whether a sum is above 8.
+            reads = [
+                known[r.buffer].flatten()[int(r.offset) :][:N].double() for r in step.args[:-1]
+            ]
+            known[step.name] = (1 + sum((k + 1) * v / 4 for k, v in enumerate(reads))).float()
         elif isinstance(step, LibraryStep):
             first = known[step.refs[0].buffer]
             if step.target == "aten.add.Tensor":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import plait
 from plait.kernels import routing
+from plait.runtime import load_costs
 
 WIDTH = 64
 
@@ -61,6 +63,18 @@ def rows(first: list[int], last: list[int]) -> Tensor:
 @pytest.fixture(autouse=True)
 def no_gradients() -> Any:
     with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_loads() -> Iterator[None]:
+    """Loads are cheap, and cost by their bytes: how long one takes says how busy the machine is."""
+
+    def ended(costs: load_costs.LoadCosts, *_: object) -> None:
+        costs.cheap = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_costs.LoadCosts, "end", ended)
         yield
 
 

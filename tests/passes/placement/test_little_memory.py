@@ -83,7 +83,7 @@ def test_sizes_that_hardly_repeat_fill_devices_exactly(units: int, devices: int)
     only = [1.0 if d == home[0] else None for d in range(devices)]
     problem = chain(sizes, rooms, time_s=only)
     near = np.full(units, home[0])
-    deadline = time.perf_counter() + 60
+    deadline = time.perf_counter() + 600
     device = exchange(problem, near, 1.0, np.random.default_rng(0), deadline)
     assert device is not None and device[0] == home[0]
     assert np.bincount(device, sizes, devices).tolist() == rooms
@@ -98,7 +98,7 @@ def test_large_sizes_fill_many_devices_in_a_few_tries(monkeypatch: pytest.Monkey
         sizes.append(rng.randint(1, 9_999_999_999))
         rooms[rng.randrange(32)] += sizes[-1]
     problem = chain(sizes, rooms)
-    deadline = time.perf_counter() + 60
+    deadline = time.perf_counter() + 600
     tries = np.random.default_rng(0)
     device = exchange(problem, np.zeros(500, np.int64), 1.0, tries, deadline)
     assert device is not None
@@ -144,20 +144,20 @@ def test_what_an_op_needs_while_it_runs_is_proven(more: int, fits: bool) -> None
 def test_units_stay_where_they_were_only_where_they_may_run() -> None:
     problem = chain([3, 3], [6.0, 6.0], time_s=[None, 1e-3])
     rng = np.random.default_rng(0)
-    device = exchange(problem, np.zeros(2, np.int64), 1.0, rng, time.perf_counter() + 9)
+    device = exchange(problem, np.zeros(2, np.int64), 1.0, rng, time.perf_counter() + 600)
     assert device is not None and device.tolist() == [1, 0]
 
 
 def test_one_device_that_is_too_small_is_not_filled() -> None:
     problem = chain([3, 3], [6.0])
     near = np.zeros(2, np.int64)
-    assert exchange(problem, near, 0.9, np.random.default_rng(0), time.perf_counter() + 9) is None
+    assert exchange(problem, near, 0.9, np.random.default_rng(0), time.perf_counter() + 600) is None
 
 
 def test_what_cannot_be_exchanged_is_not_found() -> None:
     problem = chain([3, 3, 3], [4.0, 5.0])
     near = np.zeros(3, np.int64)
-    assert exchange(problem, near, 1.0, np.random.default_rng(0), time.perf_counter() + 60) is None
+    assert exchange(problem, near, 1.0, np.random.default_rng(0), time.perf_counter() + 600) is None
 
 
 def test_scattered_ops_that_fill_devices_exactly_are_placed() -> None:
