@@ -284,7 +284,7 @@ def _read(
             rank = live[end]  # type: ignore[index]
             try:
                 messages.put((rank, pipe.receive(end)))  # type: ignore[union-attr]
-            except (EOFError, OSError):
+            except (EOFError, OSError, TypeError):  # the last: closed by `_end` meanwhile
                 del live[end]  # type: ignore[arg-type]
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     processes[rank].wait(1.0)

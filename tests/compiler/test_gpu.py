@@ -87,6 +87,9 @@ def shared() -> GpuLowered:
     return _lowered("normalize,fuse-vertical,fuse-horizontal{own_flops=0},streams")
 
 
+_EMULATORS: dict[str, Emulator] = {}  # by source, for tests share models, and C++ takes seconds
+
+
 class Emulated:
     """Kernels by the emulator (`branches.Loader`)."""
 
@@ -99,7 +102,9 @@ class Emulated:
         for number in sorted({f.image for f in lowered.kernels.values()}):
             kernels = [f.kernel for f in lowered.kernels.values() if f.image == number]
             source = lowered.sources[number]
-            emulators[number] = Emulator(source, kernels, place / str(number))
+            if source not in _EMULATORS:
+                _EMULATORS[source] = Emulator(source, kernels, place / str(number))
+            emulators[number] = _EMULATORS[source]
 
         def launch(image: int, kernel: GpuKernel, tensors: Sequence[int], *rest: Any) -> None:
             starts = [t - o for t, o in zip(tensors, kernel.offsets, strict=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,9 +37,7 @@ from plait.passes.prefetch_weights import TIERED
 from plait.passes.verifier import verify
 from plait.runtime.plan import FetchStep, KernelStep, LibraryStep, Plan, cuts
 
-from ..kernels.cuda_emulator import Emulator
 from ..runtime.ordered_gpu import OrderedGpu
-from . import test_gpu
 from .budgets import EXPERTS, INNER, WIDTH, Experts, Net, example, weights
 from .test_gpu import Emulated
 
@@ -69,12 +66,6 @@ class _Here:
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrderedGpu]:
     """Lets `plait.compile` take the CPU for a GPU, which emulates kernels."""
     device, loader = OrderedGpu(), Emulated(tmp_path_factory.mktemp("host"))
-    emulators: dict[str, Emulator] = {}
-
-    def emulator(source: str, kernels: Any, scratch: Path) -> Emulator:
-        if source not in emulators:
-            emulators[source] = Emulator(source, kernels, scratch)
-        return emulators[source]
 
     def executor(lowered: GpuLowered, place: torch.device, store: HostStore) -> Any:
         return _Here(assemble(lowered, device, loader, store), device)
@@ -83,7 +74,6 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrderedGpu]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (build, specialise):
             patch.setattr(module, "gpu_of", lambda captured: CPU)
-        patch.setattr(test_gpu, "Emulator", emulator)
         patch.setattr(compiled, "executor", executor)
         patch.setattr(host, "device_of", lambda place: device)
         patch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))

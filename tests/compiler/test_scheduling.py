@@ -54,19 +54,20 @@ class Woven(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All parts of kernels take the same, and all calls: what is measured says how busy the machine
-    is, and the schedules that are found follow from it.
+def costs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What a part of a kernel takes follows from its step's number, and all calls take the same:
+    what is measured says how busy the machine is, and what schedules are found follows from it.
     """
+    found = SimpleNamespace(of=lambda step: (1 + 37 * step % 11) * 1e-5)
     run, ticks = scheduling.Tracer.run, itertools.count()
 
-    def even(self: Any, inputs: Any) -> list[Event]:
-        events = enumerate(run(self, inputs))
-        return [replace(e, begin=k * 1e-4, end=(k + 1) * 1e-4) for k, e in events]
+    def told(self: Any, inputs: Any) -> list[Event]:
+        return [replace(e, begin=0.0, end=found.of(e.step)) for e in run(self, inputs)]
 
-    monkeypatch.setattr(scheduling.Tracer, "run", even)
+    monkeypatch.setattr(scheduling.Tracer, "run", told)
     clock = SimpleNamespace(perf_counter=lambda: next(ticks) / 10)
     monkeypatch.setattr(scheduling, "time", clock)
+    return found
 
 
 @pytest.fixture
@@ -98,12 +99,9 @@ def test_whatever_the_schedule_the_bits_are_those_of_the_plan_in_order(
     pipeline = f"{PLAIN},schedule{{least_gain=-1,rounds=5,algorithm={algorithm}}}"
     scheduled = _compiled(model, x, pipeline)
     plan = scheduled.plan
-    if "PLT-PAR-001" in _ids(scheduled):
-        assert plan.workers == 2
-        places = [s.place for s in plan.steps if isinstance(s, KernelStep)]
-        assert all(places) and {w for p in places for w, _ in p} == {0, 1}
-    else:
-        assert _ids(scheduled) == {"PLT-PAR-002"}
+    assert _ids(scheduled) == {"PLT-PAR-001"} and plan.workers == 2
+    places = [s.place for s in plan.steps if isinstance(s, KernelStep)]
+    assert all(places) and {w for p in places for w, _ in p} == {0, 1}
     with torch.no_grad():
         for threads in (2, 1, 3, 2):
             torch.set_num_threads(threads)
@@ -140,8 +138,9 @@ def test_a_search_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_buffers_of_steps_side_by_side_lie_apart() -> None:
+def test_buffers_of_steps_side_by_side_lie_apart(costs: SimpleNamespace) -> None:
     """Two chains of their own: in order they could take turns in the same memory."""
+    costs.of = lambda step: 1e-4
 
     class Chains(nn.Module):
         def __init__(self) -> None:
@@ -236,11 +235,7 @@ def test_of_large_workspaces_one_candidate_is_tried(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(scheduling._Scheduler, "_race", count)
     x = torch.randn(1, 8, 24, 24)
-    seeds = iter(range(9, 20))  # by the costs that were measured, a graph may have one candidate
-    while max(raced, default=0) < 2:
-        _compiled(Woven(next(seeds)).eval(), x, FORCED)
+    _compiled(Woven(9).eval(), x, FORCED)
     monkeypatch.setattr(scheduling, "LARGEST", 0)
-    raced.clear()
-    for _ in range(2):
-        _compiled(Woven(next(seeds)).eval(), x, FORCED)
-    assert raced == [1, 1]
+    _compiled(Woven(10).eval(), x, FORCED)
+    assert raced == [2, 1]

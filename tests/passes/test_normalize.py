@@ -52,9 +52,8 @@ def test_a_second_run_changes_nothing(graph_module):
 @given(random_graphs(), st.integers(0, 8))
 def test_any_prefix_of_the_transformations_computes_the_same(graph_module, limit):
     inputs = inputs_for(graph_module, 0)
-    with counting(Counter(limit)) as counter:
+    with counting(Counter(limit)):
         result = Normalize().run(graph_module).graph_module
-    assert counter.asked >= 0
     for a, e in zip(result(*inputs), graph_module(*inputs), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
