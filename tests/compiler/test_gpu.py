@@ -87,7 +87,8 @@ def shared() -> GpuLowered:
     return _lowered("normalize,fuse-vertical,fuse-horizontal{own_flops=0},streams")
 
 
-_EMULATORS: dict[str, Emulator] = {}  # by source, for tests share models, and C++ takes seconds
+_EMULATORS: dict[Any, Emulator] = {}
+"""By source and kernels: tests share models, and C++ takes seconds."""
 
 
 class Emulated:
@@ -102,9 +103,10 @@ class Emulated:
         for number in sorted({f.image for f in lowered.kernels.values()}):
             kernels = [f.kernel for f in lowered.kernels.values() if f.image == number]
             source = lowered.sources[number]
-            if source not in _EMULATORS:
-                _EMULATORS[source] = Emulator(source, kernels, place / str(number))
-            emulators[number] = _EMULATORS[source]
+            key = source, frozenset(k.name for k in kernels)
+            if key not in _EMULATORS:
+                _EMULATORS[key] = Emulator(source, kernels, place / str(number))
+            emulators[number] = _EMULATORS[key]
 
         def launch(image: int, kernel: GpuKernel, tensors: Sequence[int], *rest: Any) -> None:
             starts = [t - o for t, o in zip(tensors, kernel.offsets, strict=True)]

@@ -431,7 +431,7 @@ def test_processes_share_one_directory(tmp_path: Path, library) -> None:
         subprocess.Popen([*command, str(n), str(source)], stderr=subprocess.PIPE) for n in range(3)
     ]
     for worker in workers:
-        _, error = worker.communicate(timeout=120)
+        _, error = worker.communicate(timeout=900)
         assert worker.returncode == 0, error.decode()
     database = Database(tmp_path / "cache")
     assert database.stats()["kernels"] == 75 and database.verify().ok

@@ -51,7 +51,7 @@ from pathlib import Path
 from plait.kernels.files import replacing, scratch_folder
 with replacing(Path(sys.argv[1])), scratch_folder("plait-build-"):
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

@@ -33,13 +33,13 @@ class Post:
         box = self.mail.boxes[self.rank, rank]
         done = threading.Event()
         box.put((tag, tensor, done))
-        return Later(lambda: done.wait(5.0))  # like gloo: until the other side has it
+        return Later(lambda: done.wait(60.0))  # like gloo: until the other side has it
 
     def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
         box = self.mail.boxes[rank, self.rank]
 
         def wait() -> bool:
-            got, content, done = box.get(timeout=5.0)
+            got, content, done = box.get(timeout=60.0)
             assert got == tag, "sent and asked for in different orders"
             tensor.copy_(content)
             done.set()
@@ -57,7 +57,7 @@ class Post:
         thread.start()
 
         def join() -> bool:
-            thread.join(5.0)
+            thread.join(60.0)
             return bool(thread_result)
 
         return Later(join)
@@ -164,7 +164,7 @@ def test_ranks_pass_batches_on_in_order_and_end(batches: int, numbers: Sequence[
     for t in threads:
         t.start()
     for t in threads:
-        t.join(10.0)
+        t.join(120.0)
     assert len(found) == batches
     for x, d in zip(xs, found, strict=True):
         torch.testing.assert_close(d, expected(x))
