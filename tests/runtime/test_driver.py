@@ -22,11 +22,20 @@ def _use(folder: Path, **environment: str) -> str:
     ).stdout
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver that a process has made and kept."""
+    folder = tmp_path_factory.mktemp("cache")
+    assert _use(folder) == "fine\n"
+    (found,) = folder.glob("driver-*.so")
+    return found
+
+
 @pytest.mark.parametrize("length", [9000, 0, None])
-def test_a_driver_cut_short_or_altered_is_made_again(tmp_path: Path, length: int | None) -> None:
-    assert _use(tmp_path) == "fine\n"
-    (kept,) = tmp_path.glob("driver-*.so")
-    good = kept.read_bytes()
+def test_a_driver_cut_short_or_altered_is_made_again(
+    tmp_path: Path, made: Path, length: int | None
+) -> None:
+    kept, good = tmp_path / made.name, made.read_bytes()
     kept.write_bytes(good[:length] if length is not None else good[:5000] + b"?" + good[5001:])
     assert _use(tmp_path) == "fine\n"
     assert len(kept.read_bytes()) == len(good)
