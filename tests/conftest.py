@@ -34,7 +34,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """A test, with all of its fixtures, draws the same numbers whatever ran before it."""
+    """A test, with its fixtures, draws the same numbers whatever files were tested before."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
