@@ -32,7 +32,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, free_unbacked_symb
 
 from ..kernels import ops
 from .base import Pass, PassResult, allow, copy_graph
-from .ir import COND, attribute, branches_of, fake_mode_of, fake_result
+from .ir import COND, attribute, branches_of, fake_mode_of, fake_result, same_size
 from .remarks import Remark
 from .resize import Sizes, at_sizes, attacher
 
@@ -205,6 +205,7 @@ class _Outliner:
             copied = graph.node_copy(node, lambda a: inner[a] if a in inner else _lost(a))
             copied.meta["val"] = renamed.value(node.meta.get("val"))
             inner[node] = copied
+        _check_rows(region, inner)
         graph.output((inner[region.result],))
         module = fx.GraphModule(self.module, graph, class_name="Branch")
         nested = _Outliner(module, self.pass_name)
@@ -316,6 +317,17 @@ def _renamed(mode: Any, part: fx.Node, name: str) -> Sizes:
         constraint_dim=None, positive=True, do_not_specialize_zero_one=True,
     )  # fmt: skip
     return Sizes(mode, {old: symbol})
+
+
+def _check_rows(region: _Region, inner: dict[fx.Node, fx.Node]) -> None:
+    """Raises _Refused unless a branch surely returns a row for each of its cells: a plan trusts it,
+    while the gather raises where it is not so.
+    """
+    cells = inner[region.part].meta["val"].shape[0]
+    shape = inner[region.result].meta["val"].shape
+    if not shape or not same_size(shape[0], cells):
+        reason = f"{region.result.name} may have another number of rows than its branch has cells"
+        raise _Refused("PLT-BRN-007", reason)
 
 
 def _lost(node: fx.Node) -> fx.Node:

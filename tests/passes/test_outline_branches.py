@@ -119,6 +119,23 @@ def test_branches_that_read_each_other_are_left_alone() -> None:
     assert "plait.scatter.default" in calls(after)
 
 
+@pytest.mark.parametrize("rows", [lambda x: x[1:], lambda x: torch.cat([x, x]), lambda x: x[:1]])
+def test_a_branch_that_does_not_return_a_row_for_each_cell_is_refused_by_the_gather(rows) -> None:
+    class Other(nn.Module):
+        def forward(self, x):
+            index = (x[:, 0] > 0).long()
+            first, second = scatter(x, index, 2)
+            return gather([first * 2, rows(second)], index, None)
+
+    x = torch.ones(5, 4)
+    _, after, remarks = outlined(Other(), x)
+    assert [r.id for r in remarks if r.kind == "missed"] == ["PLT-BRN-007"]
+    with pytest.raises(ValueError, match="branch 1 returned .* rows for 5 cells"):
+        after(x)
+    with torch.no_grad(), pytest.raises(ValueError, match="branch 1 returned .* rows for 5 cells"):
+        plait.compile(Other(), tune="off")(x)
+
+
 def test_the_bisect_counter_reaches_each_region() -> None:
     x = torch.randn(6, 4)
     model = Labelled(linears(2, 3))
