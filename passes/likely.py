@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from . import route_odds
-from .route_odds import Grouping, Key, Routes
+from .route_odds import Grouping, Key, Routes, label_of
 from .route_regions import Group
 
 LIKELY = "likely"
@@ -57,15 +57,16 @@ class Likely:
                 for stats in routes[key]:
                     found = [] if stats is None else route_odds.outcomes(stats, self.shapes[key][1])
                     counts.append(f"{found.count(group)} of {len(found)}")
-                text = f"router {key[0]!r}: all cells took the branches {name_group(group)}"
-                texts.append(f"{text} together in {' fitted and '.join(counts)} held-out batches")
+                text = f"router {label_of(key)!r}: all cells took the branches"
+                text = f"{text} {name_group(group)} together"
+                texts.append(f"{text} in {' fitted and '.join(counts)} held-out batches")
         for key, grouping in self.grouped.items():
             counts = []
             for stats in routes[key]:
                 lost = 0 if stats is None else route_odds.broken(stats, grouping)
                 counts.append(f"{lost} of {0 if stats is None else sum(stats.cells)}")
             names = ", ".join(map(name_group, grouping.groups))
-            text = f"router {key[0]!r}: the branches {names} run together; at most"
+            text = f"router {label_of(key)!r}: the branches {names} run together; at most"
             texts.append(f"{text} {' fitted and '.join(counts)} held-out cells went otherwise")
         return texts
 

@@ -78,6 +78,12 @@ class Grouping:
         return tuple(slots.values())
 
 
+def label_of(key: Key) -> str:
+    """A router's key as text."""
+    name, call = key
+    return (name or "(model)") + (f" #{call + 1}" if call else "")
+
+
 def outcomes(stats: Loads, share: int) -> list[Group]:
     """For each batch the branches that every cell took, `MIXED` or `ANY`.
 

@@ -44,7 +44,7 @@ from .outline_branches import is_bookkeeping
 from .remarks import Remark
 from .resize import at_rows
 from .route_groups import regroup
-from .route_odds import MIXED, Grouping, Key, Loads, Routes
+from .route_odds import MIXED, Grouping, Key, Loads, Routes, label_of
 from .route_regions import (
     NONE,
     ROUTER,
@@ -150,13 +150,13 @@ class SpeculateRoutes(Pass):
         graphs: Any = node.args[1:3] if is_cond else node.args[0]
         fitted, held = state.routes.get(key, (None, None))
         if fitted is None or any(len(loads) != len(graphs) for loads in fitted.loads):
-            self._say(state, "PLT-SPC-003", node, f"router {key[0]!r} is not in the profile")
+            self._say(state, "PLT-SPC-003", node, f"router {label_of(key)!r} is not in the profile")
             return
         few = sum(fitted.cells) < self.min_cells
         if len(fitted.cells) >= self.min_batches:
             self._guess(node, key, fitted, held, module, state)
         elif few:
-            cells = f"{sum(fitted.cells)} cells of router {key[0]!r}"
+            cells = f"{sum(fitted.cells)} cells of router {label_of(key)!r}"
             reason = f"{cells} in {len(fitted.cells)} batches, fewer than {self.min_cells}"
             self._say(state, "PLT-SPC-003", node, reason)
         if is_cond or few:
@@ -190,18 +190,18 @@ class SpeculateRoutes(Pass):
             if grouping is None:
                 return
         if held is None or not held.cells:
-            reason = f"no held-out batch judges the routes of {key[0]!r}"
+            reason = f"no held-out batch judges the routes of {label_of(key)!r}"
             self._say(state, "PLT-SPC-006", node, reason)
             return
         members = outcome if grouping is None else grouping.members
         taken = graphs if dense else [graphs[b] for b in members]
         if any(may_fail(attribute(module, str(g.target))) for g in taken):
-            reason = f"a branch of {key[0]!r} may fail on cells that are not meant for it"
+            reason = f"a branch of {label_of(key)!r} may fail on cells that are not meant for it"
             self._say(state, "PLT-SPC-007", node, reason)
         elif grouping is not None:
             state.grouped[key] = grouping
         elif dense and (mixed := mixing(attribute(module, str(graphs[0].target)))) is not None:
-            reason = f"{mixed} in the branch of {key[0]!r} may look at more than one cell"
+            reason = f"{mixed} in the branch of {label_of(key)!r} may look at more than one cell"
             self._say(state, "PLT-SPC-015", node, f"{reason}, so it runs on no others")
         elif dense:
             state.dense.append(key)
@@ -225,12 +225,12 @@ class SpeculateRoutes(Pass):
             taken = 0 if held is None else sum(bool(loads[b]) for loads in held.loads)
             if taken:
                 batches = len(held.loads) if held else 0
-                reason = f"branch {b} of {key[0]!r}, dead when fitted, ran in {taken} of {batches}"
-                self._say(state, "PLT-SPC-002", node, f"{reason} held-out batches")
+                reason = f"branch {b} of {label_of(key)!r}, dead when fitted, ran in {taken}"
+                self._say(state, "PLT-SPC-002", node, f"{reason} of {batches} held-out batches")
             elif allow("defer branch", [node]):
                 deferred.append(b)
                 size = _weight_bytes(attribute(module, str(graph.target)))
-                reason = f"branch {b} of {key[0]!r} took none of {sum(fitted.cells)} cells"
+                reason = f"branch {b} of {label_of(key)!r} took none of {sum(fitted.cells)} cells"
                 text = f"{reason}: {size / 2**20:.2f} MiB deferred"
                 self._say(state, "PLT-SPC-001", node, text, "done")
         node.meta[DEFERRED] = tuple(deferred)
@@ -256,8 +256,8 @@ class SpeculateRoutes(Pass):
             if not isinstance(first.meta["val"].shape[0], torch.SymInt):
                 continue
             if (mixed := mixing(source)) is not None:
-                reason = f"{mixed} in branch {b} of {key[0]!r} may look at more than one cell"
-                self._say(state, "PLT-SPC-015", node, f"{reason}, so rows are not divided")
+                reason = f"{mixed} in branch {b} of {label_of(key)!r} may look at more than one"
+                self._say(state, "PLT-SPC-015", node, f"{reason} cell, so rows are not divided")
                 continue
             if allow("tailor capacity", [node]):
                 sized[b] = rows, at_rows(source, rows, is_bookkeeping)
@@ -292,7 +292,7 @@ class SpeculateRoutes(Pass):
                 guard = regroup(inliner, region, state.grouped[key], grouped_key(key))
             if guard is None:
                 reason = "do not take cells as they are, may get none, or are too many for a guard"
-                text = f"the branches of {key[0]!r} {reason}"
+                text = f"the branches of {label_of(key)!r} {reason}"
                 self._say(state, "PLT-SPC-007", region.node, text)
                 state.assumed.pop(key, None)
                 state.grouped.pop(key, None)
@@ -383,7 +383,7 @@ class SpeculateRoutes(Pass):
             index = constant_index(region)
             if index is None or not allow("fold router", [region.node]):
                 continue
-            name = region.node.meta.get(ROUTER, ("", 0))[0]
+            name = label_of(region.node.meta.get(ROUTER, ("", 0)))
             count = len(region.graphs)
             if isinstance(index, torch.Tensor):
                 done, what = inliner.fold(region, index), "a constant index"

@@ -17,7 +17,7 @@ import torch
 
 from ...passes.likely import Likely, grouped_key, name_group
 from ...passes.remarks import Remark
-from ...passes.route_odds import Key, Loads, Routes, fractions
+from ...passes.route_odds import Key, Loads, Routes, fractions, label_of
 from ...runtime.executor import Executor
 from ...runtime.fetching import resident
 from ...runtime.plan import BranchStep
@@ -107,7 +107,7 @@ class Speculation:
             f"(each costs {_us(self.loss)}), odds {self.bet.odds:.2f}"
         )
         groups = [
-            f"  {_label(key)}: branches {', '.join(map(name_group, groups))} as one"
+            f"  {label_of(key)}: branches {', '.join(map(name_group, groups))} as one"
             for key, groups in self.bet.groups().items()
         ]
         general = [f"  {line}" for line in self.general.visits()]
@@ -146,6 +146,12 @@ class Sample:
 def name_of(key: Key) -> str:
     """A router as plans call it."""
     return f"{key[0]}#{key[1]}"
+
+
+def key_of(router: str) -> Key | None:
+    """The router that plans call so; None for one that no profile can know."""
+    name, _, call = router.rpartition("#")
+    return (name, int(call)) if call else None
 
 
 def refused(bet: Likely, why: str) -> Remark:
@@ -231,7 +237,7 @@ def judge_capacities(
                 reason = (
                     f"{wanted / 2**20:.2f} MiB of weights for {rows} rows of branch {b} are more"
                 )
-                text = f"router {step.router.rpartition('#')[0]!r}: {reason} than the budget allows"
+                text = f"{_called(step)}: {reason} than the budget allows"
                 remarks.append(Remark("PLT-SPC-009", "missed", PASS, (step.name,), text))
             kept = wanted <= room and _judge_capacity(
                 lowered, step, b, build, held, values, remarks
@@ -260,7 +266,7 @@ def _judge_capacity(
     general, special = build(lowered.parts[step.plans[b]]), build(lowered.parts[name])
     counts = [load[b] for load in held.loads]
     fits = [n >= rows for n in counts]
-    router, what = step.router.rpartition("#")[0], f"{rows} rows of branch {b}"
+    what = f"{_called(step)}, {rows} rows of branch {b}"
     bound = {s: d for s, (i, d) in general.plan.symbols.items() if i == 0}
     chosen = _some([n for n in counts if n]) if any(fits) else []
     sizes = sorted({*chosen, *(n - rows for n in chosen if n > rows)})
@@ -270,7 +276,7 @@ def _judge_capacity(
         tensors = made_up(general.plan, {**values, **dict.fromkeys(bound, count)})
         calls.append(lambda e=executor, t=tensors: e.run(t))
     if not chosen:
-        reason = f"router {router!r}, {what}: never as many in {len(counts)} held-out batches"
+        reason = f"{what}: never as many in {len(counts)} held-out batches"
         remarks.append(Remark("PLT-SPC-009", "missed", PASS, (step.name,), reason))
         return False
     before, after, fast = 0.0, -math.inf, 0.0
@@ -292,7 +298,7 @@ def _judge_capacity(
     spills = [usual[n - rows] for n in chosen if n > rows]
     spill = f", a spill costs {_us(_mean(spills))}" if spills else ""
     figures = (
-        f"router {router!r}, {what}: {_us(fast)}{spill}; expected {_us(after)} instead of "
+        f"{what}: {_us(fast)}{spill}; expected {_us(after)} instead of "
         f"{_us(before)} over {len(counts)} held-out batches, {sum(fits)} of them with as many"
     )
     nodes = (step.name,)
@@ -318,12 +324,13 @@ def _describe(bet: Likely) -> str:
 
 
 def _routers(bet: Likely) -> tuple[str, ...]:
-    return tuple(map(_label, (*bet.assumed, *bet.dense, *bet.grouped)))
+    return tuple(map(label_of, (*bet.assumed, *bet.dense, *bet.grouped)))
 
 
-def _label(key: Key) -> str:
-    """A router as remarks call it."""
-    return (key[0] or "(model)") + (f" #{key[1] + 1}" if key[1] else "")
+def _called(step: BranchStep) -> str:
+    """A step's router as remarks call it."""
+    key = key_of(step.router)
+    return f"router {label_of(key)!r}" if key else "a router"
 
 
 def _some(items: Sequence[int]) -> list[int]:

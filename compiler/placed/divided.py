@@ -15,9 +15,9 @@ from ...passes.divide_experts import Divided, Shares, divide_experts
 from ...passes.manager import PassManager
 from ...passes.placement.experts import ExpertPlacement, read_expert_placement
 from ...passes.remarks import Remark
+from ...passes.route_odds import label_of
 from ...passes.speculate_routes import router_name
 from ..errors import OptionError
-from ..routing.stats import label_of
 from ..weights.absent import Rows
 from .capture import Whole
 
@@ -71,7 +71,7 @@ class _Layers:
 
     def shares(self, route: fx.Node) -> tuple[str, Shares | None]:
         name, experts = router_name(route) or "", int(route.args[1])  # type: ignore[call-overload]
-        label = label_of(name, self.seen[name])
+        label = label_of((name, self.seen[name]))
         self.seen[name] += 1
         self.labels.append(label)
         if self.placed is None:

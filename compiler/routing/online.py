@@ -17,11 +17,11 @@ from typing import Any
 
 from ...passes.likely import Likely, grouped_key
 from ...passes.remarks import Remark
-from ...passes.route_odds import Key, Routes
+from ...passes.route_odds import Key, Routes, label_of
 from ...runtime import forked
 from ...runtime.executor import Executor
 from ...runtime.plan import BranchStep
-from ..measure.bets import Speculation, name_of
+from ..measure.bets import Speculation, key_of, name_of
 from .drift import LiveLoads, drift
 
 WINDOW = 32
@@ -161,7 +161,7 @@ class Monitor:
             if found is not None:
                 moved.append(key)
                 share = f"{found.before:.2f} of the slots to {found.now:.2f}"
-                text = f"router {key[0]!r}: branch {found.branch} went from {share}"
+                text = f"router {label_of(key)!r}: branch {found.branch} went from {share}"
                 if (key, found.branch) not in self._said:
                     self._said.add((key, found.branch))
                     self._say("PLT-SPC-011", "note", f"{text}, {found.errors:.0f} standard errors")
@@ -211,9 +211,9 @@ def _loads(calls: list[list[Note]]) -> dict[Key, LiveLoads]:
     found: dict[Key, tuple[list[tuple[int, ...]], list[int]]] = {}
     for notes in calls:
         for router, load, slots in notes:
-            name, _, call = router.rpartition("#")
-            if call:
-                loads, totals = found.setdefault((name, int(call)), ([], []))
+            key = key_of(router)
+            if key:
+                loads, totals = found.setdefault(key, ([], []))
                 loads.append(load)
                 totals.append(slots)
     return {key: LiveLoads(tuple(a), tuple(b)) for key, (a, b) in found.items()}

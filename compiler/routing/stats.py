@@ -11,15 +11,11 @@ from functools import cached_property
 
 import torch
 
+from ...passes.route_odds import Key, label_of
+
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 Counts = tuple[int, ...]
 Table = tuple[Counts, ...]
-Key = tuple[str, int]
-
-
-def label_of(name: str, call: int) -> str:
-    """A router's key as text."""
-    return (name or "(model)") + (f" #{call + 1}" if call else "")
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class RouterStats:
     @property
     def label(self) -> str:
         """Its key as text."""
-        return label_of(self.name, self.call)
+        return label_of(self.key)
 
     @cached_property
     def load(self) -> Counts:
