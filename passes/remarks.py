@@ -171,6 +171,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-CAP-026": "Parts or attributes of a model change at almost every call.",
     "PLT-CAP-027": "The model reads an argument by strides, which differ from the captured ones.",
     "PLT-CAP-028": "Weights were made in inference mode: single elements may change unnoticed.",
+    "PLT-CAP-029": "The model seeds or asks generators of random numbers; the original runs.",
     "PLT-CNV-001": "A convolution's stride, padding or dilation depends on symbols.",
     "PLT-CNV-002": "What follows a convolution in its group is not elementwise over it.",
     "PLT-CNV-003": "The weight of a convolution is computed; kernels pack constant weights.",

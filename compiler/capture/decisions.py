@@ -222,11 +222,12 @@ class Recording(TorchFunctionMode):
     def _compute(self, func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
         """The result for the examples; None where it depends on chance."""
         with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
-            before = torch.get_rng_state()
+            generator = torch.default_generator
+            before = generator.get_state()
             result = func(*_map(self._real, args), **_map(self._real, kwargs))
-            if torch.equal(torch.get_rng_state(), before):
+            if torch.equal(generator.get_state(), before):
                 return (result,)
-            torch.set_rng_state(before)
+            generator.set_state(before)
             return None
 
     def _answer(self, func: Any, args: Any, kwargs: Any, real: Any) -> Any:

@@ -13,6 +13,7 @@ from ..errors import CaptureError, ChangeError
 from ..guards.settings import Read, reads_of
 from ..guards.watch import Attributes, modules_of
 from .as_eager import as_eager
+from .chance import chance
 from .checked import CheckedValues
 from .counts import Counts
 from .decisions import Recording
@@ -54,7 +55,8 @@ class Traced(nn.Module):
         roots = self.roots
         with CheckedSizes(tensors), unhooked(roots), as_eager(roots), recording, untouched:
             with CheckedValues(), Counts(), reads_of(below) as reads, masks(self.reads_masks):
-                out = self.target(*args, **kwargs)
+                with chance():
+                    out = self.target(*args, **kwargs)
         self.result.reads |= reads
         after, tree_after = flatten((args, kwargs), marks=tracked.given)
         same = len(after) == len(before) and all(
