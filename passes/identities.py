@@ -65,6 +65,8 @@ def drop_identities(rewriter: Rewriter) -> list[str]:
         if found is None:
             continue
         source, copies = found
+        if copies and node in aliases.escaping and not _same_steps(node, source):
+            continue  # it is seen how a result lies in memory
         if copies and not aliases.may_replace(node, source):
             continue
         if allow("drop identity", [node]):
@@ -119,9 +121,17 @@ def same_places(a: torch.Tensor, b: torch.Tensor) -> bool:
     """
     if not same_shape(a.shape, b.shape):
         return False
-    wide = [d for d, size in enumerate(a.shape) if not same_size(size, 1)]
-    ours, theirs = ([x.stride(d) for d in wide] for x in (a, b))
-    return same_shape([a.storage_offset(), *ours], [b.storage_offset(), *theirs])
+    return same_shape([a.storage_offset(), *_steps(a)], [b.storage_offset(), *_steps(b)])
+
+
+def _same_steps(node: fx.Node, source: fx.Node) -> bool:
+    """Whether neighbours lie equally far apart in two tensors of one shape."""
+    return same_shape(_steps(node.meta["val"]), _steps(source.meta["val"]))
+
+
+def _steps(value: torch.Tensor) -> list[Any]:
+    """The strides of the dimensions that are wider than 1."""
+    return [value.stride(d) for d, size in enumerate(value.shape) if not same_size(size, 1)]
 
 
 def _asks_for_copy(node: fx.Node) -> bool:

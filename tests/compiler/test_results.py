@@ -59,6 +59,8 @@ def _scaled(x: Tensor) -> Tensor:
         (lambda x: x * 2, lambda n: torch.randn(4, n).T),
         (lambda x: x.sum(2) + 1, lambda n: torch.randn(5, 3, n, 2).permute(3, 2, 1, 0)),
         (lambda x: x.softmax(-1).mT.sigmoid(), lambda n: torch.randn(2, n, n + 1)),
+        (lambda x: (x * 2)[..., 0].contiguous(), lambda n: torch.randn(n, n + 1, 2)),
+        (lambda x: x.softmax(-1).mT.contiguous().view(-1), lambda n: torch.randn(2, n, n + 1)),
         (
             lambda x: F.max_pool2d(x, 2) + 1,
             lambda n: torch.randn(n, 3, 6, n + 4).contiguous(memory_format=LAST),
