@@ -32,6 +32,8 @@ QUESTION = "is_torchdynamo_exporting"
 """The library's name of the question whether a model is being exported."""
 RECORDS = "utils.output_capturing", "is_torchdynamo_compiling"
 """Where outputs are recorded, and the question that it asks."""
+MASKED = "models.longt5.modeling_longt5", "is_torchdynamo_compiling"
+"""What goes on without the mask that it needs where the answer is yes."""
 MODULES = (
     "masking_utils",
     *(
@@ -50,7 +52,7 @@ def as_eager(roots: Iterable[nn.Module]) -> Iterator[None]:
     """
     placed: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for name, question in (*((name, QUESTION) for name in MODULES), RECORDS):
+        for name, question in (*((name, QUESTION) for name in MODULES), RECORDS, MASKED):
             names = vars(sys.modules.get(f"transformers.{name}", object))
             if question in names:
                 placed.append((names, question, names[question]))

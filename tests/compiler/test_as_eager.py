@@ -50,6 +50,14 @@ def test_attention_has_no_mask_where_nothing_is_padded(name: str, causal: bool) 
         assert all(n.args[3] is not None for n in attentions(compiled))
 
 
+def test_a_mask_that_is_left_out_is_made_where_the_model_needs_it() -> None:
+    model, inputs = hf_models.MODELS["longt5"]()
+    del inputs["attention_mask"]
+    compiled = plait.compile(model, tune="off", pipeline="normalize")
+    agree(compiled, model, inputs)
+    assert compiled.programs
+
+
 def test_a_window_still_needs_its_mask() -> None:
     model, inputs = hf_models.MODELS["mistral"]()
     window = model.config.sliding_window
