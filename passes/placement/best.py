@@ -38,6 +38,9 @@ enough that there is time for both."""
 
 _COARSE_SHARE = 0.4  # of the budget that it takes
 _PACK_SHARE = 0.1  # of the budget that one integer program may take
+_EXCHANGES = 30  # starts of an exchange of units that has to fill devices to the last byte
+_PATIENCE = 3.0  # seconds of a core for which to go on past the budget at least, if nothing fits
+_SHARED = 8.0  # programs that share the core then, at most
 _FEW_KINDS = 100  # of units, up to which integer programming is the quicker way to pack them
 _BRIMS = (1.0, 0.97, 0.9, 0.8, 0.65)
 """Shares of memory up to which devices are filled where nothing else fits: ops that come later, and
@@ -83,6 +86,7 @@ class Search:
         self.bounds = lower_bounds(p, objective == "throughput")
         self.move_seconds, self.moves, self.left = 1.0, 0, 0
         self.began, self.budget = time.perf_counter(), max(budget, 1e-3)
+        self.busy = time.thread_time()
         self.weight = 0.0
         self.start = ""
         self.nearest: tuple[float, Ints, Floats] | None = None
@@ -94,7 +98,9 @@ class Search:
         """Searches. Raises InfeasibleError where nothing that fits was found."""
         found = self.attempt()
         if not found.fits:  # late is better than never
-            self.deadline = max(self.deadline, time.perf_counter() + self.budget)
+            wall, busy = time.perf_counter() - self.began, time.thread_time() - self.busy
+            late = max(self.budget, _PATIENCE) * min(max(wall / max(busy, 1e-3), 1.0), _SHARED)
+            self.deadline = max(self.deadline, time.perf_counter() + late)
             self._insist()
             found = self._found()
         if not found.fits:
@@ -188,11 +194,10 @@ class Search:
             if time.perf_counter() > self.began + 0.2 * self.budget:
                 self.hurried = True
                 break
-        for name, listed in starts.simple_starts(self.problem, self.orders, self.budget):
+        until = self.began + 0.45 * self.budget
+        for name, listed in starts.simple_starts(self.problem, self.orders, self.budget, until):
             listed_start(name, listed.assign, listed.sequence)
-            if time.perf_counter() > self.began + 0.45 * self.budget:
-                self.hurried = True
-                break
+        self.hurried |= time.perf_counter() > until
         if not self._fits():
             for assign, sequence in self._brimful():
                 listed_start("filled", assign, sequence)
@@ -318,17 +323,31 @@ class Search:
                 self.progress(min(used, 1.0), float(s.cost[1]), self.bounds["best"])
 
     def _insist(self) -> None:
-        """Nothing fits yet: repair the nearest start, then exact packings of what must stay."""
-        p, place = self.p, starts.depth_first(self.p)
-        if self.nearest is not None and self._repaired(*self.nearest[1:]):
-            self.start = "nearest"
+        """Nothing fits yet: repair the nearest start, then exact packings of what must stay.
+
+        Where everything stays packings come first, for they need no repair.
+        """
+        if not self.p.static and self._nearest_repaired():
             return
+        if not self._packed() and self.p.static:
+            self._nearest_repaired()
+
+    def _nearest_repaired(self) -> bool:
+        repaired = self.nearest is not None and self._repaired(*self.nearest[1:])
+        if repaired:
+            self.start = "nearest"
+        return repaired
+
+    def _packed(self) -> bool:
+        """Whether a packing of what must stay fits, or can be repaired."""
+        p, place = self.p, starts.depth_first(self.p)
         for attempt, packed in enumerate(self._packings()):
             for share in (0.0, 1.0):
                 longest = float(self.engine.bottom_levels(packed[p.unit].astype(np.int32)).max())
                 if self._repaired(packed[p.unit], -share * longest * place):
                     self.start = f"packing {attempt}"
-                    return
+                    return True
+        return False
 
     def _packings(self) -> Iterator[Ints]:
         """Devices by unit such that what stays fits, with more and more room for what does not."""
@@ -341,8 +360,14 @@ class Search:
             return feasible.pack(self.problem, min(left, _PACK_SHARE * self.budget), slack, near)
 
         def by_sums(slack: float, left: float) -> Ints | None:
-            end = time.perf_counter() + left / 2
-            return feasible.exchange(self.problem, near, 1 - slack, rng, end)
+            end = time.perf_counter() + left * (0.8 if p.static else 0.5)
+            begin = near
+            for _ in range(1 if slack else _EXCHANGES):  # from elsewhere, it comes out elsewhere
+                packed = feasible.exchange(self.problem, begin, 1 - slack, rng, end)
+                if packed is not None or time.perf_counter() > end:
+                    return packed
+                begin = np.where(p.allowed, rng.random(p.allowed.shape), -1.0).argmax(1)
+            return None
 
         few = feasible.kinds(self.problem) <= _FEW_KINDS
         for slack in (0.0,) if p.static else (0.0, 0.02, 0.05, 0.1, 0.2):
@@ -360,7 +385,9 @@ class Search:
         longest = float(self.engine.bottom_levels(assign.astype(np.int32)).max())
         self.weight = 100 * longest
         self._load(assign, offset)
-        self._anneal(self.moves // 8, 1e-3, 1e-5)
+        if not self._fits():
+            self.left = max(self.left, self.moves)  # an eighth of the time that is left, no more
+            self._anneal(self.moves // 8, 1e-3, 1e-5)
         return self._fits()
 
     def _give_up(self) -> None:

@@ -41,19 +41,20 @@ def refuse_hopeless(problem: Problem) -> None:
     """
     p = problem.arrays
     always = standing(problem)
-    peak = always.copy()
-    if not p.static:  # while an op runs, its output and temporaries are there beside parameters
-        np.maximum.at(peak, p.unit, always[p.unit] + p.out + p.temp)
-    for u in np.flatnonzero(~(p.allowed & (peak[:, None] <= p.cap)).any(1)):
+    peak = np.repeat(always[:, None], len(p.cap), 1)
+    if not p.static:  # while an op runs, its output and temporaries are there beside parameters;
+        # one that takes no time frees them at the instant that it takes them
+        while_running = np.where(p.time > 0, (p.out + p.temp)[:, None], 0.0)
+        np.maximum.at(peak, p.unit, always[p.unit, None] + while_running)
+    for u in np.flatnonzero(~(p.allowed & (peak <= p.cap)).any(1)):
         ops = p.unit_op[p.unit_ptr[u] : p.unit_ptr[u + 1]]
         first = problem.ops[ops[0]]
         what = f"op {first.name!r}" if first.group is None else f"group {first.group!r}"
-        short = {
-            problem.devices[d].name: float(peak[u] - p.cap[d]) for d in np.flatnonzero(p.allowed[u])
-        }
+        where = np.flatnonzero(p.allowed[u])
+        short = {problem.devices[d].name: float(peak[u, d] - p.cap[d]) for d in where}
         text = ", ".join(f"{name!r} is {x:.0f} bytes short" for name, x in list(short.items())[:8])
         raise InfeasibleError(
-            f"{what} needs {peak[u]:.0f} bytes and fits nowhere: {text}", short, True
+            f"{what} needs {peak[u, where].min():.0f} bytes and fits nowhere: {text}", short, True
         )
     total, room = float(always.sum()), float(p.cap.sum())
     if total > room:
@@ -75,7 +76,8 @@ def pack(
     Units of one size that may run on the same devices are counted, not told apart, which is what
     makes large networks tractable: their sizes repeat. Of each kind those units stay on their
     device of ``near`` that can. ``slack`` keeps that share of each device free. None where the time
-    ran out. Raises InfeasibleError where, with no slack, there is provably no packing.
+    ran out, or what was found fits but for rounding. Raises InfeasibleError where, with no slack,
+    there is provably no packing.
     """
     p = problem.arrays
     always = standing(problem)
@@ -127,7 +129,8 @@ def pack(
             else:
                 homeless.append(u)
         device[homeless] = np.repeat(np.arange(m), left)
-    return device
+    # What the solver's tolerance lets pass is, of sizes that fill devices exactly, no packing.
+    return device if (np.bincount(device, always, m) <= p.cap).all() else None
 
 
 def kinds(problem: Problem) -> int:
