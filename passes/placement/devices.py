@@ -99,13 +99,12 @@ def host_links(devices: Sequence[Placed], link: Link) -> dict[tuple[str, str], L
 
 
 def parse_bytes(text: str, what: str) -> float:
-    """``80GB``, ``512MiB`` or a number of bytes. Raises PlacementError naming ``what``."""
-    match = re.fullmatch(_NUMBER + "([kMGT]?)(i?)B?", text.strip())
+    """``80GB``, ``64KiB`` or a number of bytes. Raises PlacementError naming ``what``."""
+    match = re.fullmatch(_NUMBER + "([kKMGT]?)(i?)B?", text.strip())
     if match is None or (match[3] and not match[2]):
         raise PlacementError(f"{what}: {text!r} is no number of bytes; write it as 80GB")
-    unit = _UNITS[match[2]]
-    if match[3]:
-        unit = 2.0 ** (10 * "kMGT".index(match[2]) + 10)
+    prefix = match[2].replace("K", "k")
+    unit = 2.0 ** (10 * "kMGT".index(prefix) + 10) if match[3] else _UNITS[prefix]
     value = float(match[1]) * unit
     if not value < MOST:
         raise PlacementError(f"{what}: {text!r} is more than any device has; write it as 80GB")

@@ -134,7 +134,8 @@ def test_device_specs_without_meaning_are_refused(text: str) -> None:
 def test_links() -> None:
     assert parse_link("450GB/s,5us") == Link(5e-6, 450e9)
     assert parse_link("1e9B/s") == Link(0.0, 1e9)
-    assert parse_bytes("1.5kB", "x") == 1500
+    assert parse_bytes("1.5kB", "x") == parse_bytes("1.5KB", "x") == 1500
+    assert parse_bytes("2KiB", "x") == parse_bytes("2kiB", "x") == 2048
     for text in ("450GB", "0GB/s", "1GB/s,5", "fast"):
         with pytest.raises(PlacementError, match="link"):
             parse_link(text)
