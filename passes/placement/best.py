@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import thread_time
 
 import numpy as np
 
@@ -86,7 +87,7 @@ class Search:
         self.bounds = lower_bounds(p, objective == "throughput")
         self.move_seconds, self.moves, self.left = 1.0, 0, 0
         self.began, self.budget = time.perf_counter(), max(budget, 1e-3)
-        self.busy = time.thread_time()
+        self.busy = thread_time()
         self.weight = 0.0
         self.start = ""
         self.nearest: tuple[float, Ints, Floats] | None = None
@@ -98,7 +99,7 @@ class Search:
         """Searches. Raises InfeasibleError where nothing that fits was found."""
         found = self.attempt()
         if not found.fits:  # late is better than never
-            wall, busy = time.perf_counter() - self.began, time.thread_time() - self.busy
+            wall, busy = time.perf_counter() - self.began, thread_time() - self.busy
             late = max(self.budget, _PATIENCE) * min(max(wall / max(busy, 1e-3), 1.0), _SHARED)
             self.deadline = max(self.deadline, time.perf_counter() + late)
             self._insist()
@@ -194,10 +195,10 @@ class Search:
             if time.perf_counter() > self.began + 0.2 * self.budget:
                 self.hurried = True
                 break
-        until = self.began + 0.45 * self.budget
-        for name, listed in starts.simple_starts(self.problem, self.orders, self.budget, until):
+        late = lambda: time.perf_counter() > self.began + 0.45 * self.budget  # noqa: E731
+        for name, listed in starts.simple_starts(self.problem, self.orders, self.budget, late):
             listed_start(name, listed.assign, listed.sequence)
-        self.hurried |= time.perf_counter() > until
+        self.hurried |= late()
         if not self._fits():
             for assign, sequence in self._brimful():
                 listed_start("filled", assign, sequence)

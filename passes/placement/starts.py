@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import heapq
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -45,14 +44,14 @@ _SCT_SHARE = 0.2  # of the budget after which the LP is given up all the same
 
 
 def simple_starts(
-    problem: Problem, orders: Ints, budget: float, until: float
+    problem: Problem, orders: Ints, budget: float, late: Callable[[], bool]
 ) -> Iterator[tuple[str, Listed]]:
     """What the simple algorithms answer, with and without memory limits; failures are left out.
 
     So the search, which keeps the best of what fits, is never worse than any of them; m-SCT is left
     out where its linear program takes too much of ``budget``, seconds, and both it and m-ETF where
-    thousands of ops are ready at once. Those two come last, and end at ``until`` (perf_counter):
-    the others take no time to speak of.
+    thousands of ops are ready at once. Those two come last, as long as it is not ``late``: the
+    others take no time to speak of.
     """
     p = problem.arrays
     patience = _WAITS * max(budget, 1.0)
@@ -73,7 +72,7 @@ def simple_starts(
     attempts["min-cut"] = lambda x: min_cut(x, orders)
     slow = [name for name in attempts if name.startswith(("m-etf", "m-sct"))]
     for name in [*(name for name in attempts if name not in slow), *slow]:
-        if name in slow and time.perf_counter() > until:
+        if name in slow and late():
             return
         try:
             yield name, attempts[name](problem)
