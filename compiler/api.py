@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import nn
 
 from .build import build
@@ -32,7 +34,7 @@ def compile(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
-    profile: Profile | Literal["online"] | None = None,
+    profile: Profile | Iterable[Any] | Literal["online"] | None = None,
     weight_budget: int | str | None = None,
     devices: str | Sequence[Device | str] | None = None,
     placement: PlacementOptions | None = None,
@@ -47,7 +49,7 @@ def compile(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
-    profile: Profile | Literal["online"] | None = None,
+    profile: Profile | Iterable[Any] | Literal["online"] | None = None,
     weight_budget: int | str | None = None,
     devices: None = None,
     placement: None = None,
@@ -73,7 +75,7 @@ def compile(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
-    profile: Profile | Literal["online"] | None = None,
+    profile: Profile | Iterable[Any] | Literal["online"] | None = None,
     weight_budget: int | str | None = None,
     devices: str | Sequence[Device | str] | None = None,
     placement: PlacementOptions | None = None,
@@ -86,8 +88,9 @@ def compile(
     positional or a dict of keyword arguments). ``dynamic_shapes`` is what `torch.export.export`
     takes; without it a dimension becomes dynamic when a second size of it is seen. ``pipeline`` is
     a pass pipeline as text, ``tune`` "off", "quick" or "full". ``profile`` (`plait.profile`) tells
-    how the model routes; results do not depend on it. ``profile="online"`` learns that from the
-    first calls, and compiles again in the background. ``weight_budget`` is how much of the weights
+    how the model routes; results do not depend on it. Batches, as `plait.profile` takes them, are
+    profiled first. ``profile="online"`` learns from the first calls, and compiles again in the
+    background. ``weight_budget`` is how much of the weights
     may be in memory at once, in bytes or as a share of all ("40%"): experts and branches of routers
     beyond that lie in files, and come when they are routed to; of a model on a GPU the experts lie
     in host memory. Without ``model`` it returns a decorator.
@@ -99,7 +102,8 @@ def compile(
     compiled), FileError where weights cannot be written and InputError for wrong
     ``example_inputs``, ``dynamic_shapes`` or a profile of another model.
     """
-    options = Options(pipeline, tune, profile, weight_budget)
+    batches = profile if _are_batches(profile) else None
+    options = Options(pipeline, tune, None if batches is not None else profile, weight_budget)
     if pipeline is not None:
         _check_pipeline(pipeline)
     if model is None:
@@ -136,14 +140,26 @@ def compile(
                 "example_inputs cannot be given for a class",
                 "call prepare(example_inputs) on an instance",
             )
+        if batches is not None:
+            raise OptionError(
+                "PLT-OPT-005", "batches cannot be given for a class", "compile an instance"
+            )
         return _compile_class(model, options, dynamic_shapes)
     if not callable(model):
         kind = type(model).__name__
         raise OptionError(
             "PLT-OPT-003", f"a {kind} cannot be compiled", "give a module or function"
         )
+    if batches is not None:
+        from .routing.profile import profile as profiled
+
+        options = dataclasses.replace(options, profile=profiled(model, batches))
     compiled = Compiled(model, options, dynamic_shapes)
     return compiled if example_inputs is None else compiled.prepare(example_inputs)
+
+
+def _are_batches(profile: Any) -> bool:
+    return isinstance(profile, Iterable) and not isinstance(profile, str | Mapping | torch.Tensor)
 
 
 def _divided(

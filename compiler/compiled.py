@@ -138,6 +138,11 @@ class Compiled(nn.Module):
         return self._dispatcher.options
 
     @property
+    def profile(self) -> Any:
+        """The `plait.Profile` that it bets on, "online" where it learns by itself, or None."""
+        return self.options.profile
+
+    @property
     def remarks(self) -> tuple[Remark, ...]:
         """What was done, or not done and why, oldest first."""
         programs = self.programs

@@ -55,7 +55,7 @@ class Options:
             raise OptionError(
                 "PLT-OPT-005",
                 f"profile is {kind}",
-                f"give what plait.profile returned, or {ONLINE!r}",
+                f"give what plait.profile returned, batches, or {ONLINE!r}",
             )
         if self.weight_budget is not None:
             _check_budget(self.weight_budget)

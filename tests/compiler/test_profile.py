@@ -240,6 +240,20 @@ def test_a_compiled_model_or_a_function_is_profiled_as_the_original() -> None:
     assert [r.loads for r in profile.fitted] == [r.loads for r in want.fitted]
 
 
+def test_compile_profiles_batches_itself() -> None:
+    batches = some(4)
+    compiled = plait.compile(MODEL, profile=iter(batches), tune="off")
+    assert compiled.profile == plait.profile(MODEL, batches)
+    assert plait.compile(profile=batches, tune="off")(MODEL).profile == compiled.profile
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(batches[0]), MODEL(batches[0]))
+    assert plait.compile(MODEL, tune="off").profile is None
+    with pytest.raises(plait.InputError, match="PLT-PRF-001"):
+        plait.compile(MODEL, profile=[])
+    with pytest.raises(plait.OptionError, match="PLT-OPT-005"):
+        plait.compile(type(MODEL), profile=batches)
+
+
 # -- batches ---------------------------------------------------------------------------------------
 
 
