@@ -10,7 +10,8 @@ does not. Triangular systems of linear attention become a program for each row o
 sizes are guarded and every operator runs: what eager mode chooses is right, shorter, and what
 results are compared with. Of what depends on a mask's values, see `masks`. Outputs that parts
 record are kept in one place for all models, where a model within another one ends the other's. Of
-padding in torch's own encoders, see `encoders`, of recurrent layers `recurrent`.
+padding in torch's own encoders, see `encoders`, of recurrent layers `recurrent`. Weights of an
+absolute error get lost where torch's functions are watched, as they are while a model is exported.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ RECORDS = "utils.output_capturing", "is_torchdynamo_compiling"
 """Where outputs are recorded, and the question that it asks."""
 MASKED = "models.longt5.modeling_longt5", "is_torchdynamo_compiling"
 """What goes on without the mask that it needs where the answer is yes."""
+WATCHED = "handle_torch_function"
+"""torch's name of what a function calls where it is watched."""
 MODULES = (
     "masking_utils",
     *(
@@ -57,11 +60,24 @@ def as_eager(roots: Iterable[nn.Module]) -> Iterator[None]:
             if question in names:
                 placed.append((names, question, names[question]))
                 names[question] = lambda: False
+        placed.append((vars(F), WATCHED, vars(F)[WATCHED]))
+        vars(F)[WATCHED] = _weighted(vars(F)[WATCHED])
         with _SwitchedOff(), encoders(roots), recurrences(roots):
             yield
     finally:
         for names, question, original in placed:
             names[question] = original
+
+
+def _weighted(watched: Callable[..., Any]) -> Callable[..., Any]:
+    """``watched``, which is told of the weight of an absolute error, too."""
+
+    def handle(func: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if func is F.l1_loss and len(tensors) == 3:
+            kwargs.setdefault("weight", tensors[2])
+        return watched(func, tensors, *args, **kwargs)
+
+    return handle
 
 
 class _SwitchedOff(TorchFunctionMode):

@@ -61,6 +61,8 @@ KEEP = (
     "rnn_tanh.input",
     # torch's parts of it add up what lies behind the last label
     "multilabel_margin_loss.default",
+    # torch's parts of it make NaN of what is no margin
+    "multi_margin_loss.default",
     # their parts would check for errors by an operator with effects
     "inverse.default",
     "linalg_cholesky.default",
@@ -72,6 +74,11 @@ KEEP = (
     "linalg_tensorinv.default",
     # its parts would check the labels over and over, even where they are known to be in range
     "one_hot.default",
+    # torch's parts of it round otherwise before they become integers
+    "linspace.default",
+    "linspace.Scalar_Tensor",
+    "linspace.Tensor_Scalar",
+    "linspace.Tensor_Tensor",
     # data movement
     "im2col.default",
     "col2im.default",
@@ -125,6 +132,15 @@ def trains(node: fx.Node) -> bool:
     if name == "aten.batch_norm.default":
         return bool(node.args[5])
     return name == "aten.dropout.default" and bool(node.args[2])
+
+
+def updates(node: fx.Node) -> bool:
+    """Whether an operator updates running statistics, though its schema says that it does not."""
+    return (
+        str(node.target) == "aten.instance_norm.default"
+        and node.args[3] is not None
+        and bool(node.args[5])
+    )
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

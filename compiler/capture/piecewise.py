@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...passes.ir import fake_mode_of, is_mutating, is_random
+from ..errors import CaptureError
 from . import ops
 from .decompose import Tables, decomposed_anew, tables
 from .written import PLAIN, chain, laid_out, put_back
@@ -32,7 +33,11 @@ _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "seq
 def decomposed(program: ExportedProgram) -> ExportedProgram:
     """``program``, which is changed, in the operators that a captured graph may hold. For one
     thread at a time.
+
+    Raises CaptureError for operators that update what they do not say they write.
     """
+    if any(map(ops.updates, program.graph.nodes)):
+        raise CaptureError("PLT-CAP-016", "an instance norm updates its running statistics")
     found = tables()
     # Autocast's conversions appear only when the program is traced through again.
     if found is not None and not torch._C._is_any_autocast_enabled():
@@ -52,7 +57,7 @@ class _Pieces:
     """
 
     def __init__(self, program: ExportedProgram, found: Tables) -> None:
-        self.source, self.tables = program.graph, found
+        self.source, self.tables, self.root = program.graph, found, program.graph_module
         self.mode = fake_mode_of(self.source)
         self.new = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
@@ -124,20 +129,35 @@ class _Pieces:
             self.within.enter_context(self.mode)
             self.within.enter_context(torch.no_grad())
             self.ready = True
-        traced = make_fx(call, decomposition_table=dict(self.tables.others))
+        trace = make_fx(call, decomposition_table=dict(self.tables.others))
+        traced = trace(*(x.meta["val"] for x in places))
         inner: dict[fx.Node, Any] = {}
         given = iter(places)
-        for part in traced(*(x.meta["val"] for x in places)).graph.nodes:
+        for part in traced.graph.nodes:
             if part.op == "placeholder":
                 inner[part] = next(given)
             elif part.op == "output":
                 return fx.map_arg(part.args[0], inner.__getitem__)
+            elif part.op == "get_attr":
+                inner[part] = self._constant(getattr(traced, str(part.target)))
+            elif part.target is torch.ops.aten.detach_.default:  # of constants that are made
+                inner[part] = inner[part.args[0]]  # type: ignore[index]
             elif part.op != "call_function" or is_mutating(part) or is_random(part):
                 raise _Uncertain
             else:
                 inner[part] = new = self.new.node_copy(part, inner.__getitem__)
                 new.meta.update((k, node.meta[k]) for k in _ORIGIN if k in node.meta)
         raise _Uncertain
+
+    def _constant(self, value: Any) -> fx.Node:
+        """A tensor that parts of an operator are made with, in the new graph."""
+        if not isinstance(value, torch.Tensor):
+            raise _Uncertain
+        name = f"_part_{len(self.new.nodes)}"
+        setattr(self.root, name, value)
+        new = self.new.create_node("get_attr", name)
+        new.meta = {"val": self.mode.from_tensor(value)}
+        return new
 
     def _functional(self, node: fx.Node) -> Any:
         """An ordinary call for one that writes to its first argument."""

@@ -162,7 +162,8 @@ def test_written_twice(anew: list[Any]) -> None:
 
 def test_constants_that_are_made(anew: list[Any]) -> None:
     def function(x: Tensor) -> Tensor:
-        return x * torch.tensor([1.0, 2.0]) + torch.arange(2)
+        grid = F.affine_grid(x[None, :2, :1].expand(1, 2, 3), (1, 1, 1, 2), align_corners=False)
+        return x * torch.tensor([1.0, 2.0]) + torch.arange(2) + grid[0, 0, :1, :1]
 
     x = torch.randn(3, 2)
     (got,) = capture(function, (x,), {}).graph_module(x)

@@ -116,6 +116,26 @@ def test_the_extreme_of_nothing_is_an_error() -> None:
     assert compiled(torch.randn(3, 0)).indices.shape == (0,)
 
 
+def _statistics(x: torch.Tensor) -> Any:
+    mean = x[0, :2] * 2
+    return F.instance_norm(x[None, :2], mean, x[1, :2].square() + 1, momentum=0.3), mean
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.l1_loss(x, x.mT, weight=x.abs()),
+        lambda x: torch.linspace(0, 7, 50, dtype=torch.int32) + x[0, 0],
+        lambda x: torch.linspace(x[0, 1].abs() * 9, 17.6, 50, dtype=torch.uint8),
+        lambda x: F.multi_margin_loss(x.log(), torch.tensor([0, 1, 2, 3]), reduction="sum"),
+        _statistics,
+    ],
+)
+def test_what_torch_itself_would_decompose_wrongly(function: Callable[..., Any]) -> None:
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(compile(function)(x), function(x))
+
+
 def test_assertions_of_the_model_are_kept() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         torch.ops.aten._assert_async.msg((x > 0).all(), "not positive")
