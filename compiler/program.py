@@ -122,17 +122,22 @@ class Program:
                 "an argument that is written shares memory with another or itself",
                 "pass clones",
             )
-        for k, order in self._orders.items():
-            if memory_order(whole[k]) != order:
+        for k, (order, bare) in self._orders.items():
+            if memory_order(whole[k]) != order or (bare and whole[k].storage_offset()):
                 name = self.captured.inputs[k].name
                 reason = f"{name!r} has other strides than at capture, and the model reads by them"
                 raise Unfit("PLT-CAP-027", reason, "pass it contiguous")
 
-    def _seen_orders(self) -> dict[int, list[int] | None]:
-        """How inputs lie in memory whose elements the model finds by strides."""
+    def _seen_orders(self) -> dict[int, tuple[list[int] | None, bool]]:
+        """How inputs lie in memory whose elements the model finds by strides, and whether it finds
+        those of the input itself: a plan has that contiguous, with nothing around it.
+        """
         graph = self.captured.graph_module.graph
-        inputs = list(graph.find_nodes(op="placeholder"))
-        return {k: memory_order(inputs[k].meta["val"]) for k in seen_inputs(graph)}
+        values = [n.meta["val"] for n in graph.find_nodes(op="placeholder")]
+        return {
+            k: (list(range(values[k].dim())) if bare else memory_order(values[k]), bare)
+            for k, bare in seen_inputs(graph).items()
+        }
 
     def _index_checks(self) -> list[IndexCheck]:
         checks = index_checks(self.executable.graph.graph)

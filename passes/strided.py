@@ -38,6 +38,12 @@ _SHARE_MEMORY = {
     aten.view.default,
 }
 """Views for every input: others copy where no strides express their result."""
+_BY_STRIDES = (
+    aten.as_strided.default,
+    aten.as_strided_copy.default,
+    aten.as_strided_scatter.default,
+)
+"""Operators that find elements of their first argument by strides."""
 
 
 def number_elements(rewriter: Rewriter) -> list[str]:
@@ -54,21 +60,26 @@ def number_elements(rewriter: Rewriter) -> list[str]:
     return done
 
 
-def seen_inputs(graph: fx.Graph) -> list[int]:
-    """The numbers of the inputs whose place in memory a captured graph's views by strides see."""
+def seen_inputs(graph: fx.Graph) -> dict[int, bool]:
+    """The numbers of the inputs whose place in memory a captured graph's views by strides see, and
+    whether they are views of the input itself, not only of what is computed from it.
+    """
     inputs = list(graph.find_nodes(op="placeholder"))
     found: set[fx.Node] = set()
-    waiting = [n for n in graph.nodes if is_call(n, aten.as_strided.default) and not _is_whole(n)]
+    waiting = [n for n in graph.nodes if is_call(n, *_BY_STRIDES) and not _is_whole(n)]
+    bare = {alias_root(n.args[0]) for n in waiting}  # type: ignore[arg-type]
     while waiting:
         node = waiting.pop()
         if node not in found:
             found.add(node)
             waiting += node.all_input_nodes
-    return [k for k, node in enumerate(inputs) if node in found]
+    return {k: node in bare for k, node in enumerate(inputs) if node in found}
 
 
 def _is_whole(node: fx.Node) -> bool:
     """Whether a view by strides is its argument as it is."""
+    if not is_call(node, aten.as_strided.default):
+        return False
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return same_places(source.meta["val"], node.meta["val"])

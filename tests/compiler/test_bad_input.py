@@ -175,6 +175,23 @@ def test_views_by_strides_see_the_memory_that_eager_execution_has() -> None:
     assert "PLT-FUS-002" not in [r.id for r in compiled.remarks]
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.as_strided((2, 2), (1, 2), 0) + 1,
+        lambda x: torch.as_strided_copy(x, (2, 2), (1, 2), 0),
+        lambda x: torch.as_strided_scatter(x, torch.ones(2, 2), (2, 2), (1, 2), 0),
+    ],
+)
+def test_views_by_strides_see_what_lies_around_an_argument(function: Any) -> None:
+    x = torch.arange(12.0).reshape(4, 3)
+    for first in (x.t(), x[::2], x[1:]):
+        compiled = compile(function)
+        assert torch.equal(compiled(first), function(first))
+        assert ids(compiled)[-1] == "PLT-CAP-027"
+        assert torch.equal(compiled(x), function(x))
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_an_argument_in_another_order_than_a_view_by_strides_saw_runs_as_it_is(own: bool) -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
