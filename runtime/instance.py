@@ -305,7 +305,9 @@ class Instance(Hosted):
         if all(s == w or d == 1 for s, w, d in zip(result.stride(), strides, shape, strict=True)):
             return result
         planned = torch.empty_strided(shape, strides, dtype=result.dtype)
-        return planned.copy_(result)
+        once = tuple(slice(1) if w == 0 else slice(None) for w in strides)  # of expanded dimensions
+        planned[once].copy_(result[once])
+        return planned
 
     def _operand(
         self,

@@ -227,6 +227,13 @@ class Storage:
             node = node.all_input_nodes[0]
         return node
 
+    def _is_only_shown(self, node: fx.Node) -> bool:
+        """Whether nothing reads ``node`` but results, and views that are results."""
+        readers = [self.owner.get(user) for user in node.users if user is not self.output]
+        return all(owner is not None and owner.kind == "view" for owner in readers) and all(
+            user is self.output or self._is_only_shown(user) for user in node.users
+        )
+
     def _find_halos(self, halo_of: Callable[[fx.Node], Halo]) -> dict[fx.Node, Halo]:
         halos: dict[fx.Node, Halo] = {}
         for group in self.groups:
@@ -370,7 +377,8 @@ class Storage:
         cat = self._member.get(node)
         if cat is None:
             kind = "output" if node in self._returned else "arena"
-            free = node in self._shown and node not in self._orders and node not in self._halo
+            free = node not in self._orders or self._is_only_shown(node)
+            free = free and node in self._shown and node not in self._halo
             self._own(node, kind, self._torchs(node) if free else None)
             return
         if cat not in self.places:

@@ -40,6 +40,13 @@ def test_conjugates_and_signs_are_seen_by_kernels(function: Callable[[Tensor], T
     assert compiled.programs
 
 
+def test_expanded_arguments_with_gaps() -> None:
+    compiled = plait.compile(lambda x: x.expand(4, 3, 5), tune="off")
+    x = torch.randn(3, 2, dtype=torch.complex64)[:, :1]
+    assert torch.equal(compiled(x), x.expand(4, 3, 5))
+    assert compiled.programs
+
+
 def test_a_weight_that_is_a_negated_view() -> None:
     model = Of(lambda x: x * model.part).eval()
     model.register_buffer("part", torch.randn(3, dtype=torch.complex64).conj().imag)

@@ -65,6 +65,7 @@ def _scaled(x: Tensor) -> Tensor:
             lambda x: F.max_pool2d(x, 2) + 1,
             lambda n: torch.randn(n, 3, 6, n + 4).contiguous(memory_format=LAST),
         ),
+        (lambda x: F.adaptive_avg_pool1d(x, 7), lambda n: torch.randn(n, 3, 4)),
     ],
 )
 def test_results_of_open_sizes_lie_as_in_eager_mode(
