@@ -60,8 +60,8 @@ def as_eager(roots: Iterable[nn.Module]) -> Iterator[None]:
             if question in names:
                 placed.append((names, question, names[question]))
                 names[question] = lambda: False
-        placed.append((vars(F), WATCHED, vars(F)[WATCHED]))
-        vars(F)[WATCHED] = _weighted(vars(F)[WATCHED])
+        placed.append((F.__dict__, WATCHED, F.__dict__[WATCHED]))
+        F.__dict__[WATCHED] = _weighted(F.__dict__[WATCHED])
         with _SwitchedOff(), encoders(roots), recurrences(roots):
             yield
     finally:
