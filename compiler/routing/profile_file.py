@@ -65,8 +65,9 @@ def read(path: Path) -> tuple[str, str, Statistics, Statistics]:
         raise FileError("PLT-PRF-004", reason, _MEND) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise FileError("PLT-PRF-004", f"{path} is not a profile", "plait profile writes one")
-    if document.get("version") != VERSION:
-        reason = f"{path} has version {document.get('version')!r}, this is for {VERSION}"
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:  # JSON's true is Python's 1
+        reason = f"{path} has version {version!r}, this is for {VERSION}"
         raise FileError("PLT-PRF-005", reason, _MEND)
     try:
         model, mark = (_text(document, name, "") for name in ("model", "fingerprint"))

@@ -135,6 +135,7 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("format",), "plait-program", "PLT-PRF-004: .* is not a profile"),
     (("version",), 2, "PLT-PRF-005: .* has version 2, this is for 1"),
     (("version",), None, "PLT-PRF-005"),
+    (("version",), True, "PLT-PRF-005"),
     (("fingerprint",), 3, "fingerprint is a number, not text"),
     (("heldout",), [], "heldout is a list, not an object"),
     (("fitted", "batches"), 1, r"routers\[0\].cells has 5 entries for 1 batches"),
