@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .compiler.routing.early_exit import EarlyExit
     from .compiler.routing.profile import Profile, profile
     from .compiler.routing.router import Router
+    from .kernels.routing_experts import experts
     from .passes.placement.errors import InfeasibleError, PlacementError
     from .passes.placement.experts import ExpertPlacement, ExpertTraffic
     from .passes.placement.placement import Placement
@@ -57,6 +58,7 @@ _EXPORTS = {
     "Router": "compiler.routing.router",
     "compile": "compiler.api",
     "empty_weights": "compiler.placed.capture",
+    "experts": "kernels.routing_experts",
     "load": "compiler.api",
     "place": "compiler.placed.place",
     "place_experts": "compiler.placed.experts",
@@ -87,6 +89,7 @@ __all__ = [
     "Router",
     "compile",
     "empty_weights",
+    "experts",
     "load",
     "place",
     "place_experts",

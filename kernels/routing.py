@@ -5,7 +5,8 @@ mixture of experts is a `route`, a `routed_linear` that gathers tokens, whatever
 the model puts between (they stay visible in the graph), and a `routed_linear` that scatters back to
 slots. How many rows a branch gets is known only at run time; all shapes are known before.
 
-Where branches are not all one product, `scatter` and `gather` (`routing_cells`) carry cells to any
+`routing_experts` has all of that as one operator, for who writes such a model by hand. Where
+branches are not all one product, `scatter` and `gather` (`routing_cells`) carry cells to any
 operators and back.
 
 Importing this module defines the operators; each has a reference implementation for torch to run,

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from ...kernels import routing
+from ...kernels.routing_experts import weighted_sum
 
 Method = Callable[..., Any]
 Parts = Callable[[Any], Iterable[tuple[nn.Module, str]]]
@@ -96,11 +97,6 @@ def linear(
     """`routed_linear` in the weight's type: autocast does not reach into operators of ours."""
     x = x.to(weight.dtype)
     return routing.routed_linear(x, *route, weight, bias, transposed, share, scatter)
-
-
-def weighted_sum(slots: Tensor, weights: Tensor) -> Tensor:
-    """``[tokens, hidden]``: the k slots of each token times their ``weights`` ``[tokens, k]``."""
-    return (slots.view(*weights.shape, slots.shape[-1]) * weights.unsqueeze(-1)).sum(1)
 
 
 # -- Switch Transformers ---------------------------------------------------------------------------

@@ -30,25 +30,20 @@ def forward(
 
     ``top_k_index`` and ``top_k_weights`` are ``[tokens, k]``; ``num_experts`` stands for no expert.
     """
-    from ...kernels import routing
+    from ...kernels.routing_experts import slots_of_experts, weighted_sum
 
-    tokens, k = top_k_index.shape
-    offsets, order = routing.route(top_k_index, self.num_experts)
-    first = "gate_up_proj" if self.has_gate else "up_proj"
-    weight = getattr(self, first)
-    inner = routing.routed_linear(  # autocast does not reach into operators of ours
-        hidden_states.to(weight.dtype), offsets, order, weight,
-        getattr(self, f"{first}_bias") if self.has_bias else None, self.is_transposed, k, False,
-    )  # fmt: skip
-    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-    out = routing.routed_linear(
-        inner.to(self.down_proj.dtype), offsets, order, self.down_proj,
-        self.down_proj_bias if self.has_bias else None, self.is_transposed, 0, True,
+    def layer(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
+
+    out = slots_of_experts(
+        hidden_states, top_k_index, self.num_experts,
+        layer("gate_up_proj" if self.has_gate else "up_proj"),
+        self._apply_gate if self.has_gate else self.act_fn,
+        layer("down_proj"), self.is_transposed,
     )  # fmt: skip
     if getattr(self, "has_post_expert_norm", False):
         out = self.post_expert_norm(out)
-    weighted = out.view(tokens, k, out.shape[-1]) * top_k_weights.unsqueeze(-1)
-    return weighted.sum(1).to(hidden_states.dtype)
+    return weighted_sum(out, top_k_weights).to(hidden_states.dtype)
 
 
 @contextlib.contextmanager
