@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch.fx as fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from .pipeline_print import print_pipeline
 from .remarks import Remark
@@ -75,9 +76,17 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     return with_graph(graph_module, graph)
 
 
+def module_of(root: Any, graph: fx.Graph, class_name: str) -> fx.GraphModule:
+    """A module that runs ``graph`` on attributes of ``root`` (or a dictionary of them).
+
+    Its Python code is written when somebody runs or prints it: passes look at graphs.
+    """
+    return _LazyGraphModule(root, graph, class_name)
+
+
 def with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A module that runs ``graph`` on the attributes of ``graph_module`` that the graph reads."""
-    result = fx.GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+    result = module_of(graph_module, graph, type(graph_module).__name__)
     result.meta = copy.copy(graph_module.meta)
     result.training = graph_module.training
     return result

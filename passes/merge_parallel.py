@@ -28,7 +28,7 @@ import torch.fx as fx
 from torch._subclasses import FakeTensor
 
 from ..kernels import ops
-from .base import Pass, PassResult, allow, copy_graph
+from .base import Pass, PassResult, allow, copy_graph, with_graph
 from .ir import Aliases, Rewriter, argument, aten, branches_of, is_call, is_pure, same_shape
 from .remarks import Remark
 
@@ -412,4 +412,4 @@ def _extract(rewriter: Rewriter, parts: Sequence[_Part]) -> fx.GraphModule:
                 mapping[operand] = graph.node_copy(operand)
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
     graph.output([mapping[n] for n in inside if any(u not in region for u in n.users)])
-    return fx.GraphModule(rewriter.graph_module, graph)
+    return with_graph(rewriter.graph_module, graph)

@@ -31,7 +31,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, free_unbacked_symbols
 
 from ..kernels import ops
-from .base import Pass, PassResult, allow, copy_graph
+from .base import Pass, PassResult, allow, copy_graph, module_of
 from .ir import COND, attribute, branches_of, fake_mode_of, fake_result, same_size
 from .remarks import Remark
 from .resize import Sizes, at_sizes, attacher
@@ -207,7 +207,7 @@ class _Outliner:
             inner[node] = copied
         _check_rows(region, inner)
         graph.output((inner[region.result],))
-        module = fx.GraphModule(self.module, graph, class_name="Branch")
+        module = module_of(self.module, graph, "Branch")
         nested = _Outliner(module, self.pass_name)
         nested.run()
         self.remarks += nested.remarks

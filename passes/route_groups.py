@@ -18,6 +18,7 @@ import torch
 import torch.fx as fx
 
 from ..kernels import ops
+from .base import module_of
 from .ir import attribute
 from .outline_branches import is_bookkeeping
 from .resize import copy_into, fitting
@@ -146,7 +147,7 @@ class _Rows:
                 wide = (value.shape[0], self.width + len(self.members))
                 rows.meta["val"] = torch.empty(wide, dtype=value.dtype, device=value.device)
         output = graph.output((rows,))
-        inner = Inliner(fx.GraphModule(torch.nn.Module(), graph, class_name="Group"))
+        inner = Inliner(module_of(torch.nn.Module(), graph, "Group"))
         with graph.inserting_before(output):
             total = self._total(inner, group, given, value)
         if total is None:

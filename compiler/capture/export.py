@@ -34,6 +34,7 @@ from .masks import MaskError
 from .padding import padded_sizes
 from .piecewise import decomposed
 from .quiet import functions_kept, quiet
+from .spared import spared
 from .substitution import substituted
 from .traced import Traced
 from .tree import Tree, flatten_call
@@ -94,7 +95,7 @@ def capture(
         return decomposed(found), remarks
 
     try:
-        with EXCLUSIVE, quiet(), functions_kept(), padded_sizes(), _mode_of(weights):
+        with EXCLUSIVE, quiet(), spared(), functions_kept(), padded_sizes(), _mode_of(weights):
             found, remarks, occupied = _with_cells(program)
     except CaptureError:
         raise

@@ -13,6 +13,7 @@ from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from ...kernels.abi import Dim
+from ...passes.base import module_of
 from ..errors import CaptureError
 from . import ops
 from .arguments import argument_names, is_plain
@@ -68,7 +69,7 @@ class Flat:
                 root.add_module(name, value)
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        module = fx.GraphModule(root, self.graph, "Captured")
+        module = module_of(root, self.graph, "Captured")
         out_tree, out_leaves, updates, assigned = self.traced.result.value
         written = {m.input for m in mutations}
         own = {n: g for n, g in self.traced.result.given.items() if g.number in written}

@@ -24,6 +24,7 @@ from ...passes.ir import fake_mode_of, is_mutating, is_random
 from ..errors import CaptureError
 from . import ops
 from .decompose import Tables, decomposed_anew, tables
+from .spared import no_modules
 from .written import PLAIN, chain, laid_out, put_back
 
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -125,6 +126,7 @@ class _Pieces:
 
         if not self.ready:
             self.within.enter_context(self.tables.used())
+            self.within.enter_context(no_modules())
             self.within.enter_context(enable_python_dispatcher())
             self.within.enter_context(self.mode)
             self.within.enter_context(torch.no_grad())

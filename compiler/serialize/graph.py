@@ -23,6 +23,8 @@ from torch.utils._sympy import functions as torch_functions
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from ...passes.base import module_of
+
 _PYTHON: dict[str, Any] = {
     **{
         f"operator.{n}": getattr(operator, n)
@@ -259,7 +261,7 @@ def graph_from_json(
             node.meta["val"] = _meta_from_json(entry["val"], symbols)
         nodes[entry["name"]] = node
     graph.lint()
-    return fx.GraphModule(root, graph, name)
+    return module_of(root, graph, name)
 
 
 def _target_name(target: Any) -> str:
