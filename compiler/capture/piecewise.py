@@ -78,7 +78,7 @@ class _Pieces:
     def _made(self, node: fx.Node) -> Any:
         if node.op != "call_function":
             return self.new.node_copy(node, self.env.__getitem__)
-        if node.meta.get("unbacked_bindings") or is_random(node):
+        if is_random(node):
             raise _Uncertain
         if node.target is operator.getitem:
             made = self.env[node.args[0]]  # type: ignore[index]
@@ -98,8 +98,11 @@ class _Pieces:
     def _called(self, node: fx.Node, target: Any) -> Any:
         """What becomes of a call of ``target`` in the place of ``node``."""
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.env.__getitem__)
-        computes = isinstance(target, OpOverload) and not isinstance(node.meta["val"], _NUMBERS)
-        if computes and self._has_parts(node, target):
+        number = isinstance(node.meta["val"], _NUMBERS)
+        parts = isinstance(target, OpOverload) and not number and self._has_parts(node, target)
+        if node.meta.get("unbacked_bindings") and (number or parts):
+            raise _Uncertain  # parts would bind symbols of their own
+        if parts:
             return self._parts(node, target, args, kwargs)
         new = self.new.create_node("call_function", target, args, kwargs, node.name)
         new.meta = dict(node.meta)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import plait
 from plait.compiler.capture import piecewise
 from plait.compiler.capture.export import capture
 
@@ -190,6 +191,23 @@ def _of_data(x: Tensor) -> Tensor:
 
 def _by_chance(x: Tensor) -> Tensor:
     return x * 0 + torch.rand_like(x).ceil()
+
+
+@torch.no_grad()
+def test_sizes_that_data_tells_keep_their_symbols(anew: list[Any]) -> None:
+    branches = [nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.GELU()) for _ in range(2)]
+    router, x = plait.Router(branches, nn.Linear(4, 2)).eval(), torch.randn(5, 4)
+    for target, args in (router, (x,)), (_places, (x,)):
+        captured = capture(target, args, {}, [{0: torch.export.Dim.AUTO}])
+        (got,) = captured.graph_module(x)
+        assert torch.equal(got, target(x))
+        targets = {str(node.target) for node in captured.graph_module.graph.nodes}
+        assert not targets & {"aten.flatten.using_ints", "aten.numpy_T.default"}
+    assert not anew
+
+
+def _places(x: Tensor) -> Tensor:
+    return x.nonzero().T + 1
 
 
 @pytest.mark.parametrize("function", [_without_gradients, _of_data, _by_chance])
