@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ...passes.ir import fake_mode_of, is_mutating, is_random
+from ...passes.ir import COND, fake_mode_of, is_mutating, is_random
 from ..errors import CaptureError
 from . import ops
 from .decompose import Tables, decomposed_anew, tables
@@ -43,7 +45,8 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
     # Autocast's conversions appear only when the program is traced through again.
     if found is not None and not torch._C._is_any_autocast_enabled():
         with contextlib.suppress(_Uncertain):
-            program.graph_module.graph = _Pieces(program, found).graph()
+            with _Traces(found, fake_mode_of(program.graph)) as traces:
+                program.graph_module.graph = _Pieces(program.graph_module, traces).graph()
             return program
     return decomposed_anew(program)
 
@@ -52,14 +55,33 @@ class _Uncertain(Exception):
     """Whether tracing anew would give the same is not known."""
 
 
+class _Traces(contextlib.ExitStack):
+    """What the traces of operators have around them: nothing until the first one."""
+
+    def __init__(self, found: Tables, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.tables, self.mode, self.begun = found, mode, False
+
+    def of(self, call: Callable[..., Any], *values: Any) -> fx.GraphModule:
+        """The operators that ``call`` comes to."""
+        if not self.begun:
+            self.enter_context(self.tables.used())
+            self.enter_context(no_modules())
+            self.enter_context(enable_python_dispatcher())
+            self.enter_context(self.mode)
+            self.enter_context(torch.no_grad())
+            self.begun = True
+        return make_fx(call, decomposition_table=dict(self.tables.others))(*values)
+
+
 class _Pieces:
-    """Makes the new graph. ``env`` has what stands for the nodes of the program's: a node, or, for
-    operators with several results, nodes in the containers that the results came in.
+    """Makes the new graph of a module. ``env`` has what stands for the old one's nodes: a node, or,
+    for operators with several results, nodes in the containers that the results came in.
     """
 
-    def __init__(self, program: ExportedProgram, found: Tables) -> None:
-        self.source, self.tables, self.root = program.graph, found, program.graph_module
-        self.mode = fake_mode_of(self.source)
+    def __init__(self, root: fx.GraphModule, traces: _Traces) -> None:
+        self.source, self.root, self.traces = root.graph, root, traces
+        self.tables, self.mode = traces.tables, traces.mode
         self.new = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
         self.order = {node: i for i, node in enumerate(self.source.nodes)}
@@ -69,21 +91,21 @@ class _Pieces:
                 self.sharing.setdefault(storage, []).append(node)
 
     def graph(self) -> fx.Graph:
-        with contextlib.ExitStack() as self.within:
-            self.ready = False
-            for node in self.source.nodes:
-                self.env[node] = self._made(node)
+        for node in self.source.nodes:
+            self.env[node] = self._made(node)
         return self.new
 
     def _made(self, node: fx.Node) -> Any:
         if node.op != "call_function":
             return self.new.node_copy(node, self.env.__getitem__)
-        if is_random(node):
+        if "val" not in node.meta or is_random(node):
             raise _Uncertain
         if node.target is operator.getitem:
             made = self.env[node.args[0]]  # type: ignore[index]
             if not isinstance(made, fx.Node):
                 return made[node.args[1]]
+        elif node.target is COND:
+            self._sides(node)
         elif not isinstance(node.target, OpOverload):
             if not isinstance(node.meta.get("val"), _NUMBERS):
                 raise _Uncertain  # such as an operator on graphs
@@ -94,6 +116,12 @@ class _Pieces:
         elif is_mutating(node):
             return self._functional(node)
         return self._called(node, node.target)
+
+    def _sides(self, cond: fx.Node) -> None:
+        """The sides of a `torch.cond` in parts, too: they write to nothing that is not theirs."""
+        for side in cond.args[1:3]:
+            module = getattr(self.root, str(side.target))  # type: ignore[union-attr]
+            module.graph = _Pieces(module, self.traces).graph()
 
     def _called(self, node: fx.Node, target: Any) -> Any:
         """What becomes of a call of ``target`` in the place of ``node``."""
@@ -127,15 +155,7 @@ class _Pieces:
             given = tree_map_only(fx.Node, lambda x: values[places[x]], (args, kwargs))
             return target(*given[0], **given[1])
 
-        if not self.ready:
-            self.within.enter_context(self.tables.used())
-            self.within.enter_context(no_modules())
-            self.within.enter_context(enable_python_dispatcher())
-            self.within.enter_context(self.mode)
-            self.within.enter_context(torch.no_grad())
-            self.ready = True
-        trace = make_fx(call, decomposition_table=dict(self.tables.others))
-        traced = trace(*(x.meta["val"] for x in places))
+        traced = self.traces.of(call, *(x.meta["val"] for x in places))
         inner: dict[fx.Node, Any] = {}
         given = iter(places)
         for part in traced.graph.nodes:
