@@ -55,3 +55,9 @@ def interrupted(error: BaseException) -> bool:
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__
     return cause is not None
+
+
+def summary(error: BaseException) -> str:
+    """The kind of an error that was not expected, and the first two lines of what it says."""
+    text = " ".join(str(error).split("\n")[:2]).strip()
+    return f"{type(error).__name__}: {text}"[:300]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,17 +35,16 @@ from ..passes.route_odds import Routes
 from ..passes.schedule import SCHEDULE, SchedulePass
 from ..passes.speculate_routes import ROUTES, SIZED, SpeculateRoutes
 from ..passes.streams import STREAMS
-from ..runtime import driver, forked
+from ..runtime import driver
 from ..runtime.executor import Executor
-from ..runtime.fetching import Wanted
-from ..runtime.host import Part, Recorder
 from ..runtime.plan import BranchStep, Plan
 from ..runtime.trace import made_up
+from .assemble import assemble, refusals
 from .capture.captured import Captured
 from .capture.export import EXCLUSIVE
 from .errors import OptionError
-from .lowering import lower, select, subgraphs
-from .lowering.least import least, marked_bytes
+from .lowering import lower, select
+from .lowering.least import least
 from .lowering.lowered import Lowered
 from .measure import merging
 from .measure.bets import Sample, Speculation, judge_capacities, judge_likely, refused
@@ -131,7 +129,7 @@ class CompiledGraph:
     def _specialise(self, routes: Routes) -> float:
         """Puts a plan that bets on ``routes`` into service. Called in a thread of the monitor."""
         assert self.monitor is not None
-        with EXCLUSIVE, plain_modes():
+        with plain_modes():
             try:
                 made = _make(self.captured, self.options, routes, self.store)
                 self.captured.routes = routes
@@ -154,8 +152,20 @@ class CompiledGraph:
             *self.own_remarks,
             *_forked_notes(),
             *apart,
+            *self._refused(),
             *(self.monitor.remarks if self.monitor is not None else ()),
         )
+
+    def _refused(self) -> list[Remark]:
+        two = self.speculation
+        found = [
+            x for e in ((two.likely, two.general) if two else (self.executor,)) for x in refusals(e)
+        ]
+        text = "its operators run one by one"
+        return [
+            Remark("PLT-SPC-016", "missed", "speculate-routes", (name,), f"{reason}; {text}")
+            for name, reason in dict.fromkeys(found)
+        ]
 
     @property
     def speculation(self) -> Speculation | None:
@@ -169,90 +179,6 @@ class CompiledGraph:
 
 def _has_branches(plan: Plan) -> bool:
     return any(isinstance(step, BranchStep) for step in plan.steps)
-
-
-class Deferred:
-    """A branch that a bet left out: compiled when a cell first goes there."""
-
-    def __init__(
-        self, name: str, module: fx.GraphModule, tune: str, store: WeightStore | None
-    ) -> None:
-        self.name, self.module, self.tune, self.store = name, module, tune, store
-        self._unlock()
-        forked.in_child(self._unlock)
-        self._executor: Executor | None = None
-        self._recorder: Recorder | None = None
-        self._tiered = store is not None and marked_bytes(module) > 0
-
-    def _unlock(self) -> None:
-        self._lock = threading.Lock()
-
-    def observe(self, recorder: Recorder) -> None:
-        """See `Executor.observe`."""
-        with self._lock:
-            self._recorder = recorder
-            if self._executor is not None:
-                self._executor.observe(recorder)
-
-    def wants(self, make: bool = True) -> Wanted | None:
-        """See `Part.wants`."""
-        if not self._tiered:
-            return Wanted()
-        if make:
-            return self._compiled().wants()
-        return None if self._executor is None else self._executor.wants()
-
-    def made(self) -> Executor | None:
-        """See `Part.made`."""
-        return self._executor
-
-    def visits(self) -> list[str]:
-        """See `Executor.visits`."""
-        return [] if self._executor is None else self._executor.visits()
-
-    def run(
-        self, tensors: Sequence[torch.Tensor], into: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
-        """See `Executor.run`; the first call compiles."""
-        return self._compiled().run(tensors, into)
-
-    def _compiled(self) -> Executor:
-        with self._lock:
-            if self._executor is None:
-                self._executor = self._compile()
-        return self._executor
-
-    def _compile(self) -> Executor:
-        from ..passes.fuse_vertical import groups_of
-
-        module = self.module
-        kernels = select.Kernels(targets.host(), select.database(), self.tune)
-        bound = subgraphs.bound_symbols(module)
-        with torch.no_grad():
-            groups = groups_of(module)
-            lowered = lower.lower(module, groups, kernels, bound, self.name, self.store)
-        executor = _executor(lowered, kernels, self.store)
-        if self._recorder is not None:
-            executor.observe(self._recorder)
-        return executor
-
-
-def _executor(lowered: Lowered, kernels: select.Kernels, store: WeightStore | None) -> Executor:
-    parts: dict[str, Part] = {
-        name: _executor(part, kernels, store) for name, part in lowered.parts.items()
-    }
-    for name, module in lowered.deferred.items():
-        parts[name] = Deferred(name, module, kernels.tune, store)
-    return Executor(
-        lowered.plan,
-        lowered.constants,
-        kernels.functions,
-        lowered.calls,
-        kernels.libraries,
-        parts,
-        None if store is None else store.tier,
-        lowered.banks,
-    )
 
 
 def _schedule(executor: Executor, lowered: Lowered, how: SchedulePass, tune: str) -> Executor:
@@ -282,7 +208,7 @@ def prepare(captured: Captured, options: Options) -> Prepared:
     """The part of a compilation that needs no weights. See `compile_graph`."""
     from ..passes.fuse_vertical import groups_of
 
-    with torch.no_grad(), plain_modes():
+    with EXCLUSIVE, torch.no_grad(), plain_modes():
         manager = PassManager(DEFAULT_PIPELINE if options.pipeline is None else options.pipeline)
         result = manager.run(captured.graph_module)
         check_outlined(captured, result.graph_module)
@@ -309,28 +235,31 @@ def _make(
         clock.append((name, time.perf_counter()))
 
     with torch.no_grad(), contextlib.ExitStack() as trial:
-        manager = PassManager(DEFAULT_PIPELINE if options.pipeline is None else options.pipeline)
-        graph = copy_graph(captured.graph_module)
-        graph.meta[JUDGE] = _merge_judge(manager, options.tune)
-        if routes is not None:
-            graph.meta[ROUTES] = routes
-        if store is not None:
-            graph.meta[BUDGET], graph.meta[KEEP] = store.budget, store.keep
-        result = manager.run(graph)
-        graph = result.graph_module
-        check_outlined(captured, graph)
-        graph.meta.pop(JUDGE)
-        graph.meta.pop(KEEP, None)
-        tiered: Tiered | None = graph.meta.get(TIERED)
-        if routes is not None:
-            _finish_sized(graph, _after(manager, SpeculateRoutes.name), tiered)
-        told = elsewhere(graph, {FUSE: "a GPU", STREAMS: "a GPU"})
-        lap("passes")
-        kernels = select.Kernels(targets.host(), select.database(), options.tune)
-        if store is not None and tiered is not None:
-            store.open(tiered)
-            trial.enter_context(store.trying())
-        lowered = lower.lower(graph, groups_of(graph), kernels, captured.symbols, store=store)
+        with EXCLUSIVE:
+            manager = PassManager(
+                DEFAULT_PIPELINE if options.pipeline is None else options.pipeline
+            )
+            graph = copy_graph(captured.graph_module)
+            graph.meta[JUDGE] = _merge_judge(manager, options.tune)
+            if routes is not None:
+                graph.meta[ROUTES] = routes
+            if store is not None:
+                graph.meta[BUDGET], graph.meta[KEEP] = store.budget, store.keep
+            result = manager.run(graph)
+            graph = result.graph_module
+            check_outlined(captured, graph)
+            graph.meta.pop(JUDGE)
+            graph.meta.pop(KEEP, None)
+            tiered: Tiered | None = graph.meta.get(TIERED)
+            if routes is not None:
+                _finish_sized(graph, _after(manager, SpeculateRoutes.name), tiered)
+            told = elsewhere(graph, {FUSE: "a GPU", STREAMS: "a GPU"})
+            lap("passes")
+            kernels = select.Kernels(targets.host(), select.database(), options.tune)
+            if store is not None and tiered is not None:
+                store.open(tiered)
+                trial.enter_context(store.trying())
+            lowered = lower.lower(graph, groups_of(graph), kernels, captured.symbols, store=store)
         capacity, largest = math.inf, least(lowered)
         bets: list[Remark] = []
         if store is not None and tiered is not None:
@@ -338,7 +267,7 @@ def _make(
         lap("lower")
         if routes is not None:
             values = _sizes_of(captured)
-            build = functools.partial(_executor, kernels=kernels, store=store)
+            build = functools.partial(assemble, kernels=kernels, store=store)
             room = math.inf if store is None or store.tier is None else store.tier.capacity
             bets += judge_capacities(lowered, build, routes, values, room)
             lap("bets on capacities")
@@ -348,10 +277,11 @@ def _make(
             store.learn(engine, options.profile)
         likely: Likely | None = graph.meta.pop(LIKELY, None)
         if routes is not None and likely is not None:
-            _decide(likely.graph, tiered)
-            other = _after(manager, SpeculateRoutes.name).run(likely.graph).graph_module
-            groups = groups_of(other)
-            special = lower.lower(other, groups, kernels, captured.symbols, "likely", store)
+            with EXCLUSIVE:
+                _decide(likely.graph, tiered)
+                other = _after(manager, SpeculateRoutes.name).run(likely.graph).graph_module
+                groups = groups_of(other)
+                special = lower.lower(other, groups, kernels, captured.symbols, "likely", store)
             held: Tiered | None = other.meta.get(TIERED)
             both = max(largest, least(special))
             beside = _room_beside(likely, special, held, both, store, bets)
@@ -390,7 +320,7 @@ def _merge_judge(manager: PassManager, tune: str) -> Judge:
     def build(graph: fx.GraphModule) -> Executor:
         kernels = select.Kernels(targets.host(), select.database(), tune)
         lowered = lower.lower(graph, groups_of(graph), kernels, {}, "merger")
-        return _executor(lowered, kernels, None)
+        return assemble(lowered, kernels, None)
 
     rest = _after(manager, MergeParallelOps.name)
     return merging.judge(rest, build, select.database(), tune != "off")
@@ -439,7 +369,7 @@ def _scheduled(
     store: WeightStore | None,
 ) -> Executor:
     """The executor of ``lowered``, its kernels placed as the pass `schedule` asks for."""
-    executor = _executor(lowered, kernels, store)
+    executor = assemble(lowered, kernels, store)
     how = graph.meta.get(SCHEDULE)
     return executor if how is None else _schedule(executor, lowered, how, kernels.tune)
 

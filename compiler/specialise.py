@@ -17,7 +17,7 @@ from .capture.dynamic import Declared, opening
 from .capture.export import capture
 from .capture.limits import SizeError
 from .capture.tree import flatten_call
-from .errors import BudgetError, CaptureError, ChangeError, PlaitError, interrupted
+from .errors import BudgetError, CaptureError, ChangeError, PlaitError, interrupted, summary
 from .guards.quick import limits
 from .modes import plain_modes
 from .notes import Notes
@@ -187,11 +187,9 @@ class Specialiser:
                 raise KeyboardInterrupt from error
             if os.environ.get(DEBUG):
                 raise
-            text = " ".join(str(error).split("\n")[:2]).strip()
-            reason = f"{type(error).__name__}: {text}"[:300]
             self.notes.say(
                 "PLT-CAP-015",
-                f"code generation failed ({reason}); the original runs",
+                f"code generation failed ({summary(error)}); the original runs",
                 f"set {DEBUG}=1 to raise the error instead",
             )
             return None

@@ -359,6 +359,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-SPC-013": "Making a plan anew failed; the present one stays.",
     "PLT-SPC-014": "Branches that run together are one path of the plan for likely routes.",
     "PLT-SPC-015": "A branch may look at more than one cell at a time, so it gets exactly its own.",
+    "PLT-SPC-016": "A dead branch was needed and could not be compiled; its operators run alone.",
     "PLT-TOP-001": "The top-k template generates no code for this target.",
     "PLT-TOP-002": "The results of a sort are read as a whole, not as values and places.",
     "PLT-TOP-003": "Truth values are sorted by the library.",

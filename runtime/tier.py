@@ -448,7 +448,10 @@ class Tier:
         if wanted:
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, "plait-weights")
-            self._thread.submit(self._load_ahead, site, wanted, self._now)
+            try:
+                self._thread.submit(self._load_ahead, site, wanted, self._now)
+            except RuntimeError:  # the process is ending, or may have no more threads
+                self.ahead = False
 
     def _load_ahead(self, site: Site, units: Sequence[int], asked: int) -> None:
         for unit in units:

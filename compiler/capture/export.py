@@ -40,8 +40,9 @@ from .traced import Traced
 from .tree import Tree, flatten_call
 
 EXCLUSIVE = threading.RLock()
-"""Export swaps a module's weights for fakes while it traces, and patches torch. Whoever forks waits
-for it: the child would have torch patched for good.
+"""Export swaps a module's weights for fakes while it traces, and patches torch; passes and lowering
+ask fake tensors, which threads cannot share. Whoever forks waits for it: the child would have torch
+patched for good. Nobody who holds it waits for a tier's turn: calls compile while they have one.
 """
 forked.at_fork(EXCLUSIVE.acquire, EXCLUSIVE.release, EXCLUSIVE.release)
 

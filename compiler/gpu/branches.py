@@ -17,6 +17,8 @@ import torch
 from ...runtime.cuda_graph import GpuExecutor, GpuPart
 from ...runtime.gpu_device import Device, Function
 from ...runtime.paging import Paging
+from ..capture.export import EXCLUSIVE
+from ..errors import summary
 from ..modes import plain_modes
 from .lower import GpuLowered, RowBranch
 
@@ -105,12 +107,13 @@ class Bucketed:
     def _compile(self, size: int) -> GpuExecutor | str:
         try:
             with plain_modes():
-                return assemble(self.branch.lower(size), self.device, self.loader)
+                with EXCLUSIVE:
+                    lowered = self.branch.lower(size)
+                return assemble(lowered, self.device, self.loader)
         except Exception as error:
             if os.environ.get("PLAIT_DEBUG"):
                 raise
-            text = " ".join(str(error).split("\n")[:2]).strip()
-            return f"code generation failed ({type(error).__name__}: {text})"[:300]
+            return f"code generation failed ({summary(error)})"
 
     def refusals(self, name: str) -> list[tuple[str, str]]:
         """See `GpuExecutor.refusals`."""

@@ -23,6 +23,7 @@ from ...passes.prefetch_weights import BUDGET, TIERED, Tiered
 from ...passes.remarks import Remark
 from ...passes.schedule import SCHEDULE
 from ..capture.captured import Captured
+from ..capture.export import EXCLUSIVE
 from ..lowering import select
 from ..pipeline import check_outlined, elsewhere
 from .lower import GpuLowered, lower_gpu
@@ -48,7 +49,7 @@ class Planned:
         budget: int | str | None = None,
         layout: Layout | None = None,
     ) -> None:
-        with torch.no_grad():
+        with EXCLUSIVE, torch.no_grad():
             manager = PassManager(GPU_PIPELINE if pipeline is None else pipeline)
             graph = copy_graph(captured.graph_module)
             if budget is not None:
@@ -65,7 +66,7 @@ class Planned:
 
     def lower(self, *, fused: bool = True) -> GpuLowered:
         """The plan and its compiled kernels. Raises NotImplementedError and BuildError."""
-        with torch.no_grad():
+        with EXCLUSIVE, torch.no_grad():
             return lower_gpu(self.graph, self.kernels, self.captured.symbols, fused=fused)
 
 

@@ -21,6 +21,7 @@ from ...passes.route_odds import Key, Routes, label_of
 from ...runtime import forked
 from ...runtime.executor import Executor
 from ...runtime.plan import BranchStep
+from ..errors import summary
 from ..measure.bets import Speculation, key_of, name_of
 from .drift import LiveLoads, drift
 
@@ -127,8 +128,13 @@ class Monitor:
         with self._lock:
             if self._worker is None or not self._worker.is_alive():
                 # Not a daemon: code generation must not be cut off at exit.
-                self._worker = threading.Thread(target=self._work, name="plait-routes")
-                self._worker.start()
+                worker = threading.Thread(target=self._work, name="plait-routes")
+                try:
+                    worker.start()
+                except RuntimeError as error:  # the process is ending, or may have no more
+                    self._say("PLT-SPC-013", "missed", f"{error}; the present plan stays")
+                    return
+                self._worker = worker
 
     def wait(self) -> None:
         """Returns when nothing is being looked at or made."""
@@ -142,8 +148,7 @@ class Monitor:
         except Exception as error:
             if os.environ.get("PLAIT_DEBUG"):
                 raise
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            self._say("PLT-SPC-013", "missed", f"{reason}; the present plan stays")
+            self._say("PLT-SPC-013", "missed", f"{summary(error)}; the present plan stays")
 
     def look(self) -> None:
         """Compares the last calls with what the plan bets on, and acts on it."""

@@ -30,6 +30,7 @@ from torch import nn
 from ...passes.remarks import Remark
 from ..capture import tree
 from ..capture.captured import Captured, InputSpec, Mutation
+from ..capture.export import EXCLUSIVE
 from ..capture.state import Given, Update
 from ..dispatch import Dispatcher
 from ..errors import FileError, PlaitError
@@ -66,7 +67,8 @@ def save(dispatcher: Dispatcher, path: Path) -> None:
     members: dict[str, bytes] = {}
     try:
         for i, program in enumerate(programs):
-            data = _program_to_json(program.captured, weights)
+            with EXCLUSIVE:  # else fake tensors may tell another device
+                data = _program_to_json(program.captured, weights)
             members[f"program{i}/program.json"] = json.dumps(data).encode()
             if program.executable.plan is not None:
                 members[f"program{i}/plan.json"] = program.executable.plan.to_json().encode()

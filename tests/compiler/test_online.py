@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import plait
+from plait.compiler.capture.export import EXCLUSIVE
+from plait.compiler.lowering import lower
 from plait.compiler.measure import bets
 from plait.compiler.routing import online
 from plait.compiler.routing.drift import LiveLoads, drift
@@ -172,6 +174,63 @@ def test_a_failure_in_the_background_is_told(
     call(compiled, model, 0, online.WINDOW)
     assert "PLT-SPC-013" in ids(compiled) and "no room" in compiled.explain()
     call(compiled, model, 1, 3)
+
+
+def test_no_thread_to_be_had_is_told(model: Routed, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = plait.compile(model, profile="online", tune="off", example_inputs=(batch(0),))
+
+    def fails(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fails)
+        call(compiled, model, 0, online.WINDOW)
+    assert "PLT-SPC-013" in ids(compiled) and "can't start new thread" in compiled.explain()
+    call(compiled, model, 0, online.WINDOW)
+    assert monitor_of(compiled).rebuilt == 1
+
+
+def test_graphs_are_worked_on_by_one_thread_at_a_time(
+    model: Routed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one capture share the state of fake tensors. While plans are timed, calls may need
+    to compile what they hold the tier for."""
+    lowered: list[bool] = []
+    timing: list[bool] = []
+    real, timed = lower.lower, bets.timed
+
+    def alone(*args, **named):
+        lowered.append(EXCLUSIVE._is_owned())  # type: ignore[attr-defined]
+        return real(*args, **named)
+
+    def free(calls):
+        timing.append(not EXCLUSIVE._is_owned())  # type: ignore[attr-defined]
+        return timed(calls)
+
+    monkeypatch.setattr(lower, "lower", alone)
+    monkeypatch.setattr(bets, "timed", free)
+    compiled = plait.compile(model, profile="online", tune="off", example_inputs=(batch(0),))
+    call(compiled, model, 0, online.WINDOW)
+    first = len(lowered)
+    call(compiled, model, 2, 1)  # which was dead
+    assert len(lowered) > first and all(lowered) and timing and all(timing)
+
+
+def test_a_branch_that_cannot_be_compiled_runs_as_it_is(
+    model: Routed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PLAIT_DEBUG", raising=False)
+    profile = plait.profile(model, [(batch(0),)] * 16)
+    compiled = plait.compile(model, profile=profile, tune="off", example_inputs=(batch(0),))
+
+    def fails(*args):
+        raise RuntimeError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lower, "lower", fails)
+        call(compiled, model, 2, 2)
+    assert ids(compiled).count("PLT-SPC-016") == 1 and "no room" in compiled.explain()
+    call(compiled, model, 2, 1)
 
 
 def test_another_word_is_refused(model: Routed) -> None:

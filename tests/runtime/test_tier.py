@@ -203,6 +203,23 @@ def test_likely_units_are_loaded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tier.counters.ahead > 0
 
 
+def test_nothing_is_loaded_ahead_when_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plait.runtime.load_costs.WAKE", 0.0)
+    banks = [Pretended(2), Pretended(2)]
+    tier = Tier(BYTES)
+    found = sites(tier, banks)
+
+    def ending(*_: Any) -> None:
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(tiers.ThreadPoolExecutor, "submit", ending)
+    for k in range(30):
+        for site in found:
+            with tier.using():
+                assert tier.fetch(site, counts([k % 2], 2))
+    assert not tier.ahead and not tier.counters.ahead
+
+
 def test_a_failed_load_is_told_and_not_taken_for_resident() -> None:
     bank = Pretended(2)
 
