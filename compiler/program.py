@@ -15,7 +15,7 @@ from .capture.arguments import shares_memory
 from .capture.captured import Captured
 from .capture.state import Given, apply
 from .capture.tree import unflatten
-from .guards.watch import Watch, is_list, locate
+from .guards.watch import Stamps, Watch, is_list, locate
 from .options import Executable
 
 COUNTER = "num_batches_tracked"
@@ -36,13 +36,19 @@ class Unfit(Exception):
 class Program:
     """`run` it on the user's tensors; it returns the user's result.
 
-    ``modules`` are where weights are watched for changes.
+    ``modules`` are where weights are watched for changes, ``stamps`` their weights' before any was
+    read.
     """
 
     def __init__(
-        self, captured: Captured, executable: Executable, modules: Sequence[nn.Module] = ()
+        self,
+        captured: Captured,
+        executable: Executable,
+        modules: Sequence[nn.Module] = (),
+        stamps: Stamps | None = None,
     ) -> None:
         self.captured, self.executable, self.modules = captured, executable, tuple(modules)
+        self._stamps = stamps
         self.matches = captured.matcher()
         self._sizes = captured.binder()
         self._symbolic = any(isinstance(x, sympy.Basic) for x in captured.all_leaves())
@@ -77,6 +83,11 @@ class Program:
         self._simple = self._single and not (conjugable or changes or self._checks or self._orders)
         where = self._places()
         self.watch = Watch(where) if where else None
+        if self.watch is not None and self._stamps is not None:
+            # Another thread may have written to them while they were being prepared.
+            if any(map(self._stamps.outdated, self.watch.now().values())):
+                self.watch.expire()
+        self._stamps = None
 
     def run(self, tensors: list[Tensor], objects: Sequence[Any] = ()) -> Any:
         """The result for ``tensors``, whose sizes satisfy `matches`, and the state ``objects`` of
@@ -223,7 +234,9 @@ class Program:
         assert self.watch is not None
         module = self.captured.graph_module
         adopted: dict[str, Tensor] = {}
-        for name, new in self.watch.now().items():
+        weights = self.watch.now()
+        self._stamps = Stamps(t for t in weights.values() if isinstance(t, Tensor))
+        for name, new in weights.items():
             attribute = self._attribute.get(name)
             if attribute is None:
                 continue

@@ -19,6 +19,7 @@ from .capture.limits import SizeError
 from .capture.tree import flatten_call
 from .errors import BudgetError, CaptureError, ChangeError, PlaitError, interrupted, summary
 from .guards.quick import limits
+from .guards.watch import Stamps
 from .modes import plain_modes
 from .notes import Notes
 from .options import Executable, Options
@@ -90,6 +91,7 @@ class Specialiser:
     ) -> Program | None:
         """Captures and compiles a call. Raises Refused; None means no code could be generated."""
         names = argument_names(flatten_call((args, kwargs))[1], positional(self.signature))
+        stamps = Stamps(t for m in self.modules for t in (*m.parameters(), *m.buffers()))
         while True:
             dims = opening(declared, automatic, bucket.closed, bucket.stuck)
             try:
@@ -118,9 +120,9 @@ class Specialiser:
             count = len(captured.decisions)
             reason = f"{count} values that arguments tell decide; others get their own program"
             self.notes.add("PLT-CAP-023", reason, kind="note")
-        return self._compile(captured)
+        return self._compile(captured, stamps)
 
-    def _compile(self, captured: Captured) -> Program | None:
+    def _compile(self, captured: Captured, stamps: Stamps) -> Program | None:
         executable = self.build(captured)
         if executable is None:
             return None
@@ -128,7 +130,7 @@ class Specialiser:
         if slow:
             reason = f"changes of {slow} cannot be read from memory, so each is asked at every call"
             self.notes.add("PLT-CAP-022", reason, kind="note")
-        program = Program(captured, executable, self.modules)
+        program = Program(captured, executable, self.modules, stamps)
         if program.watch is not None and program.watch.uncounted:
             self.notes.add(
                 "PLT-CAP-028",

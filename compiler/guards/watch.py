@@ -13,7 +13,7 @@ import inspect
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,10 +92,31 @@ class Watch:
         self.changed = quick(full, lambda: table(tables, plain), aside)
         """What `full` says, in a fraction of its time."""
 
+    def expire(self) -> None:
+        """There was a change that no snapshot has."""
+        self.full = self.changed = lambda: True
+
     def now(self) -> dict[str, Any]:
         """What is at each place at this moment; None where nothing is left."""
         places = zip(self.names, self._owners, self._keys, strict=True)
         return {name: owner.get(key) for name, owner, key in places}
+
+
+class Stamps:
+    """Versions of tensors at one moment, such as the one before they are read."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._versions = {id(t): (t, _counted(t)) for t in tensors}
+
+    def outdated(self, tensor: Any) -> bool:
+        """Whether ``tensor`` was written to since, or is a parameter that has come since."""
+        if id(tensor) not in self._versions:
+            return isinstance(tensor, nn.Parameter)
+        return self._versions[id(tensor)][1] != _counted(tensor)
+
+
+def _counted(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def locate(module: nn.Module, name: str) -> tuple[dict[str, Any], str] | None:

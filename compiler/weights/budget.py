@@ -49,13 +49,19 @@ if TYPE_CHECKING:
 class _Filed:
     """A tensor that lies in a file: what keeps its memory, its version then, and hashes of it.
 
-    ``fresh`` is itself while nobody can have written to it, not even unseen.
+    ``fresh`` shares its memory and version while it is being compiled. Pages may be given back for
+    as long as that is the version then: what was written to them goes with them.
     """
 
     space: weakref.ref[Any]
     version: int
     fresh: torch.Tensor | None
     digests: dict[Any, bytes] = field(default_factory=dict)
+
+    def release(self, part: torch.Tensor | None = None) -> None:
+        """Gives pages back, of all or of ``part``, that only hold what the file does."""
+        if self.fresh is not None and self.fresh._version == self.version:
+            release(self.fresh if part is None else part)
 
 
 @dataclass(frozen=True)
@@ -195,8 +201,8 @@ class WeightStore:
         filed = self._filed(source)
         for unit in (source,) if whole else source.split(1):
             yield unit
-            if filed and filed.fresh is not None:
-                release(unit)
+            if filed:
+                filed.release(unit)
 
     def file(self) -> PrivateFile:
         """An empty file. Raises FileError."""
@@ -234,8 +240,8 @@ class WeightStore:
         a file has. Raises FileError.
         """
         filed = self._filed(source)
-        if filed and filed.fresh is not None:
-            release(source)
+        if filed:
+            filed.release(source)
         if not _is_large(made):
             return made
         _trim()  # what making it needed: of large pieces the allocator may keep all
@@ -276,22 +282,23 @@ class WeightStore:
             self.settle()
 
     def _move(self, tensor: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        versions = [p._version for p in parameters]
         moved = self.filed(tensor)
-        if moved is tensor:
-            return tensor
+        if moved is tensor or versions != [p._version for p in parameters]:
+            return tensor  # it lies in a file, or another thread wrote to it meanwhile
+        filed = _FILES[moved.data_ptr()]
         for parameter in parameters:
             parameter.data = moved
-            _FILES[moved.data_ptr()].version = parameter._version
-        return parameters[0].detach() if parameters else moved
+            filed.version, filed.fresh = parameter._version, parameter.detach()
+        return moved if filed.fresh is None else filed.fresh
 
     def settle(self) -> None:
         """Call when a program is made or was not, before anybody else has its weights: gives back
         what making it has brought into memory, and the room that plans had which are no more.
         """
         for address, filed in list(_FILES.items()):  # others may be added meanwhile
-            if filed.fresh is not None:
-                release(filed.fresh)
-                filed.fresh = None
+            filed.release()
+            filed.fresh = None
             if filed.space() is None and _FILES.get(address) is filed:
                 del _FILES[address]
         gc.collect()  # graphs are cycles, and hold tensors

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import plait
+from plait.compiler import pipeline
 from plait.compiler.dispatch import MAX_FLEETING
 from plait.compiler.guards import quick, watch
 from plait.compiler.guards.layout import dict_tag, tensor_layout
@@ -409,6 +410,32 @@ def test_a_change_is_noticed_beside_other_threads() -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def test_what_changes_while_it_is_compiled_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Linear(3, 3).eval(), torch.ones(2, 3)
+    compiled = plait.compile(model, tune="off")
+    real, begun = pipeline._make, 0
+
+    def make(*args: Any) -> Any:
+        """Writes to what was read already, where another thread might."""
+        nonlocal begun
+        begun += 1
+        made = real(*args)
+        if begun in (1, 3):
+            model.weight.add_(1)
+        return made
+
+    monkeypatch.setattr(pipeline, "_make", make)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), model(x))
+            assert begun == 2
+        model.bias.add_(1)
+        for expected in (3, 4, 4):
+            compiled(x)
+            assert begun == expected
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_who_waits_for_a_capture_in_another_thread_forgets_nothing(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import plait
+from plait.compiler import pipeline
 from plait.runtime import bank as banks
 from plait.runtime import load_costs
 from plait.runtime import tier as tiers
@@ -147,6 +148,30 @@ def test_weights_that_change_are_fetched_anew(net: Net) -> None:
     assert torch.equal(budget(*example(9)), resident(*example(9)))
     model.one.up.data.mul_(0.5)  # not counted by torch
     resident = compiled(copy.deepcopy(model), None)
+    assert torch.equal(budget(*example(9)), resident(*example(9)))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_that_change_while_they_are_packed_keep_their_values(
+    net: Net, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    model, other = copy.deepcopy(net), copy.deepcopy(net)
+    for parameter in other.parameters():
+        parameter.mul_(2.0)
+    real = pipeline._make
+
+    def make(*args: Any) -> Any:
+        """Loads other weights where another thread might."""
+        made = real(*args) if late else None
+        model.load_state_dict(other.state_dict())
+        return made or real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_make", make)
+        budget = compiled(model, "60%")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    resident = compiled(other, None)
     assert torch.equal(budget(*example(9)), resident(*example(9)))
 
 
