@@ -24,6 +24,10 @@ QUESTIONS = "manual_seed", "seed", "initial_seed", "get_rng_state", "set_rng_sta
 """Functions of torch that change the state of its generator, or tell of it."""
 
 
+class DrawnError(CaptureError):
+    """A generator's state is another one than before, be it for what another thread did."""
+
+
 @contextlib.contextmanager
 def chance() -> Iterator[None]:
     """Around a model's code while it is traced; generators are left as they were where it is
@@ -42,10 +46,12 @@ def chance() -> Iterator[None]:
         try:
             yield
             if not torch.equal(torch.default_generator.get_state(), before):
-                raise _refused("changes the state of torch's generator of random numbers")
+                raise _refused(
+                    "changes the state of torch's generator of random numbers", DrawnError
+                )
             for other in others:
                 if other.drawn():
-                    raise _refused(f"draws random numbers of {other.name}")
+                    raise _refused(f"draws random numbers of {other.name}", DrawnError)
         except BaseException:
             torch.default_generator.set_state(before)
             for other in others:
@@ -115,7 +121,7 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
     return asked
 
 
-def _refused(does: str) -> CaptureError:
-    return CaptureError(
+def _refused(does: str, kind: type[CaptureError] = CaptureError) -> CaptureError:
+    return kind(
         "PLT-CAP-029", f"the model {does} while it runs", "seed outside of it, draw by torch's"
     )

@@ -25,6 +25,7 @@ from ..errors import CaptureError, interrupted
 from ..guards.watch import Attributes, modules_of
 from .arguments import SCALARS, argument_names, distinct, is_plain
 from .captured import Captured
+from .chance import DrawnError
 from .decisions import Recording
 from .experts import routed_experts
 from .finite import chosen
@@ -151,11 +152,19 @@ def _export(
         finally:
             attributes.restore()
 
+    def exported() -> Any:
+        try:
+            return export()
+        except DrawnError:
+            if threading.active_count() == 1:
+                raise
+            return export()  # another thread's draws are the exception
+
     with chosen(roots), substituted(roots), routed_experts(target) as count:
         if not count:
-            return export(), []
+            return exported(), []
         try:
-            return export(), []
+            return exported(), []
         except CaptureError:
             raise  # the model's way is refused, too
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,25 @@ def test_what_a_program_would_not_repeat_is_not_captured(does: Any) -> None:
     with pytest.warns(UserWarning, match="PLT-CAP-029"):
         have = three(compiled)
     assert all(map(torch.equal, have, three(model))) and not compiled.programs
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: torch.rand(3)])
+def test_what_another_thread_draws_is_not_the_models(draw: Any) -> None:
+    """Threads draw while one captures: beside the first trace here, and not beside the second."""
+    traced: list[bool] = []
+
+    def does() -> float:
+        if torch.compiler.is_exporting() and not traced:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(draw).result()
+        traced.append(torch.compiler.is_exporting())
+        return 2.0
+
+    compiled = plait.compile(Draws(does).eval(), tune="off")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()  # a thread that lives meanwhile
+        have = compiled(torch.zeros(3))
+    assert torch.equal(have, torch.full((3,), 2.0)) and compiled.programs and len(traced) == 2
 
 
 @pytest.mark.parametrize("does", [lambda: torch.rand(3), seeds_numpy])
