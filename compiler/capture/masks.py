@@ -5,6 +5,8 @@ padding is left out for it, and so is one that would hide nothing at all. While 
 the mask stays, for a graph cannot depend on values. That is the same for causal masks of causal
 attention. Where the module says otherwise, what it attends to depends on the values: then
 `MaskError` is raised, and the next trace reads them, for the library to choose as in eager mode.
+So it does where positions make a mask: they may say that a row holds several sequences, each of
+which attends to itself.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from ..errors import CaptureError
 
 QUESTIONS = {"_ignore_causal_mask_sdpa": True, "_ignore_bidirectional_mask_sdpa": False}
 """The library's functions that tell whether a mask can be left out, and whether it is causal."""
+PACKED = "find_packed_sequence_indices"
+"""The library's function that tells by positions which of several sequences a token belongs to."""
 INTERFACES = (
     ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
     ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
@@ -45,21 +49,23 @@ def masks(read: bool) -> Iterator[None]:
     names = vars(sys.modules.get("transformers.masking_utils", object))
     found = [getattr(sys.modules.get(module), name, None) for module, name in INTERFACES]
     tables: list[Any] = [table for table in found if table is not None]
-    if not all(q in names for q in (*QUESTIONS, "is_tracing")) or len(tables) < len(INTERFACES):
+    needed = (*QUESTIONS, PACKED, "is_tracing")
+    if not all(name in names for name in needed) or len(tables) < len(INTERFACES):
         yield
         return
-    placed = {q: names[q] for q in (*QUESTIONS, "is_tracing")}
+    placed = {name: names[name] for name in needed}
     local = [table._local_mapping for table in tables]
     before = [dict(mapping) for mapping in local]
-    notes = _Notes()
+    causal = "_ignore_causal_mask_sdpa"
+    notes = _Notes(names[causal])
     try:
         if read:
             names["is_tracing"] = lambda tensor=None: False
-            causal = "_ignore_causal_mask_sdpa"
             names[causal] = functools.partial(_unpadded, names[causal])
         else:
-            for question, causal in QUESTIONS.items():
-                names[question] = functools.partial(notes.question, names[question], causal)
+            for question, kind in QUESTIONS.items():
+                names[question] = functools.partial(notes.question, names[question], kind)
+            names[PACKED] = functools.partial(notes.packed, names[PACKED])
             for table, wrapper in zip(tables, (notes.mask, notes.attention), strict=True):
                 table["sdpa"] = functools.partial(wrapper, table["sdpa"])
         yield
@@ -82,9 +88,12 @@ def _unpadded(
 class _Notes:
     """Which masks values would have left out. Other threads may run models meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, skips: Callable[..., bool]) -> None:
+        """``skips`` is the library's question for causal masks."""
+        self._skips = skips
         self._thread = threading.get_ident()
         self._asked: list[tuple[bool, Callable[[], bool]]] = []
+        self._packed = False
         self._kept: dict[int, tuple[bool, Callable[[], bool], torch.Tensor]] = {}
 
     def question(self, original: Any, causal: bool, padding: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,11 +103,23 @@ class _Notes:
             self._asked.append((causal, functools.partial(original, None, *args, **kwargs)))
         return found
 
+    def packed(self, original: Any, positions: torch.Tensor) -> Any:
+        """Which sequence each token belongs to; notes that the next mask is made of it."""
+        found = original(positions)
+        if threading.get_ident() == self._thread:
+            self._packed = found is not None
+        return found
+
     def mask(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Makes a mask."""
         if threading.get_ident() != self._thread:
             return original(*args, **kwargs)
         self._asked.clear()
+        if self._packed:  # without that, a causal mask might have been left out
+            sizes = [kwargs[k] for k in ("q_length", "kv_length", "q_offset", "kv_offset")]
+            ask = functools.partial(self._skips, None, *sizes, kwargs.get("local_size"))
+            self._asked.append((True, ask))
+            self._packed = False
         made = original(*args, **kwargs)
         if self._asked and isinstance(made, torch.Tensor):
             self._kept[_storage(made)] = (*self._asked[-1], made)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import plait
 from plait.compiler.capture import as_eager
@@ -95,6 +95,35 @@ def test_attention_that_is_causal_by_its_mask_alone_depends_on_the_values() -> N
     assert [len(n.args) > 3 for n in attentions(compiled)] == [True, True]
     agree(compiled, model, {k: v[:, :9] for k, v in inputs.items()})
     assert not {"PLT-CAP-001", "PLT-CAP-004"} & {r.id for r in compiled.remarks}
+
+
+class Packed(nn.Module):
+    """Attention that is causal by its mask alone, which is made of positions."""
+
+    is_causal = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        library = hf_models.library()
+        self.mask = library.masking_utils.create_causal_mask
+        self.functions = library.modeling_utils.ALL_ATTENTION_FUNCTIONS
+        self.config = library.LlamaConfig(attn_implementation="sdpa")
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor]:
+        mask = self.mask(self.config, x, None, None, positions)
+        heads = x.unsqueeze(1)
+        return (self.functions["sdpa"](self, heads, heads, heads, mask, is_causal=None)[0],)
+
+
+def test_positions_may_leave_a_mask_out() -> None:
+    """Eager mode needs none where they say that each row is one sequence."""
+    model = Packed().eval()
+    compiled = plait.compile(model, tune="off", pipeline="normalize")
+    x = torch.randn(2, 5, 8)
+    alone, packed = torch.arange(5)[None], torch.tensor([[0, 1, 2, 0, 1]])
+    for positions in (alone, packed, alone + 1):
+        agree(compiled, model, {"x": x, "positions": positions})
+    assert len(compiled.programs) == 2
 
 
 def test_the_library_is_left_as_it_was() -> None:
