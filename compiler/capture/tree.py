@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ class Tree:
     """The structure around leaves.
 
     ``kind`` is "leaf", "tuple", "list", "dict", "namedtuple", "fields" (a dataclass or a model
-    output: rebuilt by its constructor), "object" (rebuilt by setting attributes) or "count" (a
+    output: rebuilt by its constructor), "items" (a model output with items that its constructor
+    does not take, or in another order), "object" (rebuilt by setting attributes) or "count" (a
     number, which is a size of the tensor that is its leaf; see `flatten_call`). ``keys`` are
     dictionary keys or attribute names, ``children`` the parts in the same order, ``cls`` the class
     (a string "module:qualname" once loaded from a file).
@@ -106,6 +108,11 @@ def parts(value: Any, objects: bool = False) -> tuple[str, tuple[Any, ...], list
         return "list", (), value, None
     if dataclasses.is_dataclass(value):
         names = [f.name for f in dataclasses.fields(value) if f.init and hasattr(value, f.name)]
+        items = list(value) if isinstance(value, OrderedDict) else []
+        if items and items != [n for n in names if n in value]:
+            rest = [n for n in names if n not in value]
+            children = [*value.values(), *(getattr(value, n) for n in rest)]
+            return "items", (*items, *rest), children, cls
         return "fields", tuple(names), [getattr(value, n) for n in names], cls
     if isinstance(value, Mapping):
         return "dict", tuple(value), list(value.values()), None if cls is dict else cls
@@ -185,6 +192,8 @@ def build(tree: Tree, leaves: Iterator[Any]) -> Any:
         return Record(pairs)
     if tree.kind == "fields":
         return cls(**pairs)
+    if tree.kind == "items":
+        return _items(cls, pairs)
     value: Any = object.__new__(cls)
     vars(value).update(pairs)
     return value
@@ -195,6 +204,17 @@ def _mapping(cls: Any, pairs: dict[Any, Any]) -> Any:
     value.__init__()
     for key, item in pairs.items():
         value[key] = item
+    return value
+
+
+def _items(cls: Any, pairs: dict[str, Any]) -> Any:
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    value: Any = cls(**{k: v for k, v in pairs.items() if k in names})
+    for key, item in pairs.items():
+        if key in value:
+            value.move_to_end(key)
+        elif key not in names:
+            value[key] = item
     return value
 
 
@@ -230,6 +250,7 @@ def resolve(tree: Tree) -> Any:
         "namedtuple": issubclass(found, tuple) and hasattr(found, "_fields"),
         "dict": issubclass(found, Mapping),
         "fields": dataclasses.is_dataclass(found),
+        "items": dataclasses.is_dataclass(found) and issubclass(found, OrderedDict),
         "object": True,
     }
     return found if fits.get(tree.kind) else None

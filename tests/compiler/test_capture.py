@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -338,6 +338,18 @@ class Pair:
     right: Any = None
 
 
+@dataclass
+class Output(OrderedDict[str, Any]):
+    """As the outputs of transformers: its items are those fields that are not None."""
+
+    first: Any = None
+    second: Any = None
+    third: Any = None
+
+    def __post_init__(self) -> None:
+        super().update({k: v for k, v in vars(self).items() if v is not None})
+
+
 class Plain:
     def __init__(self) -> None:
         self.keys, self.size = 1, 2
@@ -350,6 +362,17 @@ def test_tree_round_trip() -> None:
     assert unflatten(tree, leaves) == value
     assert leaf_names(tree, "v")[3:5] == ["v[1]['a'].left", "v[1]['a'].right.x"]
     assert unflatten(from_json(to_json(tree)), leaves) == value
+
+
+def test_items_of_an_output_keep_their_order() -> None:
+    value = Output(1, third=3)
+    value["added"], value["second"] = 4, 2  # as transformers adds what it has collected
+    leaves, tree = flatten(value)
+    assert leaves == [1, 3, 4, 2]
+    for found in (tree, from_json(to_json(tree))):
+        rebuilt = unflatten(found, leaves)
+        assert type(rebuilt) is Output and list(rebuilt.items()) == list(value.items())
+    assert flatten(Output(1, 2))[1] == flatten(Output(3, 4))[1] != tree
 
 
 def test_objects_are_opened_only_on_request() -> None:
