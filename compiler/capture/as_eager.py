@@ -1,7 +1,7 @@
 """Choices that are made otherwise while a model is exported, made as in eager mode.
 
 torch takes a dropout that is switched off for a copy, though it returns the tensor it is given:
-what is then written to one is written to the other.
+what is then written to one is written to the other. It knows of no ``.data`` of what is computed.
 
 To transformers, an exported program is one that runs with other sizes and by other engines. So
 masks are made even where nothing is hidden, or where the sizes tell that a causal attention needs
@@ -37,6 +37,8 @@ MASKED = "models.longt5.modeling_longt5", "is_torchdynamo_compiling"
 """What goes on without the mask that it needs where the answer is yes."""
 WATCHED = "handle_torch_function"
 """torch's name of what a function calls where it is watched."""
+DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+"""What reads ``.data``: a tensor that the trace does not know, and would take for a constant."""
 MODULES = (
     "masking_utils",
     *(
@@ -62,7 +64,7 @@ def as_eager(roots: Iterable[nn.Module]) -> Iterator[None]:
                 names[question] = lambda: False
         placed.append((F.__dict__, WATCHED, F.__dict__[WATCHED]))
         F.__dict__[WATCHED] = _weighted(F.__dict__[WATCHED])
-        with _SwitchedOff(), encoders(roots), recurrences(roots):
+        with _Traced(), encoders(roots), recurrences(roots):
             yield
     finally:
         for names, question, original in placed:
@@ -80,8 +82,8 @@ def _weighted(watched: Callable[..., Any]) -> Callable[..., Any]:
     return handle
 
 
-class _SwitchedOff(TorchFunctionMode):
-    """Within it, a dropout that drops nothing returns what it is given."""
+class _Traced(TorchFunctionMode):
+    """Within it, a dropout that drops nothing returns what it is given, and ``.data`` is a view."""
 
     def __torch_function__(
         self,
@@ -93,6 +95,8 @@ class _SwitchedOff(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (F.dropout, torch.dropout) and _kept(*args, **kwargs):
             return args[0] if args else kwargs["input"]
+        if func == DATA:
+            return args[0].detach()
         return func(*args, **kwargs)
 
 

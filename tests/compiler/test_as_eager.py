@@ -126,6 +126,23 @@ def test_positions_may_leave_a_mask_out() -> None:
     assert len(compiled.programs) == 2
 
 
+def _by_data(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    made = x.new_zeros(4, 3)
+    made.data[2:].copy_((x * weight.data).data[:1])
+    x.data.add_(1)
+    return made + 1, x[1:].data
+
+
+def test_data_of_tensors_are_views() -> None:
+    compiled = plait.compile(_by_data, tune="off", pipeline="normalize")
+    for rows in (2, 5, 3):
+        x, weight = torch.randn(rows, 3), torch.randn(3)
+        own = x.clone()
+        have, want = compiled(x, weight), _by_data(own, weight)
+        assert all(map(torch.equal, have, want)) and torch.equal(x, own)
+    assert len(compiled.programs) == 2
+
+
 def test_the_library_is_left_as_it_was() -> None:
     hf_models.MODELS["bert"]()
     question = sys.modules["transformers.masking_utils"].is_torchdynamo_exporting
