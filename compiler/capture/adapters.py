@@ -275,6 +275,18 @@ def _longcat_experts(
     return weighted_sum(out, top_k_weights).to(hidden_states.dtype)
 
 
+# -- Step-3.7 --------------------------------------------------------------------------------------
+
+
+def _step_experts(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    route = routing.route(top_k_index, self.num_experts)
+    first = linear(hidden_states, route, self.gate_up_proj, top_k_index.shape[1], False)
+    out = linear(self._apply_gate(first), route, self.down_proj, 0, True)
+    return weighted_sum(out, top_k_weights).to(hidden_states.dtype)
+
+
 # -- codecs of sound, whose sizes are computed by tensors ------------------------------------------
 
 
@@ -345,6 +357,7 @@ ADAPTERS = {
     "LongcatFlashExperts": Adapter(
         {"forward": _longcat_experts}, lambda m: [(m.identity_expert, "Identity")]
     ),
+    "Step3p7Experts": Adapter({"forward": _step_experts}, lambda m: ()),
     "NllbMoeTop2Router": Adapter({"forward": _nllb_router}, lambda m: [(m.classifier, "Linear")]),
     "NllbMoeExperts": Adapter(
         {"forward": _nllb_experts}, _numbered_parts("NllbMoeDenseActDense", "fc1", "fc2")

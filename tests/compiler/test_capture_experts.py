@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,23 @@ def test_experts_become_routed_products(name: str) -> None:
     steps = [s.name for s in compiled.plan.steps if hasattr(s, "kernel")]
     assert sum(name.startswith("routed_linear") for name in steps) >= 2
     assert model.config._experts_implementation == before
+
+
+def test_experts_outside_the_interface_are_routed() -> None:
+    from transformers.models.step3p7 import modeling_step3p7 as step
+
+    config = SimpleNamespace(
+        num_local_experts=4, hidden_size=8, moe_intermediate_size=6, hidden_act="silu"
+    )
+    experts = step.Step3p7Experts(config, swiglu_limit=0.5).eval().requires_grad_(False)
+    for weight in experts.parameters():
+        weight.normal_()
+    compiled = plait.compile(experts, tune="off", pipeline="normalize")
+    for tokens in (5, 3, 7):
+        x, index = torch.randn(tokens, 8), torch.randint(0, 5, (tokens, 2))
+        args = x, index, torch.rand(tokens, 2)  # number 4 stands for no expert
+        torch.testing.assert_close(compiled(*args), experts(*args), rtol=1e-4, atol=1e-5)
+    assert len(compiled.programs) == 2
 
 
 def test_experts_that_cannot_be_routed_run_the_models_way_and_say_so(
