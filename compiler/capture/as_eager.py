@@ -1,7 +1,8 @@
 """Choices that are made otherwise while a model is exported, made as in eager mode.
 
 torch takes a dropout that is switched off for a copy, though it returns the tensor it is given:
-what is then written to one is written to the other. It knows of no ``.data`` of what is computed.
+what is then written to one is written to the other. It does not know what ``.data`` gives, nor that
+it was set.
 
 To transformers, an exported program is one that runs with other sizes and by other engines. So
 masks are made even where nothing is hidden, or where the sizes tell that a causal attention needs
@@ -12,6 +13,7 @@ results are compared with. Of what depends on a mask's values, see `masks`. Outp
 record are kept in one place for all models, where a model within another one ends the other's. Of
 padding in torch's own encoders, see `encoders`, of recurrent layers `recurrent`. Weights of an
 absolute error get lost where torch's functions are watched, as they are while a model is exported.
+A module that is moved to where it is, or given the type that it has, stays as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..errors import CaptureError
 from .encoders import encoders
 from .recurrent import recurrences
 
@@ -37,8 +40,8 @@ MASKED = "models.longt5.modeling_longt5", "is_torchdynamo_compiling"
 """What goes on without the mask that it needs where the answer is yes."""
 WATCHED = "handle_torch_function"
 """torch's name of what a function calls where it is watched."""
-DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-"""What reads ``.data``: a tensor that the trace does not know, and would take for a constant."""
+DATA: Any = torch.Tensor.data  # what reads gives a tensor that the trace would take for a constant
+HINT = "write to the tensor in place, or put another one in its place"
 MODULES = (
     "masking_utils",
     *(
@@ -56,7 +59,9 @@ def as_eager(roots: Iterable[nn.Module]) -> Iterator[None]:
     not loaded stay so.
     """
     placed: list[tuple[dict[str, Any], str, Any]] = []
+    convert: Any = nn.Module._apply
     try:
+        nn.Module._apply = _converted(convert)
         for name, question in (*((name, QUESTION) for name in MODULES), RECORDS, MASKED):
             names = vars(sys.modules.get(f"transformers.{name}", object))
             if question in names:
@@ -67,8 +72,27 @@ def as_eager(roots: Iterable[nn.Module]) -> Iterator[None]:
         with _Traced(), encoders(roots), recurrences(roots):
             yield
     finally:
+        nn.Module._apply = convert
         for names, question, original in placed:
             names[question] = original
+
+
+def _converted(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """``nn.Module._apply``, which leaves a module alone whose tensors stay what they are: the trace
+    has put its own in their places, which cannot be exchanged.
+    """
+
+    def apply(self: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], *args: Any) -> Any:
+        def lies(x: torch.Tensor) -> tuple[Any, ...]:
+            return x.dtype, x.device, x.stride()
+
+        with torch.no_grad():
+            tensors = [*self.parameters(), *self.buffers()]
+            if all(lies(function(x)) == lies(x) for x in tensors):
+                return self
+        return convert(self, function, *args)
+
+    return apply
 
 
 def _weighted(watched: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,8 +119,10 @@ class _Traced(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (F.dropout, torch.dropout) and _kept(*args, **kwargs):
             return args[0] if args else kwargs["input"]
-        if func == DATA:
+        if func == DATA.__get__:
             return args[0].detach()
+        if func == DATA.__set__:
+            raise CaptureError("PLT-CAP-001", "the program sets .data of a tensor", HINT)
         return func(*args, **kwargs)
 
 

@@ -143,6 +143,38 @@ def test_data_of_tensors_are_views() -> None:
     assert len(compiled.programs) == 2
 
 
+def _sets_data(x: torch.Tensor) -> torch.Tensor:
+    made = x * 2
+    made.data = made.data + 1
+    return made * 3
+
+
+def test_a_program_that_sets_data_is_not_captured() -> None:
+    compiled = plait.compile(_sets_data, tune="off", pipeline="normalize")
+    x = torch.randn(3)
+    torch.testing.assert_close(compiled(x), _sets_data(x))
+    assert "sets .data" in next(r.reason for r in compiled.remarks if r.id == "PLT-CAP-001")
+
+
+class Moving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.to(x.device)
+        return self.inner.float().to(x)(x) * self.scale
+
+
+def test_a_module_may_be_moved_to_where_it_is() -> None:
+    model = Moving().eval()
+    compiled = plait.compile(model, tune="off", pipeline="normalize")
+    for x in (torch.randn(2, 4), torch.randn(3, 4), torch.randn(3, 4).double()):
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(compiled.programs) == 2, "the last call changes the weights, and is no program"
+
+
 def test_the_library_is_left_as_it_was() -> None:
     hf_models.MODELS["bert"]()
     question = sys.modules["transformers.masking_utils"].is_torchdynamo_exporting
