@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import plait
 
@@ -44,6 +45,10 @@ def forks() -> Any:
 def seeds_numpy() -> Any:
     np.random.seed(3)
     return float(np.random.rand())
+
+
+def checkpoints() -> Any:
+    return checkpoint(torch.rand, 3, use_reentrant=False)
 
 
 def three(model: Any) -> list[Any]:
@@ -82,7 +87,7 @@ def test_what_another_thread_draws_is_not_the_models(draw: Any) -> None:
     assert torch.equal(have, torch.full((3,), 2.0)) and compiled.programs and len(traced) == 2
 
 
-@pytest.mark.parametrize("does", [lambda: torch.rand(3), seeds_numpy])
+@pytest.mark.parametrize("does", [lambda: torch.rand(3), seeds_numpy, checkpoints])
 def test_what_follows_torchs_generator_or_is_constant_is_captured(does: Any) -> None:
     model = Draws(does).eval()
     compiled = plait.compile(model, tune="off")
