@@ -20,10 +20,12 @@ import numpy as np
 
 from . import feasible
 from .alternatives import Alternative, Rewritten, rewrite
-from .best import Found, Progress, Search, search, search_seconds
+from .best import Progress, Search, search, search_seconds
 from .bounds import lower_bounds
 from .choices import Allowed, Chooser
 from .errors import InfeasibleError
+from .exhaustive import exhaustive
+from .found import Found
 from .min_cut import min_cut
 from .played import Choices, Played
 from .problem import Ints, Problem
@@ -100,6 +102,9 @@ class _Alternatives:
                        end=self.deadline)  # fmt: skip
         quick = plain.prepare()
         self.answers = [Answer(quick, rewrite(self.problem, ()))]
+        sure = exhaustive(self.problem, self.objective, self.budget)
+        if sure is not None:
+            self.answers.append(Answer(sure, rewrite(self.problem, ())))
         if not self._enough():
             roomy = self._attempt("roomy", _roomy(self.problem))
             much = not quick.fits or roomy.cost <= _MUCH * quick.cost

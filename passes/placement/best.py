@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from time import thread_time
 
 import numpy as np
@@ -24,6 +23,8 @@ from .clusters import cluster_levels, linear_orders, regions
 from .coarsen import coarsen
 from .engine import Engine
 from .errors import InfeasibleError
+from .exhaustive import exhaustive
+from .found import Found
 from .problem import Floats, Ints, Problem
 
 Progress = Callable[[float, float, float], None]
@@ -46,20 +47,6 @@ _FEW_KINDS = 100  # of units, up to which integer programming is the quicker way
 _BRIMS = (1.0, 0.97, 0.9, 0.8, 0.65)
 """Shares of memory up to which devices are filled where nothing else fits: ops that come later, and
 copies on their way, need the rest."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """The best placement: devices by op, ops in starting order, and how it was found."""
-
-    assign: Ints
-    sequence: Ints
-    cost: float
-    bounds: dict[str, float]
-    start: str
-    moves: int
-    stopped: str
-    fits: bool = True
 
 
 class Search:
@@ -424,6 +411,9 @@ def best(
     """
     began = time.perf_counter() if began is None else began
     feasible.refuse_hopeless(problem)
+    found = exhaustive(problem, objective, budget, price)
+    if found is not None:
+        return found
     seconds = search_seconds(budget)
     end = max(began + seconds, time.perf_counter() + 0.05 * budget)
     return search(problem, objective, seed, seconds, progress, price, end).run()

@@ -167,9 +167,14 @@ class Engine:
         self._library = _library()
 
     def simulate(
-        self, assign: Index, priority: Floats, position: Index | None = None
+        self,
+        assign: Index,
+        priority: Floats,
+        position: Index | None = None,
+        limit: float = np.inf,
     ) -> tuple[int, float]:
-        """Plays one step: DONE or STUCK, and the makespan; the schedule is in ``work``.
+        """Plays one step: DONE or STUCK, and the makespan; the schedule is in ``work``. CUT where
+        the makespan must exceed ``limit`` seconds.
 
         With ``position`` (the place of each op in its device's list, -1: in none) devices keep
         strictly to their lists; else they take their ready op of largest ``priority``.
@@ -180,7 +185,7 @@ class Engine:
         place = position if strict else self.state.position
         code = self._library.plait_simulate(
             self._p, self._w, _address(assign), _address(priority), _address(place),
-            int(strict), 0.0, np.inf, ctypes.byref(cost),
+            int(strict), 0.0, limit, ctypes.byref(cost),
         )  # fmt: skip
         return code, cost.value
 

@@ -127,7 +127,7 @@ def _with_alternatives(
     found, whole = answer.found, answer.rewritten.problem
     report.update(start=found.start, moves=found.moves, stopped=found.stopped)
     report.update(_copied(answer))
-    placement = placement_of(whole, found.assign, found.sequence, report)
+    placement = placement_of(whole, found.assign, found.sequence, report, found.mode)
     return replace(placement, alternatives=answer.alternatives), found.bounds, whole
 
 
@@ -159,7 +159,8 @@ def _planned(
     seed = int(str(report["seed"]))
     found = best(problem, str(report["objective"]), budget, seed, progress, began, price)
     report.update(start=found.start, moves=found.moves, stopped=found.stopped)
-    return placement_of(problem, found.assign, found.sequence, report), found.bounds
+    placement = placement_of(problem, found.assign, found.sequence, report, found.mode)
+    return placement, found.bounds
 
 
 def _coarsely(

@@ -91,7 +91,11 @@ def simulate(problem: Problem, placement: Placement) -> Schedule:
 
 
 def placement_of(
-    problem: Problem, assign: Ints, sequence: Ints, report: dict[str, object]
+    problem: Problem,
+    assign: Ints,
+    sequence: Ints,
+    report: dict[str, object],
+    mode: str = "priority",
 ) -> Placement:
     """A placement from device numbers by op and the ops in the order in which they start."""
     names = [device.name for device in problem.devices]
@@ -99,4 +103,4 @@ def placement_of(
     for i in sequence.tolist():
         order[names[assign[i]]].append(problem.ops[i].name)
     placed = {op.name: names[d] for op, d in zip(problem.ops, assign, strict=True)}
-    return Placement(placed, order, "priority", report)
+    return Placement(placed, order, mode, report)

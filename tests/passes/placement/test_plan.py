@@ -59,9 +59,10 @@ def test_bounds_and_plans_against_brute_force(seed: int) -> None:
                 place(problem, budget=0.3)
             continue
         assert lower_bounds(problem.arrays)["best"] <= optimum * (1 + 1e-9)
-        makespan = place(problem, budget=0.5).report["makespan_s"]
-        # The planner may leave out deliberate waiting, which a strict order allows.
-        assert optimum * (1 - 1e-9) <= makespan <= 1.25 * optimum + 1e-12
+        placement = place(problem, budget=0.5)
+        assert placement.report["makespan_s"] == pytest.approx(optimum)
+        makespan, peak = rules.play(raw, placement.assign, placement.order, placement.mode)[:2]
+        assert makespan == pytest.approx(optimum) and rules.fits(raw, peak)
 
 
 def test_the_bound_on_seven_ops_never_exceeds_the_optimum() -> None:
