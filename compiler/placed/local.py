@@ -128,13 +128,24 @@ class Ranks:
         """The next message of any rank. Raises DistributedError where that is a failure."""
         if self.broken is not None:
             raise self._again()
-        try:
-            rank, message = self._messages.get(timeout=seconds or self.timeout)
-        except queue.Empty:
-            self._late(who, seconds)
+        rank, message = self._awaited(who, seconds or self.timeout)
         if message[0] in ("ended", "error", "link-error"):
             self._fail(rank, message)
         return rank, message
+
+    def _awaited(self, who: str, seconds: float) -> tuple[int, Any]:
+        """A message within ``seconds``, or until a rank that is stopped stays so for the timeout:
+        it would not answer in the long time that is allowed for loading either.
+        """
+        began, before = time.monotonic(), set[int]()
+        while (left := began + seconds - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                return self._messages.get(timeout=min(left, self.timeout))
+            stopped = {rank for rank, p in enumerate(self.processes) if _is_stopped(p.pid)}
+            if before & stopped:
+                self._late(f"rank {min(before & stopped)}, which was stopped,")
+            before = stopped
+        self._late(who, seconds)
 
     def _late(self, who: str, seconds: float | None = None) -> NoReturn:
         self.close()
@@ -148,15 +159,14 @@ class Ranks:
         """Ends all ranks and raises the most telling of the failures that come in now."""
         causes = [(rank, message)]
         deadline = time.monotonic() + _GRACE
-        while _weight(causes[0][1]) > 0 and time.monotonic() < deadline:
+        while causes[-1][1][0] != "error" and time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
                 found = self._messages.get(timeout=0.05)
                 if found[1][0] in ("ended", "error", "link-error"):
                     causes.append(found)
-            causes.sort(key=lambda c: _weight(c[1]))
         codes = [p.poll() for p in self.processes]
         self.close()
-        self.broken = _error(*causes[0], codes)
+        self.broken = most_telling(causes, codes)
         raise self.broken
 
     def _again(self) -> DistributedError:
@@ -233,13 +243,21 @@ class _Flight:
     results: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def _weight(message: Any) -> int:
-    """How little a failure says of its cause: 0 for the cause itself."""
-    return {"error": 0, "ended": 1, "link-error": 2}[message[0]]
+def most_telling(
+    causes: Sequence[tuple[int, Any]], codes: Sequence[int | None]
+) -> DistributedError:
+    """The error of that of the failures (rank, message) which says most of what went wrong.
 
+    ``codes`` are the ranks' exit codes, None where they run. A rank that exits with 0 has told why,
+    or somebody who listens closer will: its links broke because another is gone.
+    """
 
-def _error(rank: int, message: Any, codes: list[int | None]) -> DistributedError:
-    kind, *content = message
+    def vagueness(cause: tuple[int, Any]) -> int:
+        rank, message = cause
+        ended = 1 if codes[rank] else 3
+        return {"error": 0, "ended": ended, "link-error": 2}[message[0]]
+
+    rank, (kind, *content) = min(causes, key=vagueness)
     if kind == "error":
         return DistributedError(*content)
     if kind == "link-error":
@@ -266,6 +284,16 @@ def lost(rank: int, other: str, reason: str) -> DistributedError:
     return DistributedError(
         "PLT-DST-004", f"rank {rank} lost {other}: {first}", "start all ranks again"
     )
+
+
+def _is_stopped(process: int) -> bool:
+    """Whether a signal has stopped a process."""
+    import psutil
+
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_STOPPED
+    except psutil.Error:  # it has ended, which its pipe tells
+        return False
 
 
 def _read(

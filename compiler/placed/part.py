@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,16 @@ _OWN_PAGES = 64 << 10
 
 class DistributedError(PlaitError, RuntimeError):
     """A placed model cannot run, or a rank of it failed: one error for all ranks."""
+
+
+def failure(rank: int, error: Exception) -> PlaitError:
+    """A rank's error as one that all ranks can be told."""
+    if isinstance(error, PlaitError):
+        return error
+    lines = [x.strip() for x in traceback.format_exception(error)]
+    where = next((x.splitlines()[0] for x in reversed(lines) if x.startswith("File")), "")
+    reason = f"rank {rank} failed: {type(error).__name__}: {error} ({where})"
+    return DistributedError("PLT-DST-010", reason)
 
 
 def segment_to_json(captured: Captured, names: Mapping[str, str | Rows]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ noticed by those that wait for it.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -20,9 +21,9 @@ from ...runtime.pipeline import LinkError, Player
 from ..errors import OptionError, PlaitError
 from ..weights.absent import Checkpoint, ModuleSource, Source
 from .engines import Model, Tensors
-from .local import late, lost
+from .local import START, late, lost
 from .options import threads_of
-from .part import DistributedError, Memory, Part
+from .part import DistributedError, Memory, Part, failure
 from .plan import Division, Planned
 
 
@@ -44,35 +45,38 @@ class SpmdEngine:
         if self.joined:
             backend = "nccl" if kinds == {"cuda"} else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=options.timeout))
+        # Planning and loading may take longer than any step: they have a group of their own.
+        patience = timedelta(seconds=START + options.budget)
+        self.setup: Any = dist.new_group(timeout=patience, backend="gloo")
         self.rank = dist.get_rank()
         here = devices[self.rank]
         if here.torch.type == "cuda":
             torch.cuda.set_device(here.torch)
         else:
             torch.set_num_threads(threads_of(options, devices))
-        self.broken: DistributedError | None = None
+        self.broken: PlaitError | None = None
         whole: list[Any] = [None, None]
         if self.rank == 0:
             whole = self._plan(lambda: model.plan(args, kwargs), ranks)
-        self._guard(lambda: dist.broadcast_object_list(whole, 0))
+        self._guard(lambda: dist.broadcast_object_list(whole, 0, self.setup))
         error, self.payload = whole
         if error is not None:
             raise error
         self.division: Division = self.payload["division"]
-        source: Source = ModuleSource(model.module)
-        if options.weights is not None:
-            source = Checkpoint(options.weights)
         failed: BaseException | None = None
         part: Part | None = None
         try:
+            source: Source = ModuleSource(model.module)
+            if options.weights is not None:
+                source = Checkpoint(options.weights)
             part = Part(
                 self.division.programs[self.rank], self.payload["parts"][self.rank], source,
                 model.options, here.torch, here.limit,
             )  # fmt: skip
-        except PlaitError as found:
-            failed = found
+        except Exception as error:
+            failed = failure(self.rank, error)
         outcomes: list[Any] = [None] * ranks
-        self._guard(lambda: dist.all_gather_object(outcomes, failed))
+        self._guard(lambda: dist.all_gather_object(outcomes, failed, self.setup))
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome
@@ -88,6 +92,10 @@ class SpmdEngine:
         try:
             planned = plan()
         except Exception as error:
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:  # not every error can be sent
+                return [failure(0, error), None]
             return [error, None]
         parts = [planned.payload(rank) for rank in range(ranks)]
         return [None, {"division": planned.division, "parts": parts}]
@@ -100,9 +108,9 @@ class SpmdEngine:
             return call()
         except LinkError as error:
             self.broken = _error(self.rank, error.rank, str(error))
+        except PlaitError as error:  # this rank's own
+            self.broken = error
         except RuntimeError as error:
-            if isinstance(error, PlaitError):
-                raise
             self.broken = _error(self.rank, None, str(error))
         self.close()  # others wait for this rank: now they learn that it is gone
         raise self.broken from None
@@ -110,11 +118,23 @@ class SpmdEngine:
     def stream(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
         """See `Engine.stream`."""
         with torch.no_grad():
-            for inputs in batches:
-                done = self._guard(lambda inputs=inputs: self._all(self.player.feed(inputs)))
-                yield from done
-            while self.player.busy:
-                yield from self._guard(lambda: self._all(self.player.drain()))
+            try:
+                for inputs in batches:
+                    yield from self._guard(lambda given=inputs: self._all(self._fed(given)))
+                while self.player.busy:
+                    yield from self._guard(lambda: self._all(self._fed()))
+            finally:
+                while self.broken is None and self.player.busy:  # nobody wants the rest
+                    self._guard(self._fed)
+
+    def _fed(self, inputs: Tensors | None = None) -> list[tuple[int, dict[str, torch.Tensor]]]:
+        """What a period gives, with a new batch or without."""
+        try:
+            return self.player.drain() if inputs is None else self.player.feed(inputs)
+        except LinkError:
+            raise
+        except Exception as error:
+            raise failure(self.rank, error) from error
 
     def _all(self, done: list[tuple[int, dict[str, torch.Tensor]]]) -> list[dict[str, Any]]:
         """Results of batches, those of other ranks too."""
@@ -143,6 +163,9 @@ class SpmdEngine:
         if self.joined:
             self.joined = False
             distributed.leave()
+        elif self.setup is not None and dist.is_initialized():
+            dist.destroy_process_group(self.setup)
+        self.setup = None
 
 
 def _error(rank: int, other: int | None, reason: str) -> DistributedError:

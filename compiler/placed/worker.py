@@ -7,7 +7,6 @@ message on the pipe; nothing is printed. ``TAKE`` and ``GIVE`` are those of `tur
 from __future__ import annotations
 
 import sys
-import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -16,11 +15,10 @@ import torch
 from ...runtime import distributed
 from ...runtime.pipeline import LinkError, Player, RankProgram
 from ...runtime.turns import Turns
-from ..errors import PlaitError
 from ..options import Options
 from ..weights.absent import Checkpoint
 from . import pipe
-from .part import Part
+from .part import Part, failure
 from .pipe import pack, unpack
 
 
@@ -47,13 +45,9 @@ class Worker:
     def _report(self, error: Exception) -> None:
         if isinstance(error, LinkError):
             answer = ("link-error", error.rank, str(error))
-        elif isinstance(error, PlaitError):
-            answer = ("error", error.remark, error.reason, error.hint)
         else:
-            lines = traceback.format_exc().strip().splitlines()
-            where = next((x.strip() for x in reversed(lines) if x.strip().startswith("File")), "")
-            reason = f"rank {self.rank} failed: {type(error).__name__}: {error} ({where})"
-            answer = ("error", "PLT-DST-010", reason, "")
+            told = failure(self.rank, error)
+            answer = ("error", told.remark, told.reason, told.hint)
         try:
             pipe.send(self.connection, answer)
         except OSError:

@@ -53,7 +53,10 @@ class ModuleSource:
         self._tensors = dict(tensors)
 
     def get(self, name: str, row: int | slice | None = None) -> torch.Tensor:
-        """See `Source.get`."""
+        """See `Source.get`. Raises FileError (PLT-DST-007) where there is no such weight."""
+        if name not in self._tensors:
+            hint = "give every rank the same model"
+            raise FileError("PLT-DST-007", f"the model has no weight {name!r}", hint)
         tensor = self._tensors[name].detach()
         return tensor if row is None else tensor[row]
 

@@ -20,6 +20,7 @@ from torch import nn
 import plait
 from plait.compiler.placed import units as placed_units
 from plait.compiler.placed.capture import stand_ins
+from plait.compiler.placed.local import Ranks, most_telling
 from plait.compiler.placed.options import devices_here
 from plait.compiler.placed.part import segment_from_json, segment_to_json
 from plait.compiler.weights.absent import Checkpoint
@@ -207,6 +208,25 @@ def test_a_rank_that_hangs_is_noticed(net: nn.Module) -> None:
     assert all(p.poll() is not None for p in processes)
 
 
+def test_a_rank_that_is_stopped_while_it_starts_is_noticed() -> None:
+    ranks = Ranks(1, 0.3, 1)
+    ranks.processes[0].send_signal(signal.SIGSTOP)
+    with pytest.raises(plait.DistributedError, match="PLT-DST-005.*rank 0, which was stopped"):
+        ranks.gather("joined", 600.0)
+    assert ranks.processes[0].poll() is not None
+
+
+def test_the_failure_that_says_most_is_told() -> None:
+    broken, gone = ("link-error", 0, "Connection closed by peer"), ("ended",)
+    for causes, codes, text in (
+        ([(1, gone), (0, gone), (1, broken)], [-9, 0], "rank 0 ended by signal 9"),
+        ([(1, gone), (1, broken)], [None, 0], "rank 1 lost rank 0"),
+        ([(0, gone), (1, ("error", "PLT-DST-010", "the cause", ""))], [-9, 0], "the cause"),
+        ([(0, gone)], [None], "rank 0 ended"),
+    ):
+        assert text in str(most_telling(causes, codes))
+
+
 def test_a_rank_ends_with_its_parent(net: nn.Module) -> None:
     placed = called(net)
     process = placed._engine.ranks.processes[0]  # type: ignore[union-attr]
@@ -246,11 +266,21 @@ try:
     placed = plait.compile(model, devices=sys.argv[1], placement=options)
     assert torch.allclose(placed(x), model(x), atol=1e-5)
     assert all(torch.allclose(y, model(x), atol=1e-5) for y in placed.map([x] * 5))
+    stream = placed.map([x] * 5)
+    next(stream)
+    stream.close()  # what is in flight must not become the next call's answer
+    assert torch.allclose(placed(x + 1), model(x + 1), atol=1e-5)
     if sys.argv[3] == "die" and os.environ["RANK"] == "1":
         os._exit(7)
     if sys.argv[3] == "die":
         placed(x)
-    print("done", flush=True)
+    placed.close()
+    other = model if os.environ["RANK"] == "0" else model[:1]
+    try:
+        plait.compile(other, devices=sys.argv[1], placement=options)(x)
+    except plait.FileError as error:  # of one rank, but all are told
+        assert "PLT-DST-007" in str(error), error
+        print("done", flush=True)
 except (plait.PlaitError, plait.PlacementError) as error:
     print(f"rank {os.environ['RANK']}: {error}", flush=True)
     sys.exit(3)
