@@ -32,6 +32,15 @@ def check_output(path: Path | None) -> None:
         raise CliError(f"{path} cannot be written", "choose another place")
 
 
+def check_apart(*paths: Path | None) -> None:
+    """Raises CliError where two of the files read and written are one: one would be lost."""
+    seen = set()
+    for path in filter(None, paths):
+        if path.resolve() in seen:
+            raise CliError(f"{path} is named twice", "name another file")
+        seen.add(path.resolve())
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: to a temporary one beside it, which takes its place."""
     write_bytes(path, text.encode("utf-8"))

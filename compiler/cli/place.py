@@ -23,7 +23,7 @@ from ...passes.placement.problem_file import problem_to_dict, read_problem
 from ...passes.placement.schedule_trace import write_gantt, write_trace
 from ...passes.placement.simulator import simulate
 from .console import Console
-from .error import CliError, check_output
+from .error import CliError, check_apart, check_output
 
 if TYPE_CHECKING:
     from ...passes.placement.placement import Placement
@@ -57,6 +57,7 @@ def run(target: str, files: Files, options: dict[str, Any], quiet: bool, model: 
     began = _process_start()
     for path in vars(files).values():
         check_output(path)
+    check_apart(Path(target), *vars(files).values())
     graph = None
     if Path(target).is_file() and not target.endswith(".py"):
         if any(vars(model).values()):

@@ -149,6 +149,13 @@ def test_a_failure_leaves_an_older_placement_alone(tmp_path: Path) -> None:
     assert (tmp_path / "out.json").read_text() == "old"
 
 
+@pytest.mark.parametrize("options", [["-o", "problem.json"], ["--trace", "out.json"]])
+def test_no_output_takes_the_place_of_another_file(tmp_path: Path, options: list[str]) -> None:
+    result = place(tmp_path, PROBLEM, options[0], str(tmp_path / options[1]))
+    assert result.exit_code == 2 and "is named twice" in result.output
+    assert json.loads((tmp_path / "problem.json").read_text()) == PROBLEM
+
+
 def test_a_folder_that_is_not_there_is_told_before_planning(tmp_path: Path) -> None:
     result = place(tmp_path, PROBLEM, "-o", str(tmp_path / "no" / "out.json"))
     assert result.exit_code == 2
