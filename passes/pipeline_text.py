@@ -216,7 +216,10 @@ def _convert(value: _Token | list[_Token], hint: Any) -> Any:
             raise ValueError
         return words[value.text]
     if hint in (int, float):
-        return hint(value.text)
+        number = hint(value.text)
+        if number != number:  # nan is neither more nor less than anything
+            raise ValueError
+        return number
     raise ValueError
 
 

@@ -43,7 +43,7 @@ class SchedulePass(Pass):
         max_stages: IOS looks at so many stages at most.
 
     Raises:
-        ValueError: the algorithm is unknown.
+        ValueError: the algorithm is unknown, or a number is negative that counts something.
     """
 
     name: ClassVar[str] = "schedule"
@@ -57,6 +57,9 @@ class SchedulePass(Pass):
         if self.algorithm not in ALGORITHMS:
             known = " or ".join(ALGORITHMS)
             raise ValueError(f"algorithm is {self.algorithm!r}, not {known}")
+        for name in ("measured", "rounds", "max_stages"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, is {getattr(self, name)}")
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         result = copy_graph(graph_module)

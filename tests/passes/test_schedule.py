@@ -51,3 +51,6 @@ def test_options_come_from_text_and_unknown_algorithms_are_refused() -> None:
     assert how == SchedulePass(algorithm="ios", measured=1)
     with pytest.raises(PipelineError, match="'fast', not list or ios"):
         parse_pipeline("schedule{algorithm=fast}")
+    for wrong in ("measured=-1", "rounds=-1", "max_stages=-1", "least_gain=nan"):
+        with pytest.raises(PipelineError, match="must not be negative|is a number, not nan"):
+            parse_pipeline(f"schedule{{{wrong}}}")
