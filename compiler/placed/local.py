@@ -157,6 +157,8 @@ class Ranks:
 
     def _fail(self, rank: int, message: Any) -> NoReturn:
         """Ends all ranks and raises the most telling of the failures that come in now."""
+        if self.broken is not None:  # they were ended on purpose
+            raise self._again()
         causes = [(rank, message)]
         deadline = time.monotonic() + _GRACE
         while causes[-1][1][0] != "error" and time.monotonic() < deadline:
@@ -177,9 +179,9 @@ class Ranks:
 
     def close(self) -> None:
         """Ends all ranks, those that wait for others too."""
-        self._stop()
-        if self.broken is None:
+        if self.broken is None:  # at first, for a call under way in another thread
             self.broken = DistributedError("PLT-DST-011", "close() was called")
+        self._stop()
 
     # -- running --------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ class Placed:
         self.devices: list[Here] = devices_here(devices)
         self._signature = signature_of(model)
         self._engine: Engine | None = None
-        self._ran = False
+        self._ran = self._busy = False
         self._lock = threading.RLock()
 
     # -- calling --------------------------------------------------------------------------------
@@ -61,10 +61,21 @@ class Placed:
 
     def map(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Results of batches in order: each a tuple of positional or a dict of keyword arguments,
-        or one argument. As many batches are in flight as the pipeline has stages.
+        or one argument. As many batches are in flight as the pipeline has stages; where ranks are
+        processes, nothing else runs until all results are taken or the iterator is closed.
         """
         with self._lock:
             yield from self._stream(as_call(batch) for batch in batches)
+
+    def _check_free(self) -> None:
+        """Raises DistributedError where results of `map` that ranks are at work on are still to
+        come: what they send next belongs to those.
+        """
+        if self._busy and not isinstance(self._engine, InlineEngine):
+            raise DistributedError(
+                "PLT-DST-011", "not all results of map have been taken",
+                "take them, or close() the iterator",
+            )  # fmt: skip
 
     def _stream(self, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]) -> Iterator[Any]:
         calls = iter(calls)
@@ -72,6 +83,7 @@ class Placed:
         if first is None:
             return
         self.prepare(*first)
+        self._check_free()
         engine = self._engine
         assert engine is not None
 
@@ -87,6 +99,7 @@ class Placed:
                 kept.append(inputs)
                 yield inputs
 
+        self._busy = True
         try:
             for results in engine.stream(noted()):
                 self._ran = True
@@ -96,6 +109,8 @@ class Placed:
             if not self._ran and isinstance(engine, LocalEngine):
                 self._engine = None
             raise
+        finally:
+            self._busy = False
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Placed:
         """Divides the model for these arguments, once. Returns itself."""
@@ -166,6 +181,7 @@ class Placed:
     def memory(self) -> list[Memory]:
         """Bytes of each rank's process: base, after loading, peak; empty when run inline."""
         with self._lock:
+            self._check_free()
             return [] if self._engine is None else self._engine.memory()
 
     def explain(self) -> str:

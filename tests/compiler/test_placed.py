@@ -144,6 +144,9 @@ def test_processes_give_the_same_and_hold_their_part_only(
         torch.testing.assert_close(result["logits"], net(*inputs)["logits"], rtol=1e-4, atol=1e-5)
     stream = ranks.map(given)
     next(stream)
+    for other in (lambda: ranks(*example()), ranks.memory):
+        with pytest.raises(plait.DistributedError, match="PLT-DST-011: not all results of map"):
+            other()
     stream.close()  # what is in flight must not become the next call's answer
     check(ranks, net, *example(5))
     memory = ranks.memory()
@@ -229,9 +232,11 @@ def test_the_failure_that_says_most_is_told() -> None:
 
 def test_a_rank_ends_with_its_parent(net: nn.Module) -> None:
     placed = called(net)
-    process = placed._engine.ranks.processes[0]  # type: ignore[union-attr]
+    ranks = placed._engine.ranks  # type: ignore[union-attr]
     placed.close()
-    assert process.poll() is not None
+    assert ranks.processes[0].poll() is not None
+    with pytest.raises(plait.DistributedError, match="close"):
+        ranks._fail(0, ("ended",))  # as a call under way in another thread does
     with pytest.raises(plait.DistributedError, match="close"):
         placed(*example())
 
