@@ -128,13 +128,16 @@ _ROUTED = (
     ),
     _routed("trained_moe", "byte language model with a trained router, 128 tokens"),
     _routed("switch_layer", "Switch layer, 64 experts, Zipf loads, 128 tokens", "switch", forms=()),
-    _routed(
-        "switch_encoder",
-        "Switch encoder, 16 experts, 128 tokens",
-        "switch",
-        part="encoder",
-        experts=16,
-        forms=(),
+    *(
+        _routed(
+            f"switch_encoder_e{experts}",
+            f"Switch encoder, {experts} experts, Zipf loads, 128 tokens",
+            "switch",
+            part="encoder",
+            experts=experts,
+            forms=(),
+        )
+        for experts in (8, 16, 64, 256)
     ),
     _routed("livesr", "LiveSR: ten subnets for 48 crops"),
     _routed("msdnet", "MSDNet: five exits, batch 16"),

@@ -1,22 +1,25 @@
 """Switch Transformer: Fedus et al., 2021, the model of the transformers library, random weights.
 
 `layer` is one sparse layer (layer norm, router, experts, residual) whose tokens crowd on few
-experts, as they do in trained models: the loads follow Zipf's law. `encoder` is the whole encoder.
+experts, as they do in trained models: the loads follow Zipf's law. `encoder` is the whole encoder,
+skewed likewise.
 The paper's Switch-Base has hidden 768, feed-forward 2048 and 12 layers, every other one sparse,
 with 8 to 256 experts.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..routes import zipf
+from ..routes import zipf, zipf_shares
 from .common import SEED
 
 TOKENS = 128
+GUMBEL = math.pi / 6**0.5  # the standard deviation of a Gumbel variable
 NOISE = 0.1  # of a token around its expert's centre, whose elements are about 1
 
 
@@ -49,9 +52,15 @@ def layer(size: str, experts: int = 64) -> tuple[nn.Module, tuple[Tensor, ...]]:
 def encoder(size: str, experts: int = 16) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """128 tokens of one sequence and their mask; the output is a dataclass: ``[1, 128, hidden]``.
 
-    Without a mask transformers cannot be traced.
+    Without a mask transformers cannot be traced. Routers score an expert by a normal deviate and
+    the logarithm of its share by Zipf's law. Deviates are as large as a Gumbel variable's, with
+    which loads would follow the shares if tokens were independent; they are alike, so that loads
+    are more uneven still.
     """
     from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
+    from transformers.models.switch_transformers.modeling_switch_transformers import (
+        SwitchTransformersTop1Router,
+    )
 
     small = {
         "vocab_size": 4096,
@@ -63,11 +72,15 @@ def encoder(size: str, experts: int = 16) -> tuple[nn.Module, tuple[Tensor, ...]
     }
     large = {"num_sparse_encoder_layers": 6}
     settings = SwitchTransformersConfig(
-        num_experts=experts, **(large if size == "paper" else small)
+        num_experts=experts, router_bias=True, **(large if size == "paper" else small)
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = SwitchTransformersEncoderModel(settings)
+        for module in model.modules():
+            if isinstance(module, SwitchTransformersTop1Router):
+                nn.init.normal_(module.classifier.weight, std=GUMBEL * settings.d_model**-0.5)
+                module.classifier.bias.data.copy_(zipf_shares(experts).log())
         x = torch.randint(0, settings.vocab_size, (1, TOKENS))
     return model.eval(), (x, torch.ones_like(x))
 

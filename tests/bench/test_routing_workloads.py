@@ -88,6 +88,23 @@ def test_loads_of_the_switch_layer_follow_zipf() -> None:
 
 
 @torch.no_grad()
+def test_loads_of_the_switch_encoder_are_skewed() -> None:
+    model, (x, mask) = build(WORKLOADS["switch_encoder_e16"])
+    routers = [m for m in model.modules() if type(m).__name__ == "SwitchTransformersTop1Router"]
+    loads = torch.zeros(16)
+
+    def counted(module: Any, args: Any, result: Any) -> None:
+        loads.add_(result[0].reshape(-1, 16).sum(0))
+
+    for router in routers:
+        router.register_forward_hook(counted)
+    model(x, attention_mask=mask)
+    loads = loads.sort(descending=True).values
+    assert len(routers) == 2 and 0.9 * 256 < loads.sum() <= 256  # but for an expert's capacity
+    assert 0.5 * 256 < loads[:4].sum() < 0.95 * 256 and loads[6] > 0
+
+
+@torch.no_grad()
 def test_loads_of_livesr_are_uneven() -> None:
     model, (x,) = build(WORKLOADS["livesr"], "loop")
     loads = torch.bincount(model.scorer(x), minlength=10)
