@@ -90,10 +90,10 @@ def compile(
     a pass pipeline as text, ``tune`` "off", "quick" or "full". ``profile`` (`plait.profile`) tells
     how the model routes; results do not depend on it. Batches, as `plait.profile` takes them, are
     profiled first. ``profile="online"`` learns from the first calls, and compiles again in the
-    background. ``weight_budget`` is how much of the weights may be in memory at once, in bytes or
-    as a share of all ("40%"): experts and branches of routers beyond that lie in files, and come
-    when they are routed to; of a model on a GPU the experts lie in host memory. Without ``model``
-    it returns a decorator.
+    background. ``weight_budget`` is how much of the weights may be in memory at once, in bytes,
+    as text ("2GB") or as a share of all ("40%"): experts and branches of routers beyond that lie in
+    files, and come when they are routed to; of a model on a GPU the experts lie in host memory.
+    Without ``model`` it returns a decorator.
 
     ``devices`` (such as ``["cuda:0", "cuda:1"]`` or ``"4xcpu:2GB"``) divides a module among devices
     that none of them need hold it, as ``placement`` says, and returns a `Placed`.

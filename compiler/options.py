@@ -35,8 +35,8 @@ class Options:
     ``pipeline`` is a pass pipeline as text (None: the default one). ``tune`` is "off" (first
     candidate), "quick" (a short race of a few candidates) or "full" (search). ``profile`` is a
     `plait.Profile` to bet on, or "online": routes are learned from the first calls.
-    ``weight_budget`` is how much of the weights may be resident at once: bytes, or a share of all
-    as text such as "40%" (None: no limit).
+    ``weight_budget`` is how much of the weights may be resident at once: bytes, or text
+    such as "2GB" or, a share of all, "40%" (None: no limit).
     """
 
     pipeline: str | None = None
@@ -70,7 +70,7 @@ def _check_budget(budget: int | str) -> None:
     try:
         bytes_of(budget, 1 << 40)
     except ValueError as error:
-        hint = "give bytes, or a share of all weights such as '40%'"
+        hint = "give bytes, a size such as '2GB', or a share of all weights such as '40%'"
         raise OptionError("PLT-OPT-006", f"weight_budget={budget!r}: {error}", hint) from None
 
 

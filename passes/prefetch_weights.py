@@ -14,6 +14,7 @@ The budget of a graph lies in its ``meta["weight_budget"]``; without one nothing
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -25,6 +26,8 @@ from ..kernels import ops
 from .base import Pass, PassResult, allow, copy_graph
 from .ir import COND, attribute, branches_of
 from .outline_branches import INNER
+from .placement.devices import parse_bytes
+from .placement.errors import PlacementError
 from .remarks import Remark
 from .route_regions import is_region
 
@@ -186,10 +189,11 @@ def is_routed_weight(node: fx.Node, user: fx.Node) -> bool:
 
 
 def bytes_of(budget: int | str, total: int) -> int:
-    """A budget in bytes. ``budget`` is bytes, or a share of ``total`` as text such as "40%".
+    """A budget in bytes. ``budget`` is bytes, or text: a size such as "2GB" or "512MiB", or a share
+    of ``total`` such as "40%".
 
     Raises:
-        ValueError: it is neither, or not positive.
+        ValueError: it is none of them, or less than a byte.
     """
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
         return budget
@@ -200,7 +204,11 @@ def bytes_of(budget: int | str, total: int) -> int:
             share = 0.0
         if 0.0 < share <= 100.0:
             return int(total * share / 100.0)
-    raise ValueError(f"a budget is a number of bytes or a share such as '40%', not {budget!r}")
+    elif isinstance(budget, str) and any(map(str.isalpha, budget)):
+        with contextlib.suppress(PlacementError):
+            if size := int(parse_bytes(budget, "weight_budget")):
+                return size
+    raise ValueError(f"a budget is bytes, a size such as '2GB' or a share as '40%', not {budget!r}")
 
 
 def _chosen(module: fx.GraphModule) -> set[str]:

@@ -110,7 +110,7 @@ def run(
         Path | None, typer.Option(help="Draw a typical run here, as .svg, .png or .pdf.")
     ] = None,
     weight_budget: Annotated[
-        str | None, typer.Option(help="Weights in memory at once: bytes, or such as 40%.")
+        str | None, typer.Option(help="Weights in memory at once: bytes, 2GB, or 40%.")
     ] = None,
 ) -> None:
     """Compile MODEL, compare its answer with eager PyTorch's, and time both."""

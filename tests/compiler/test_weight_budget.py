@@ -347,7 +347,10 @@ def test_weights_made_in_inference_mode_are_left_where_they_are() -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [0, -5, True, 1.5, "half", "0%", "120%", "x%", "40", b"4"])
+MEANINGLESS = [0, -5, True, 1.5, "half", "0%", "120%", "x%", "40", "0MB", "2XB", b"4"]
+
+
+@pytest.mark.parametrize("budget", MEANINGLESS)
 def test_budgets_without_meaning(net: Net, budget: Any, tmp_path: Path) -> None:
     with pytest.raises(plait.OptionError, match="PLT-OPT-006"):
         plait.compile(net, weight_budget=budget)

@@ -99,6 +99,7 @@ def test_options_are_text() -> None:
 def test_budgets_are_bytes_or_shares() -> None:
     assert bytes_of("40%", 1000) == 400 and bytes_of(" 12.5 %", 800) == 100
     assert bytes_of(123, 10) == 123
+    assert bytes_of("2GB", 10) == 2 * 10**9 and bytes_of(" 1.5 MiB", 10) == 3 << 19
     for wrong in (0, -1, True, 2.0, "40", "0%", "101%", "%", None):
         with pytest.raises(ValueError, match="a budget is"):
             bytes_of(wrong, 1000)  # type: ignore[arg-type]
