@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -103,10 +104,12 @@ class Watch:
 
 
 class Stamps:
-    """Versions of tensors at one moment, such as the one before they are read."""
+    """Versions of tensors at one moment, such as the one before they are read; those that have no
+    shape yet have none.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._versions = {id(t): (t, _counted(t)) for t in tensors}
+        self._versions = {id(t): (t, _counted(t)) for t in tensors if not is_lazy(t)}
 
     def outdated(self, tensor: Any) -> bool:
         """Whether ``tensor`` was written to since, or is a parameter that has come since."""

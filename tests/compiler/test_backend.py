@@ -37,9 +37,9 @@ def test_model_without_gradients_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
     calls: list[int] = []
     original = Specialiser._compile
 
-    def counted(self: Any, captured: Any) -> Any:
+    def counted(self: Any, captured: Any, *others: Any) -> Any:
         calls.append(len(captured.constants()))
-        return original(self, captured)
+        return original(self, captured, *others)
 
     monkeypatch.setattr(Specialiser, "_compile", counted)
     model = net()
