@@ -14,14 +14,17 @@ from .ir import Aliases, Rewriter, alias_source, is_pure
 def merge_equal(rewriter: Rewriter) -> list[str]:
     """Let each pure node that repeats an earlier one be that one. Returns the names removed.
 
-    Left alone: random operators, whatever touches memory that is written in place, and results
-    that would make two outputs share memory.
+    Left alone: random operators, whatever touches memory that is written in place, results that
+    would make two outputs share memory, and the cells that routers give to branches: two routers
+    of equal routes are two, each with its own gather.
     """
     aliases = Aliases(rewriter.graph)
     first: dict[Hashable, fx.Node] = {}
     done: list[str] = []
     for node in list(rewriter.graph.nodes):
         if node.op not in ("get_attr", "call_function") or not is_pure(node):
+            continue
+        if str(node.target) == "plait.scatter.default":
             continue
         touched = (node, *node.all_input_nodes) if node.op == "call_function" else ()
         if aliases.mutated and any(map(aliases.is_mutated, touched)):

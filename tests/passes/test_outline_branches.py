@@ -57,6 +57,21 @@ def test_a_region_becomes_a_graph_for_each_branch() -> None:
         assert torch.equal(after(batch)[0], before(batch)[0])
 
 
+def test_routers_of_equal_routes_over_one_tensor_are_two() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (Labelled(linears(2, 5)) for _ in range(2))
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    before, after, remarks = outlined(Two(), torch.randn(9, 4))
+    assert [r.id for r in remarks] == ["PLT-BRN-001"] * 2
+    for batch in (torch.zeros(9, 4), torch.rand(9, 4) * 2, torch.ones(9, 4)):
+        assert torch.equal(after(batch)[0], before(batch)[0])
+
+
 def test_weights_of_branches_are_not_read_outside_them() -> None:
     _, after, _ = outlined(Labelled(linears(2, 3)), torch.randn(5, 4))
     graphs = {name for name, _ in branches_of(after)}
