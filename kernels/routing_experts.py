@@ -52,9 +52,20 @@ def experts(
 
     Raises ValueError where the arguments do not fit each other or the activation is unknown.
     """
-    return torch.ops.plait.experts.default(
-        x, index, weight, first, second, first_bias, second_bias, activation, transposed
+    count, gated = _checked(x, index, weight, first, second, activation, transposed)
+    act = ACTIVATIONS[activation]
+
+    def between(inner: Tensor) -> Tensor:
+        if not gated:
+            return act(inner)
+        gate, up = inner.chunk(2, -1)
+        return act(gate) * up
+
+    slots = slots_of_experts(
+        x, index, count, (first, first_bias), between, (second, second_bias), transposed
     )
+    weight = torch.where(names_branch(index, count), weight, 0)
+    return weighted_sum(slots, weight).to(x.dtype)
 
 
 def slots_of_experts(
@@ -123,37 +134,10 @@ def _checked(
     return first.shape[0], wide != narrow
 
 
-def _composite(
-    x: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    first: Tensor,
-    second: Tensor,
-    first_bias: Tensor | None = None,
-    second_bias: Tensor | None = None,
-    activation: str = "silu",
-    transposed: bool = False,
-) -> Tensor:
-    count, gated = _checked(x, index, weight, first, second, activation, transposed)
-    act = ACTIVATIONS[activation]
-
-    def between(inner: Tensor) -> Tensor:
-        if not gated:
-            return act(inner)
-        gate, up = inner.chunk(2, -1)
-        return act(gate) * up
-
-    slots = slots_of_experts(
-        x, index, count, (first, first_bias), between, (second, second_bias), transposed
-    )
-    weight = torch.where(names_branch(index, count), weight, 0)
-    return weighted_sum(slots, weight).to(x.dtype)
-
-
 _library = torch.library.Library("plait", "FRAGMENT")
 _library.define(
     "experts(Tensor x, Tensor index, Tensor weight, Tensor first, Tensor second, "
     "Tensor? first_bias=None, Tensor? second_bias=None, str activation='silu', "
     "bool transposed=False) -> Tensor"
 )
-_library.impl("experts", _composite, "CompositeImplicitAutograd")
+_library.impl("experts", experts, "CompositeImplicitAutograd")

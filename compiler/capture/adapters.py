@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from ...kernels import routing
-from ...kernels.routing_experts import weighted_sum
+from ...kernels.routing_experts import slots_of_experts, weighted_sum
 
 Method = Callable[..., Any]
 Parts = Callable[[Any], Iterable[tuple[nn.Module, str]]]
@@ -281,9 +281,10 @@ def _longcat_experts(
 def _step_experts(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    route = routing.route(top_k_index, self.num_experts)
-    first = linear(hidden_states, route, self.gate_up_proj, top_k_index.shape[1], False)
-    out = linear(self._apply_gate(first), route, self.down_proj, 0, True)
+    out = slots_of_experts(
+        hidden_states, top_k_index, self.num_experts,
+        (self.gate_up_proj, None), self._apply_gate, (self.down_proj, None), False,
+    )  # fmt: skip
     return weighted_sum(out, top_k_weights).to(hidden_states.dtype)
 
 
