@@ -5,7 +5,8 @@ come out as [key, query]: one broadcast of a key's element serves all of the tas
 softmax needs no operation across lanes. Keys are taken in blocks with a running maximum and sum
 (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al.,
 "FlashAttention", NeurIPS 2022). The second product holds tiles of [query, element] in registers and
-broadcasts weights; it starts from the former result, scaled to the new maximum.
+broadcasts weights. A block's sum is added to the former result, scaled to the new maximum: one sum
+over thousands of keys would lose digits.
 """
 
 from __future__ import annotations
@@ -283,11 +284,7 @@ class Block:
         def place(r: int, slot: int, j: Expr) -> Expr:
             return (query + r) * self.row + slot * width + j
 
-        def begin(r: int, slot: int, at: Expr, j: Expr) -> None:
-            x = self.out[place(r, slot, j)] * self.decay[query + r]
-            T.buffer_store(acc, x, [at])
-
-        each(begin)
+        each(lambda r, s, at, j: T.buffer_store(acc, em.f32(0.0), [at]))
         with T.serial(i64(0), count) as t:
             if self.values_staged is not None:
                 row = named(t * self.spec.width)
@@ -304,7 +301,12 @@ class Block:
                 T.buffer_store(acc, acc[at] + weight * value, [at])
 
             each(add)
-        each(lambda r, s, at, j: T.buffer_store(self.out, acc[at], [place(r, s, j)]))
+
+        def end(r: int, slot: int, at: Expr, j: Expr) -> None:
+            former = self.out[place(r, slot, j)] * self.decay[query + r]
+            T.buffer_store(self.out, former + acc[at], [place(r, slot, j)])
+
+        each(end)
 
     def _finish(self, first: Expr) -> None:
         """Divides by the sums and stores; a query that sees no key gives zeros, as in torch."""

@@ -163,16 +163,21 @@ class Line:
 
     def _weighted_sum(self, start: Expr, count: Expr) -> None:
         width = self.width
+        acc = self.em.local(len(self.starts) * width)
         for slot in range(len(self.starts)):
             with lane_loop(width) as j:
-                at = slot * width + j
-                T.buffer_store(self.out, self.out[at] * self.decay[i64(0)], [at])
+                T.buffer_store(acc, self.em.f32(0.0), [slot * width + j])
         with T.serial(i64(0), count) as t:
             for slot, begin in enumerate(self.starts):
                 with lane_loop(width) as j, sharing():
                     at = slot * width + j
                     value = self.v.wide(self.bases["v"], start + t, begin + j)
-                    T.buffer_store(self.out, self.out[at] + self.scores[t] * value, [at])
+                    T.buffer_store(acc, acc[at] + self.scores[t] * value, [at])
+        for slot in range(len(self.starts)):
+            with lane_loop(width) as j:
+                at = slot * width + j
+                former = self.out[at] * self.decay[i64(0)]
+                T.buffer_store(self.out, former + acc[at], [at])
 
     def _finish(self, index: list[Expr]) -> None:
         em = self.em

@@ -25,7 +25,6 @@ In bfloat16 a step may be a pair of input channels (`half_factors`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +41,10 @@ from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import Epilogue, clip, inside, lane_count, loop, name_index, vector, within
 from .conv_spec import ConvSpec, halo_of
+from .conv_sums import Sums
 from .conv_tiling import inner_unroll, tile_count
-from .half_factors import LANES, dot, words, words_at_even
+from .half_factors import LANES, words, words_at_even
 from .vectors import ramp
-
-CUT_SUM = 300  # longer sums are cut into shorter ones ...
-LONG_SUM = 128  # ... of about so many terms
 
 
 @dataclass
@@ -246,9 +243,8 @@ class _Body:
         The bias comes last: partial sums stay small, and with them their rounding errors.
         """
         em, lanes = self.em, self.lanes
-        acc = _Sums(
-            em, len(tile.base), self.nv, lanes, self.spec.kh * self.spec.kw * self.steps > CUT_SUM
-        )
+        terms = self.spec.kh * self.spec.kw * self.steps
+        acc = Sums(em, len(tile.base), self.nv, lanes, terms)
         self._taps(acc, tile, weights, check)
         for i, (n, row, col) in enumerate(tile.pixel):
             for v in range(self.nv):
@@ -267,7 +263,7 @@ class _Body:
         )
         return self.kind != "flat" and count == length and isinstance(size, int)
 
-    def _taps(self, acc: _Sums, tile: _Tile, weights: Expr, check: bool) -> None:
+    def _taps(self, acc: Sums, tile: _Tile, weights: Expr, check: bool) -> None:
         """Adds all taps of the tile; ``check`` reads zero outside the input."""
         em, spec, rows = self.em, self.spec, self.kind == "rows"
         needed = spec.needed()
@@ -279,25 +275,36 @@ class _Body:
         count = len(tile.base)
         if self._whole(count) and any(needed[rows]):
             if rows:
-                with T.serial(*ys) as ky:
+
+                def line(ky: Expr) -> None:
                     for kx in range(spec.kw):
                         some = inside(count, kx, spec.sw, spec.pw, spec.dw, spec.w)
                         self._run(acc, tile, some, weights, ky, em.i64(kx), False)
-                    acc.flush(spec.kw * self.steps)
+
+                acc.loop(*ys, spec.kh, spec.kw * self.steps, line)
             else:
-                with T.serial(*xs) as kx:
+
+                def line(kx: Expr) -> None:
                     for ky in range(spec.kh):
                         some = inside(count, ky, spec.sh, spec.ph, spec.dh, spec.h)
                         self._run(acc, tile, some, weights, em.i64(ky), kx, False)
-                    acc.flush(spec.kh * self.steps)
+
+                acc.loop(*xs, spec.kw, spec.kh * self.steps, line)
         elif self._merges() and not check and self.kind != "cols":
-            with T.serial(*ys) as ky:  # columns of taps and channels form one run in memory
+
+            def line(ky: Expr) -> None:  # columns of taps and channels form one run in memory
                 self._run(acc, tile, range(count), weights, ky, em.i64(0), False, spec.kw)
+
+            acc.loop(*ys, spec.kh, spec.kw * self.steps, line)
         else:
-            with T.serial(*ys) as ky:
-                with T.serial(*xs) as kx:
+
+            def line(ky: Expr) -> None:
+                def tap(kx: Expr) -> None:
                     self._run(acc, tile, range(count), weights, ky, kx, check)
-                acc.flush(spec.kw * self.steps)
+
+                acc.loop(*xs, spec.kw, self.steps, tap)
+
+            acc.loop(*ys, spec.kh, spec.kw * self.steps, line)
         acc.flush(0)
 
     def _merges(self) -> bool:
@@ -305,7 +312,7 @@ class _Body:
         return (sc * self.spec.cg, self.spec.dw) == (sw, 1)
 
     def _run(
-        self, acc: _Sums, tile: _Tile, pixels: Iterable[int], weights: Expr,
+        self, acc: Sums, tile: _Tile, pixels: Iterable[int], weights: Expr,
         ky: Expr, kx: Expr, check: bool, columns: int = 1,
     ) -> None:  # fmt: skip
         """Adds all channels of one tap (or of ``columns`` adjacent ones) to some of the pixels."""
@@ -354,53 +361,3 @@ class _Body:
             value = self.x.load_flat(at + step * stride)
             value = convert_expr(value, self.x.arg.dtype, torch.float32)
         return value if valid is None else tir.Select(valid, T.bind(value), zero)
-
-
-class _Sums:
-    """The accumulators of a tile, and their totals where a sum is cut into shorter ones.
-
-    A plain sum of n products has a rounding error that grows like sqrt(n) beside its value's;
-    summing runs of some hundred terms first, as pairwise summation does, keeps the error of deep
-    convolutions several times smaller at a cost of a few instructions per run.
-    """
-
-    def __init__(self, em: Emitter, pixels: int, nv: int, lanes: int, cut: bool) -> None:
-        self.em, self.nv, self.lanes, self.cut = em, nv, lanes, cut
-        self.sums = [em.local(nv * lanes) for _ in range(pixels)]
-        self.totals = [em.local(nv * lanes) for _ in range(pixels)] if cut else self.sums
-        for buffer in (*self.sums, *(self.totals if cut else ())):
-            with T.unroll(em.i64(nv)) as v, vector(em, lanes) as j:
-                T.buffer_store(buffer, em.f32(0.0), [v * lanes + j])
-        self.pending = False
-
-    def add(self, pixel: int, at: Expr, term: Expr) -> None:
-        T.buffer_store(self.sums[pixel], self.sums[pixel][at] + term, [at])
-        self.pending = True
-
-    def add_pairs(self, pixel: int, at: Expr, pair: Expr, weights: Expr) -> None:
-        lanes, sums = ramp(at, LANES), self.sums[pixel]
-        T.buffer_store(sums, dot(self.em, sums[lanes], pair, weights), [lanes])
-        self.pending = True
-
-    def parts(self, depth: int) -> int:
-        """Into how many equal sums a run of ``depth`` terms is cut."""
-        if not self.cut or depth < 2 * LONG_SUM:
-            return 1
-        step = inner_unroll(depth)
-        sizes = [d for d in range(step, depth + 1, step) if depth % d == 0]
-        return depth // min(sizes, key=lambda d: abs(math.log(d / LONG_SUM)))
-
-    def flush(self, terms: int, pixels: Iterable[int] | None = None) -> None:
-        """Ends the sums if they have many terms; with 0 terms, ends what is still pending."""
-        if not (self.cut and self.pending) or 0 < terms < LONG_SUM // 2:
-            return
-        for i in pixels if pixels is not None else range(len(self.sums)):
-            total, part = self.totals[i], self.sums[i]
-            with T.unroll(self.em.i64(self.nv)) as v, vector(self.em, self.lanes) as j:
-                at = v * self.lanes + j
-                T.buffer_store(total, total[at] + part[at], [at])
-                T.buffer_store(part, self.em.f32(0.0), [at])
-        self.pending = False
-
-    def result(self, pixel: int, at: Expr) -> Expr:
-        return self.totals[pixel][at]

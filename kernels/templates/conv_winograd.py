@@ -28,6 +28,7 @@ from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import Epilogue, lane_count, loop, name_index, vector
 from .conv_spec import ConvSpec, halo_of
+from .conv_sums import Sums
 from .conv_tiling import inner_unroll
 from .vectors import ramp
 
@@ -187,24 +188,27 @@ class _Body:
             panel = name_index((block * POINTS + p) * (spec.c * width))
             with loop(em, self.tiles // self.ri) as g:
                 first = name_index(p * self.tiles + g * self.ri)
-                sums = [em.local(width) for _ in range(self.ri)]
-                for buffer in sums:
-                    with T.unroll(em.i64(self.nv)) as v, vector(em, lanes) as j:
-                        T.buffer_store(buffer, em.f32(0.0), [v * lanes + j])
-                unroll = inner_unroll(spec.c)
-                with loop(em, spec.c // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
-                    k = k0 * unroll + k1
-                    for i in range(self.ri):
-                        value = self.source[(first + i) * spec.c + k]
-                        with T.unroll(em.i64(self.nv)) as v, vector(em, lanes) as j:
-                            lane = v * lanes + j
-                            term = value * self.w.load_flat(panel + k * width + lane)
-                            T.buffer_store(sums[i], sums[i][lane] + term, [lane])
+                # Transformed inputs are sums themselves: their products' sums are cut sooner.
+                sums = Sums(em, self.ri, self.nv, lanes, 2 * spec.c)
+                unroll, parts = inner_unroll(spec.c), sums.parts(spec.c)
+                with loop(em, parts) as part:
+                    with (
+                        loop(em, spec.c // parts // unroll) as k0,
+                        T.unroll(em.i64(unroll)) as k1,
+                    ):
+                        k = part * (spec.c // parts) + k0 * unroll + k1
+                        for i in range(self.ri):
+                            value = self.source[(first + i) * spec.c + k]
+                            with T.unroll(em.i64(self.nv)) as v, vector(em, lanes) as j:
+                                lane = v * lanes + j
+                                weight = self.w.load_flat(panel + k * width + lane)
+                                sums.add(i, lane, value * weight)
+                    sums.flush(spec.c // parts)
                 for i in range(self.ri):
                     with T.unroll(em.i64(self.nv)) as v, vector(em, lanes) as j:
                         lane = v * lanes + j
                         at = (first + i) * width + lane
-                        T.buffer_store(self.products, sums[i][lane], [at])
+                        T.buffer_store(self.products, sums.result(i, lane), [at])
 
     def transform_output(self, first: Expr, block: Expr) -> None:
         """``A' m A``, bias and the rest of the group."""

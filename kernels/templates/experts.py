@@ -30,11 +30,12 @@ from ..ops.scope import sharing
 from ..target import Target
 from ..value import Context, Value
 from .conv_common import loop, name_index, vector
+from .conv_sums import Sums
 from .conv_tiling import inner_unroll
-from .half_factors import LANES, Left, dot, words, words_at_even
+from .half_factors import LANES, Left, words, words_at_even
 from .vectors import ramp
 
-BLOCK = 256  # steps of rows that are copied at a time
+BLOCK = 256  # steps that are summed, and of rows that are copied, at a time
 STRANDS = 4
 """Partial sums of a single row: each addition waits for the one before it, and loses digits. Wider
 tiles have enough sums in flight without.
@@ -195,55 +196,57 @@ class _Body:
             rows = place
         bases = [name_index(self.x.offset([r, em.i64(0)])) for r in rows]
         strands = math.gcd(self.spec.steps, max(1, STRANDS // size))
-        sums = [em.local(width * strands) for _ in range(size)]
-        for buffer in sums:
-            with T.unroll(em.i64(self.nv * strands)) as v, vector(em, lanes) as j:
-                T.buffer_store(buffer, em.f32(0.0), [v * lanes + j])
+        sums = Sums(em, size, self.nv * strands, lanes, self.spec.steps // strands)
         self._product(bases, weights, sums, strands)
-        for i in range(size):
+        for total in sums.totals:
             half = strands
             while half > 1:
                 half //= 2
                 with T.unroll(em.i64(self.nv * half)) as v, vector(em, lanes) as j:
                     lane = v * lanes + j
-                    T.buffer_store(sums[i], sums[i][lane] + sums[i][lane + half * width], [lane])
-        for i in range(size):
+                    T.buffer_store(total, total[lane] + total[lane + half * width], [lane])
+        for i, total in enumerate(sums.totals):
             row = slots[i] if self.scatter else place[i]
-            self._store(row, panel, branch, sums[i])
+            self._store(row, panel, branch, total)
 
-    def _product(self, bases: list[Expr], weights: Expr, sums: list[Any], strands: int) -> None:
-        """Adds the product of some rows with the panel's weights to ``sums``."""
+    def _product(self, bases: list[Expr], weights: Expr, sums: Sums, strands: int) -> None:
+        """Adds the product of some rows with the panel's weights to ``sums``, in blocks."""
         em, spec = self.em, self.spec
         stride = self.x.strides[1]
-        if self.left is None:
-            source = self.x_words
-            starts = bases if source is None else [name_index(tir.truncdiv(b, 2)) for b in bases]
-
-            def direct(row: int, k: Expr) -> Expr:
-                if source is None:
-                    return self.x.load_flat(starts[row] + k * stride)
-                return source[starts[row] + k]
-
-            self._steps(direct, weights, spec.steps, sums, strands)
-            return
         together = 2 if spec.pairs else 1
-        whole = spec.depth // (BLOCK * together)
+        source = self.x_words
+        starts = bases if source is None else [name_index(tir.truncdiv(b, 2)) for b in bases]
+
+        def direct(row: int, k: Expr) -> Expr:
+            if source is None:
+                return self.x.load_flat(starts[row] + k * stride)
+            return source[starts[row] + k]
 
         def block(first: Expr, steps: int, elements: int) -> None:
-            assert self.left is not None
-            starts = [name_index(b + first * together * stride) for b in bases]
-            self.left.fill(starts, stride, em.i64(elements))
-            self._steps(self.left.load, weights + first * self.width, steps, sums, strands)
+            panel = weights + first * self.width
+            if self.left is None:
+                self._steps(lambda row, k: direct(row, first + k), panel, steps, sums, strands)
+            else:
+                begin = [name_index(b + first * together * stride) for b in bases]
+                self.left.fill(begin, stride, em.i64(elements))
+                self._steps(self.left.load, panel, steps, sums, strands)
+            sums.flush(0)
 
+        size = spec.steps
+        if self.left is not None:
+            size = BLOCK
+        elif sums.cut:
+            size = BLOCK * strands
+        whole = spec.depth // (size * together)
         if whole:
             with loop(em, whole) as number:
-                block(number * BLOCK, BLOCK, BLOCK * together)
-        rest = spec.steps - whole * BLOCK
+                block(name_index(number * size), size, size * together)
+        rest = spec.steps - whole * size
         if rest:
-            block(em.i64(whole * BLOCK), rest, spec.depth - whole * BLOCK * together)
+            block(em.i64(whole * size), rest, spec.depth - whole * size * together)
 
     def _steps(
-        self, left: Callable[[int, Expr], Expr], weights: Expr, steps: int, sums: list[Any],
+        self, left: Callable[[int, Expr], Expr], weights: Expr, steps: int, sums: Sums,
         strands: int,
     ) -> None:  # fmt: skip
         em, lanes, width = self.em, self.lanes, self.width
@@ -252,20 +255,18 @@ class _Body:
         with loop(em, steps // unroll) as k0, T.unroll(em.i64(unroll)) as k1:
             k = k0 * unroll + k1
             strand = tir.truncmod(k1, em.i64(strands)) * width
-            for i, buffer in enumerate(sums):
+            for i in range(len(sums.totals)):
                 value = left(i, k)
-                if self.weight_words is not None:
-                    with T.unroll(em.i64(self.nv)) as v:
-                        at = ramp(strand + v * lanes, LANES)
-                        column = ramp(weights + k * width + v * lanes, LANES)
-                        total = dot(em, buffer[at], value, self.weight_words[column])
-                        T.buffer_store(buffer, total, [at])
-                    continue
-                with T.unroll(em.i64(self.nv)) as v, vector(em, lanes) as j:
-                    lane = v * lanes + j
-                    weight = self.weight.load_flat(weights + k * width + lane)
-                    term = value * convert_expr(weight, self.spec.dtype, torch.float32)
-                    T.buffer_store(buffer, buffer[strand + lane] + term, [strand + lane])
+                with T.unroll(em.i64(self.nv)) as v:
+                    column = weights + k * width + v * lanes
+                    if self.weight_words is not None:
+                        pairs = self.weight_words[ramp(column, LANES)]
+                        sums.add_pairs(i, strand + v * lanes, value, pairs)
+                    else:
+                        with vector(em, lanes) as j:
+                            weight = self.weight.load_flat(column + j)
+                            term = value * convert_expr(weight, self.spec.dtype, torch.float32)
+                            sums.add(i, strand + v * lanes + j, term)
 
     def _zeros(self, end: Expr, panel: Expr) -> None:
         """Rows of no branch."""

@@ -197,6 +197,10 @@ def test_errors_are_no_worse_than_torchs() -> None:
         given = operands((1, 4), s, t, 64)
         mine, theirs = errors(attend("error", plain, *given), plain)
         assert mine <= 2 * theirs, (s, mine, theirs)
+    for s in (1, 16):  # thousands of terms of one sign
+        q, k, v = operands((1, 2), s, 5000, 32)
+        mine, theirs = errors(attend("long", plain, q, k, v.abs()), plain)
+        assert mine <= 2.5 * theirs, (s, mine, theirs)
 
 
 def test_pointwise_operators_after() -> None:

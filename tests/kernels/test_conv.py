@@ -74,6 +74,17 @@ def test_row_lengths_and_batches() -> None:
     check([case(2, 4, 16, (3, 3), (w, w), padding=1) for w in (1, 2, 3, 5, 17, 35)], conv)
 
 
+def test_sums_of_many_taps_stay_accurate() -> None:
+    check(
+        [
+            case(1, 96, 96, (1, 128), (1, 49), padding=(0, 64), groups=2),
+            case(1, 64, 64, (25, 1), (40, 5), padding=(12, 0), groups=2),
+            case(1, 64, 32, (1, 65), (2, 80), padding=(0, 32), halo=False),
+        ],
+        conv,
+    )
+
+
 @pytest.mark.parametrize("halo", [True, False])
 def test_groups_of_every_width(halo: bool) -> None:
     check(

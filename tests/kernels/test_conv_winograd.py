@@ -65,6 +65,7 @@ def test_channels_that_fill_no_vector() -> None:
 
 def test_deep_sums_stay_accurate() -> None:
     check([case(1, 448, 48, (3, 3), (8, 8), padding=1)], WINOGRAD, every=True)
+    check([case(1, 1024, 32, (3, 3), (7, 7), padding=1)], WINOGRAD)
 
 
 def test_slices_of_larger_buffers_and_what_follows() -> None:

@@ -125,6 +125,30 @@ def test_any_routes_give_the_references_result(data: st.DataObject) -> None:
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
 
 
+class DeepProduct(nn.Module):
+    """One routed product of a long inner dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 16, 3001) / 55)
+
+    def forward(self, x, index):
+        route = torch.ops.plait.route(index, 2)
+        return torch.ops.plait.routed_linear(x, *route, self.weight, None, False, 1, True)
+
+
+def test_deep_products_stay_accurate() -> None:
+    torch.manual_seed(0)
+    model = DeepProduct().eval()
+    compiled, exact = plait.compile(model, tune="off"), copy.deepcopy(model).double()
+    for tokens in (1, 4, 24):  # tiles of few rows have several sums, others one
+        x, index = torch.randn(tokens, 3001), torch.randint(0, 2, (tokens, 1))
+        with torch.no_grad():
+            want = exact(x.double(), index)
+            mine, theirs = ((run(x, index) - want).abs().max() for run in (compiled, model))
+        assert mine <= 2 * theirs, (tokens, mine, theirs)
+
+
 def test_all_of_it_is_kernels(kernels_win: None) -> None:
     model = MODELS[0]
     x, index, scale = torch.randn(9, 64), torch.randint(0, 8, (9, 2)), torch.rand(9, 2)
