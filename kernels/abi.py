@@ -23,6 +23,9 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
+MOST_ARGUMENTS = 128
+"""Most tensors and symbols, together, of a kernel: what the runtime's driver passes on."""
+
 Dim = int | sympy.Expr
 """A dimension, stride or count: a Python int, or a sympy expression over shape symbols."""
 

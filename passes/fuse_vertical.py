@@ -37,6 +37,7 @@ import torch.fx as fx
 from torch._ops import HigherOrderOperator
 
 from ..kernels import ops
+from ..kernels.abi import MOST_ARGUMENTS
 from .annotations import annotate
 from .base import Pass, PassResult, allow, copy_graph
 from .contraction import Contraction
@@ -62,6 +63,7 @@ __all__ = ["FuseVertical", "groups_of"]
 
 _ANCHORS = ("gemm", "conv", "pool", "attention", "experts")
 _KERNELS = (*_ANCHORS, "rows", "reduce", "pointwise")
+_MOST_TENSORS = MOST_ARGUMENTS - 8  # which symbols of open sizes may take
 _LOOKAHEAD = 32  # nodes inspected for one more step of an epilogue
 
 
@@ -152,10 +154,24 @@ class _Fuser:
         if sum(len(self.members[g]) for g in groups) > self.options.max_nodes:
             self.misses.setdefault(nodes, "PLT-FUS-005")
             return False
+        if self._tensors(groups) > _MOST_TENSORS:
+            self.misses.setdefault(nodes, "PLT-FUS-006")
+            return False
         if not self.contraction.can_merge(*nodes):
             self.misses.setdefault(nodes, "PLT-FUS-004")
             return False
         return True
+
+    def _tensors(self, groups: set[int]) -> int:
+        """At most how many tensors a kernel of these groups reads and writes."""
+        members = [i for g in groups for i in self.members[g]]
+        most = len(members) + sum(len(self.nodes[i].all_input_nodes) for i in members)
+        if most <= _MOST_TENSORS:
+            return most
+        inside = {self.nodes[i] for i in members}
+        read = {n for i in members for n in self.nodes[i].all_input_nodes} - inside
+        written = sum(any(r not in inside for r in n.users) for n in inside)
+        return len(read) + written
 
     def merge(self, kind: str, *nodes: int) -> None:
         """Make one group of the groups of ``nodes``, which `fits` has approved."""
@@ -470,6 +486,7 @@ class _Fuser:
 _MISSES = {
     "PLT-FUS-004": "one of them needs a result computed from the other",
     "PLT-FUS-005": "the group would have more than max_nodes nodes",
+    "PLT-FUS-006": "the group would read and write too many tensors for one kernel",
 }
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.fx as fx
 
 from ...kernels import race
-from ...kernels.abi import Kernel, Pack, TensorArg
+from ...kernels.abi import MOST_ARGUMENTS, Kernel, Pack, TensorArg
 from ...kernels.database import Database, Entry, Measured
 from ...kernels.group import Group, Unsupported
 from ...kernels.target import Target
@@ -177,6 +177,10 @@ class Kernels:
         for number, config in enumerate(configs[:wanted]):
             name = f"plait_{key}_{number}"
             kernel = module.lower(group, io, self.target, config, name=name)
+            arguments = len(kernel.inputs) + len(kernel.outputs) + len(kernel.symbols)
+            if arguments > MOST_ARGUMENTS:
+                reason = f"a kernel with {arguments} tensors and sizes, of at most {MOST_ARGUMENTS}"
+                raise Unsupported("PLT-KER-008", reason)
             if number and not _worth_racing(kernel):
                 break
             kernels.append(kernel)

@@ -12,7 +12,9 @@ import plait
 from plait.compiler.lowering import select
 from plait.compiler.lowering.trial import Trial
 from plait.kernels import build
+from plait.kernels.abi import MOST_ARGUMENTS
 from plait.kernels.database import Database
+from plait.runtime import driver
 from plait.runtime.plan import KernelStep, LibraryStep
 
 
@@ -116,3 +118,20 @@ def test_what_is_expanded_is_raced_like_anything_else(fresh: Database) -> None:
         compiled = plait.compile(model, example_inputs=x)
         torch.testing.assert_close(compiled(x), model(x))
     assert compiled.programs and "PLT-CAP-015" not in remarks(compiled)
+
+
+class Stacked(nn.Module):
+    """A value of each row, and all of them again."""
+
+    def forward(self, x):
+        rows = [row.cumsum(0) for row in x.unbind(0)]
+        return torch.stack(rows).exp()
+
+
+def test_more_tensors_than_a_launch_passes_on_are_joined_by_the_library() -> None:
+    assert driver.ARG_CLASSES[-1] == MOST_ARGUMENTS
+    model, x = Stacked().eval(), torch.randn(MOST_ARGUMENTS, 5)
+    compiled = plait.compile(model, tune="off")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    assert {"PLT-FUS-006", "PLT-KER-008"} <= remarks(compiled).keys()
