@@ -366,5 +366,6 @@ CATALOGUE: dict[str, str] = {
     "PLT-TOP-002": "The results of a sort are read as a whole, not as values and places.",
     "PLT-TOP-003": "Truth values are sorted by the library.",
     "PLT-TOP-004": "Long lists are sorted by the library.",
+    "PLT-TOP-005": "Which of equal elements comes first is left open, so the library says it.",
 }
 """Every remark ID and its meaning. An ID is never reused with another meaning."""

@@ -1,13 +1,15 @@
 """The k first elements of short rows in order: top-k, sorting, their indices.
 
-Each row is one insertion into a sorted list on the stack. Routers choose a few of some dozens of
-branches, where this beats anything cleverer; long lists are left to the library. Of equal elements
-the first comes first, as torch promises for stable sorts and leaves open for the others.
+Each row is one insertion into a sorted list on the stack. Of equal elements the first comes first
+there, as torch promises for stable sorts. Where torch leaves open which comes first and somebody
+reads it, ``topk`` takes the steps of PyTorch's operator (`selection`), and other sorts are the
+library's. So are long lists.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from ..ops import argument
 from ..ops.common import convert_expr, unravel
 from ..target import Target
 from .conv_common import name_index
+from .selection import Selection, reproducible
 
 MOST = 64  # elements in a sorted list: inserting moves half of them
 ROWS_WORK = 1 << 12  # element visits of one task
@@ -72,13 +75,21 @@ class Order:
         if name.startswith("aten.topk"):
             self.count: Any = argument(head, "k")
             self.largest = bool(argument(head, "largest"))
+            self.partial = True
         else:
+            self.partial = False
             self.count, self.largest = size, bool(argument(head, "descending"))
         if name.startswith("aten.argsort"):
             self.values, self.indices = None, 0
         else:
             parts = {n.args[1]: k for k, n in enumerate(group.outputs)}
             self.values, self.indices = parts.get(0), parts.get(1)
+        self.size: Any = size
+        # Whether equal elements may change places, or everything, and it would be seen.
+        ordered = bool(argument(head, "sorted", True))
+        self.stable = name.endswith(".stable") and bool(argument(head, "stable"))
+        self.open = not self.stable and (self.indices is not None or not ordered)
+        self.ordered = ordered
 
 
 def _order(group: Group, io: IO, target: Target) -> Order:
@@ -87,6 +98,8 @@ def _order(group: Group, io: IO, target: Target) -> Order:
     order = Order(group, io)
     if not isinstance(order.count, int) or order.count > MOST:
         raise Unsupported("PLT-TOP-004", f"more than {MOST} elements of a row are put in order")
+    if order.open and not (order.partial and reproducible(order.size, order.count, order.ordered)):
+        raise Unsupported("PLT-TOP-005", "which of equal elements comes first is the library's")
     return order
 
 
@@ -96,8 +109,13 @@ class _Body:
     def __init__(self, em: Emitter, spec: Order) -> None:
         self.em, self.spec = em, spec
         self.source = em.inputs[0]
-        self.best = em.local(max(1, spec.count), compute_dtype(spec.held))
+        held = compute_dtype(spec.held)
+        self.best = em.local(max(1, spec.count), held)
         self.place = em.local(max(1, spec.count), "int64")
+        if spec.open:
+            self.found = em.local(1, "int64")
+            self.all, self.places = em.local(spec.size, held), em.local(spec.size, "int64")
+            self.selection = Selection(em, self.all, self.places, self._before, held)
 
     def row(self, number: Expr) -> None:
         """Puts the first elements of row ``number`` in order and stores them."""
@@ -115,13 +133,14 @@ class _Body:
             value = self.source.load_flat(base + k * step)
             return T.bind(convert_expr(value, spec.dtype, spec.held))
 
-        with T.serial(em.i64(0), em.i64(spec.count)) as k:
-            self._insert(element(k), k, k)
-        last = em.i64(spec.count - 1)
-        with T.serial(em.i64(spec.count), size) as k:
-            value = element(k)
-            with T.If(self._before(value, self.best[last])), T.Then():
-                self._insert(value, k, last)
+        if not spec.open:
+            self._in_order(element, spec.count, size)
+        elif not spec.ordered:
+            self._as_library(element)
+        else:
+            self._in_order(element, spec.count, size)
+            with T.If(self._equals(element)), T.Then():
+                self._as_library(element)
         with T.serial(em.i64(0), em.i64(spec.count)) as k:
             index = self._index(at, k) if shape else []
             if spec.values is not None:
@@ -129,6 +148,42 @@ class _Body:
                 self._output(spec.values).store(value, index)
             if spec.indices is not None:
                 self._output(spec.indices).store(self.place[k], index)
+
+    def _equals(self, element: Callable[[Expr], Expr]) -> Expr:
+        """Whether elements of the list equal others, there or left out, as in few rows."""
+        em, spec = self.em, self.spec
+        last = T.bind(self.best[em.i64(spec.count - 1)])
+        T.buffer_store(self.found, em.i64(-spec.count), [0])
+        for size, later in (
+            (spec.size, lambda k: self._before(last, element(k))),
+            (spec.count - 1, lambda k: self._before(self.best[k], self.best[k + 1])),
+        ):
+            with T.serial(em.i64(0), em.i64(size)) as k:
+                more = tir.Select(later(k), em.i64(0), em.i64(1))
+                T.buffer_store(self.found, self.found[0] + more, [0])
+        return self.found[0] > 0
+
+    def _as_library(self, element: Callable[[Expr], Expr]) -> None:
+        """Selects the first elements as PyTorch does, of equal ones too."""
+        em, spec = self.em, self.spec
+        with T.serial(em.i64(0), em.i64(spec.size)) as k:
+            T.buffer_store(self.all, element(k), [k])
+            T.buffer_store(self.places, k, [k])
+        self.selection.select(spec.size, spec.count, spec.ordered)
+        with T.serial(em.i64(0), em.i64(spec.count)) as k:
+            T.buffer_store(self.best, self.all[k], [k])
+            T.buffer_store(self.place, self.places[k], [k])
+
+    def _in_order(self, element: Callable[[Expr], Expr], count: int, size: Expr) -> None:
+        """Keeps the first ``count`` elements in order, of equal ones the first."""
+        em = self.em
+        with T.serial(em.i64(0), em.i64(count)) as k:
+            self._insert(element(k), k, k)
+        last = em.i64(count - 1)
+        with T.serial(em.i64(count), size) as k:
+            value = element(k)
+            with T.If(self._before(value, self.best[last])), T.Then():
+                self._insert(value, k, last)
 
     def _output(self, k: int) -> Ref:
         return self.em.outputs[k]
