@@ -71,8 +71,7 @@ class Flat:
         self.graph.lint()
         module = module_of(root, self.graph, "Captured")
         out_tree, out_leaves, updates, assigned = self.traced.result.value
-        written = {m.input for m in mutations}
-        own = {n: g for n, g in self.traced.result.given.items() if g.number in written}
+        own = self.traced.result.given
         out_leaves = [own.get(x, x) if type(x) is int else x for x in out_leaves]
         guards = self._guards(symbols)
         for leaf in (*out_leaves, *(x for u in updates for x in u.leaves)):

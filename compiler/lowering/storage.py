@@ -289,7 +289,8 @@ class Storage:
         """Makes buffers that the caller keeps fresh for each call; returns values to copy first.
 
         A result that is a window of memory which the workspace keeps (a buffer with a halo) must be
-        copied out; the caller of this class adds the copies and starts again.
+        copied out, and so must a view of what lies in another order than torch would have it, whose
+        strides the caller would see; the caller of this class adds the copies and starts again.
         """
         copies = []
         for node in self._returned:
@@ -297,11 +298,20 @@ class Storage:
             if not isinstance(place, Place):
                 continue
             root = self.roots[place.root]
-            if root.kind == "arena":
+            if root.kind in ("arena", "output") and not self._lies_as_torchs(node, place):
+                copies.append(node)
+            elif root.kind == "arena":
                 root.kind = "output"
             elif root.kind == "static":
                 copies.append(node)
         return copies
+
+    def _lies_as_torchs(self, node: fx.Node, place: Place) -> bool:
+        """Whether a result has the strides of torch's, or is no view."""
+        if self.roots[place.root].node is node:
+            return True
+        triples = zip(place.shape, place.strides, fake(node).stride(), strict=True)
+        return all(size == 1 or sizes.dim(a) == sizes.dim(b) for size, a, b in triples)
 
     # -- assignment -----------------------------------------------------------------------
 

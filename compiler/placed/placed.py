@@ -12,6 +12,7 @@ from ...passes.placement.placement import Placement
 from ...passes.remarks import Remark, render
 from ..capture.arguments import as_call, canonical, canonical_tree, is_wrapped, signature_of
 from ..capture.captured import check_tensors
+from ..capture.state import Given
 from ..capture.tree import flatten, unflatten
 from ..errors import InputError
 from ..guards.keys import FLOATS
@@ -152,12 +153,15 @@ class Placed:
         return dict(zip(division.names, [t.detach() for t in tensors], strict=True))
 
     def _result(self, values: Tensors) -> Any:
-        captured, names = self.division.call, self.division.results
-        leaves = [
-            values[names[x]].to(captured_device) if type(x) is int else x[0]
-            for x in captured.out_leaves
-        ]
-        return unflatten(captured.out_tree, leaves)
+        division = self.division
+
+        def leaf(x: Any) -> Any:
+            if type(x) is int:
+                return values[division.results[x]].to(captured_device)
+            return values[division.names[x.number]] if type(x) is Given else x[0]
+
+        captured = division.call
+        return unflatten(captured.out_tree, [leaf(x) for x in captured.out_leaves])
 
     # -- looking at it --------------------------------------------------------------------------
 

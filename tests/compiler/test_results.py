@@ -46,6 +46,18 @@ def test_what_only_has_the_values_of_a_written_argument_is_not_it() -> None:
     assert torch.equal(x, torch.full((3,), 2.0))
 
 
+def test_arguments_and_views_of_results_are_returned_as_in_eager_mode() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pooled = F.max_pool2d(x, 2)
+        return x, pooled[1:], pooled[1:].abs()
+
+    x = torch.randn(3, 4, 6, 12)[..., ::2]
+    have, want = plait.compile(function, tune="off")(x), function(x)
+    assert have[0] is x
+    assert [t.stride() for t in have] == [t.stride() for t in want]
+    torch.testing.assert_close(have, want)
+
+
 def _scaled(x: Tensor) -> Tensor:
     made = F.pad(x, (1, 2)).clone()
     made.mT.mul_(2)
