@@ -27,7 +27,7 @@ from ..errors import CaptureError
 from . import ops
 from .decompose import Tables, decomposed_anew, tables
 from .spared import no_modules
-from .written import PLAIN, chain, laid_out, put_back
+from .written import PLAIN, chain, laid_out, put_back, writes_windows
 
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "seq_nr")
@@ -37,10 +37,14 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
     """``program``, which is changed, in the operators that a captured graph may hold. For one
     thread at a time.
 
-    Raises CaptureError for operators that update what they do not say they write.
+    Raises CaptureError for operators that update what they do not say they write, and for those
+    that write what torch would put back wrongly.
     """
     if any(map(ops.updates, program.graph.nodes)):
         raise CaptureError("PLT-CAP-016", "an instance norm updates its running statistics")
+    if any(map(writes_windows, program.graph.nodes)):
+        reason = "the program writes to windows of a tensor that overlap or leave gaps"
+        raise CaptureError("PLT-CAP-010", reason, "write to the tensor itself")
     found = tables()
     # Autocast's conversions appear only when the program is traced through again.
     if found is not None and not torch._C._is_any_autocast_enabled():

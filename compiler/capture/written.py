@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils._pytree import tree_leaves
 
 from ...passes.ir import is_mutating
 
@@ -49,6 +50,35 @@ def put_back(links: Sequence[fx.Node], env: Mapping[fx.Node, Any], part: Any, ca
         if not _is_whole(link):
             part = _BACK[link.target](part, *fx.map_arg(link.args, env.__getitem__), call=call)
     return part
+
+
+def writes_windows(node: fx.Node) -> bool:
+    """Whether a call writes to windows of a tensor (``Tensor.unfold``), other than such as cover it
+    once: torch would put zeros between them, and add up what is in several.
+    """
+    if not is_mutating(node):
+        return False
+    view: Any = node.args[0] if node.args else None
+    while isinstance(view, fx.Node) and view.op == "call_function":
+        base: Any = view.args[0] if view.args else None
+        if view.target is aten.unfold.default:
+            _, axis, size, step = view.args
+            shape = base.meta["val"].shape
+            extent = shape[axis] if shape else 1
+            if not (size == step and isinstance(extent, int) and extent % step == 0):
+                return True
+        if not _shares_memory(view, base):
+            return False
+        view = base
+    return False
+
+
+def _shares_memory(view: fx.Node, base: Any) -> bool:
+    """Whether a node is made in the memory of what may be several tensors."""
+    found = tree_leaves(base.meta.get("val")) if isinstance(base, fx.Node) else []
+    places = {x.untyped_storage()._cdata for x in found if isinstance(x, torch.Tensor)}
+    shown = tree_leaves(view.meta.get("val"))
+    return any(isinstance(x, torch.Tensor) and x.untyped_storage()._cdata in places for x in shown)
 
 
 def laid_out(found: fx.Node, like: torch.Tensor, call: Call) -> fx.Node:

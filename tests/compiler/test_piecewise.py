@@ -147,6 +147,19 @@ def test_writing_keeps_what_it_writes_to(anew: list[Any]) -> None:
     assert torch.equal(got, function(x))
 
 
+def test_windows_with_gaps_are_not_written() -> None:
+    def function(x: Tensor) -> Tensor:
+        x.unfold(0, 2, 2).add_(1)
+        return x * 2
+
+    compiled = plait.compile(function, tune="off")
+    for rows in (4, 5):
+        x, own = torch.zeros(rows, 2), torch.zeros(rows, 2)
+        torch.testing.assert_close(compiled(x), function(own))
+        assert torch.equal(x, own)
+    assert len(compiled.programs) == 1 and "PLT-CAP-010" in [r.id for r in compiled.remarks]
+
+
 def test_written_twice(anew: list[Any]) -> None:
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
         y = x * 2
