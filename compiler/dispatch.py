@@ -38,7 +38,7 @@ from .capture.dynamic import Declared, declared_dims, varying, with_small_open
 from .capture.state import states_of
 from .capture.tree import Tree, flatten_call, unflatten
 from .errors import CaptureError, ChangeError, InputError
-from .guards.keys import FLOATS, autocast_key, structure_key
+from .guards.keys import FLOATS, autocast_key, crowded, structure_key
 from .guards.watch import Structure, modules_of
 from .modes import collector_paused
 from .notes import Notes
@@ -369,6 +369,17 @@ class Dispatcher:
             names = argument_names(tree, positional(self.signature))
             raise misfit(known, tensors, zip(names, leaves, strict=True))
         if bucket.hopeless:
+            return None
+        if not bucket.programs and crowded(
+            structure, [key for key, other in self._buckets.items() if other.programs]
+        ):
+            del self._buckets[structure]
+            self.notes.say(
+                "PLT-CAP-013",
+                "programs exist already for many values of the numbers among the arguments, so the "
+                "original runs for others",
+                "pass numbers that vary as tensors",
+            )
             return None
         if len(bucket.programs) >= MAX_PROGRAMS or bucket.fickle():
             self.notes.say(

@@ -155,7 +155,7 @@ CATALOGUE: dict[str, str] = {
     "PLT-CAP-010": "The captured program has a kind of input or output that plait cannot pass.",
     "PLT-CAP-011": "A size is not that of any input dimension, so it cannot be recovered.",
     "PLT-CAP-012": "A condition that the captured program relies on cannot be checked.",
-    "PLT-CAP-013": "Too many programs for one structure of arguments; the original runs.",
+    "PLT-CAP-013": "Too many programs for sizes or values of one structure; the original runs.",
     "PLT-CAP-014": "Weights changed after compilation; they were prepared again.",
     "PLT-CAP-015": "Code generation failed; the original runs.",
     "PLT-CAP-016": "The model is in training mode; the original runs.",

@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim
 
 import plait
+from plait.compiler.guards import keys
 
 compile = functools.partial(plait.compile, tune="off")
 
@@ -313,6 +314,21 @@ def test_number_of_programs_is_bounded() -> None:
             x = torch.randn(n)
             torch.testing.assert_close(compiled(x), function(x))
     assert programs(compiled) <= 8
+
+
+def test_number_of_values_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "MAX_VALUES", (((float,), 1), ((int, float), 2)))
+
+    def function(x: torch.Tensor, by: float, wide: bool) -> torch.Tensor:
+        return x * by if wide else x
+
+    compiled, x = compile(function), torch.randn(3)
+    with pytest.warns(UserWarning, match="PLT-CAP-013"):
+        for by, expected in ((0.5, 1), (1.5, 1), (3, 2), (4, 3), (5, 3), (0.5, 3)):
+            torch.testing.assert_close(compiled(x, by, True), function(x, by, True))
+            assert programs(compiled) == expected
+    compiled(x, 0.5, False)
+    assert programs(compiled) == 4
 
 
 # -- when the original runs ------------------------------------------------------------------------
