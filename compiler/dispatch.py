@@ -297,6 +297,8 @@ class Dispatcher:
     def _original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.target is None:
             raise InputError("PLT-INP-003", "a loaded program has no Python code to fall back on")
+        with self.specialiser.tracing:
+            pass  # another thread's trace has its end
         return self.target(*args, **kwargs)
 
     # -- a key seen for the first time ----------------------------------------------------------

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..runtime import forked
 from .build import build, gpu_of, store_at
 from .capture.arguments import argument_names, positional, tensor_names
 from .capture.captured import Captured
 from .capture.dynamic import Declared, opening
-from .capture.export import capture
+from .capture.export import EXCLUSIVE, capture
 from .capture.limits import SizeError
 from .capture.tree import flatten_call
 from .errors import BudgetError, CaptureError, ChangeError, PlaitError, interrupted, summary
@@ -80,6 +82,12 @@ class Specialiser:
     ) -> None:
         self.target, self.options, self.signature = target, options, signature
         self.notes, self.store, self.modules = notes, store, modules
+        self._unlock()
+        forked.in_child(self._unlock)
+
+    def _unlock(self) -> None:
+        self.tracing = threading.RLock()
+        """Held while a trace has stand-ins for weights: others wait to run the model."""
 
     def specialise(
         self,
@@ -95,7 +103,8 @@ class Specialiser:
         while True:
             dims = opening(declared, automatic, bucket.closed, bucket.stuck)
             try:
-                captured = _attempt(bucket, self.target, args, kwargs, dims or None)
+                with EXCLUSIVE, self.tracing:  # in this order: a trace may run another's original
+                    captured = _attempt(bucket, self.target, args, kwargs, dims or None)
                 break
             except CaptureError as error:
                 if not dims or error.remark != "PLT-CAP-001":

@@ -316,6 +316,31 @@ def test_number_of_programs_is_bounded() -> None:
     assert programs(compiled) <= 8
 
 
+def test_no_thread_runs_the_model_while_another_traces_it() -> None:
+    traced, ran = threading.Event(), threading.Event()
+
+    class Model(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not traced.is_set():
+                traced.set()
+                ran.wait(0.2)  # the other thread's call, if that did not wait for the trace
+            return super().forward(x)
+
+    model, found = Model(2, 3).eval(), []
+    compiled = compile(model)
+
+    def other() -> None:
+        traced.wait()
+        found.append(compiled(torch.ones(1, 2, requires_grad=True)))
+        ran.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    torch.testing.assert_close(compiled(torch.zeros(1, 2))[0], model.bias)
+    thread.join()
+    torch.testing.assert_close(found[0], model(torch.ones(1, 2)))
+
+
 def test_number_of_values_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "MAX_VALUES", (((float,), 1), ((int, float), 2)))
 
