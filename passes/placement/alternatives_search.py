@@ -13,6 +13,7 @@ As in `best`, the work is counted, not timed, unless the clock ends it.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, replace
 
@@ -102,9 +103,10 @@ class _Alternatives:
                        end=self.deadline)  # fmt: skip
         quick = plain.prepare()
         self.answers = [Answer(quick, rewrite(self.problem, ()))]
-        sure = exhaustive(self.problem, self.objective, self.budget)
-        if sure is not None:
-            self.answers.append(Answer(sure, rewrite(self.problem, ())))
+        with contextlib.suppress(InfeasibleError):  # a proof, but of plans without copies
+            sure = exhaustive(self.problem, self.objective, self.budget)
+            if sure is not None:
+                self.answers.append(Answer(sure, rewrite(self.problem, ())))
         if not self._enough():
             roomy = self._attempt("roomy", _roomy(self.problem))
             much = not quick.fits or roomy.cost <= _MUCH * quick.cost

@@ -22,7 +22,7 @@ from .bounds import lower_bounds
 from .clusters import cluster_levels, linear_orders, regions
 from .coarsen import coarsen
 from .engine import Engine
-from .errors import InfeasibleError
+from .errors import InfeasibleError, shortages
 from .exhaustive import exhaustive
 from .found import Found
 from .problem import Floats, Ints, Problem
@@ -386,10 +386,9 @@ class Search:
             for device, top, cap in zip(self.problem.devices, w.top, p.cap, strict=True)
             if top > cap
         }
-        text = ", ".join(f"{name!r} is {x:.0f} bytes short" for name, x in short.items())
         raise InfeasibleError(
             f"found no placement that fits, and no proof that there is none; in the nearest of "
-            f"{s.counts[1]} tried, {text}; give a larger budget, or more memory",
+            f"{s.counts[1]} tried, {shortages(short)}; give a larger budget, or more memory",
             short,
             False,
         )

@@ -14,8 +14,9 @@ import numpy as np
 
 from .bounds import lower_bounds
 from .engine import DONE, Engine
+from .errors import InfeasibleError, shortages
 from .found import Found
-from .problem import Problem
+from .problem import Floats, Problem
 
 _FEW = 12  # ops, beyond which not even assignments are counted
 _SHARE = 0.15  # of the budget that it may take
@@ -23,10 +24,11 @@ _PLAY = 15e-6  # seconds to play one, about
 
 
 def exhaustive(problem: Problem, objective: str, budget: float, price: float = 0.0) -> Found | None:
-    """The best of all that fit; None where there are too many for the budget, or none fits.
+    """The best of all that fit; None where there are too many for the budget.
 
     The cost is the makespan (``objective`` "latency") or the largest load ("throughput"), and
-    ``price`` seconds for each transfer.
+    ``price`` seconds for each transfer. Raises InfeasibleError, proven by having played all, where
+    none fits; its shortfall is that of the nearest.
     """
     p = problem.arrays
     n, m = p.time.shape
@@ -41,6 +43,7 @@ def exhaustive(problem: Problem, objective: str, budget: float, price: float = 0
     engine = Engine(p, np.zeros((0, len(p.unit_ptr) - 1)), (np.zeros(1, int), np.zeros(0, int)))
     throughput = objective == "throughput"
     least, found, played = np.inf, None, 0
+    nearest: Floats | None = None  # bytes that devices are short of where the sum is the least
     position, priority = np.zeros(n, np.int32), np.zeros(n)
     for assign in assigns:
         load = engine.pipeline_load(assign) if throughput else 0.0
@@ -55,7 +58,12 @@ def exhaustive(problem: Problem, objective: str, budget: float, price: float = 0
             )
             played += 1
             cost = (load if throughput else makespan) + price * int(engine.work.counts[1])
-            if code != DONE or cost >= least or (engine.work.top > p.cap).any():
+            if code != DONE or cost >= least:
+                continue
+            if (engine.work.top > p.cap).any():
+                over = np.maximum(engine.work.top - p.cap, 0.0)
+                if nearest is None or over.sum() < nearest.sum():
+                    nearest = over
                 continue
             least, sequence = cost, engine.work.sequence.astype(np.int64)
             code, again = engine.simulate(assign, priority)  # no device waits on purpose
@@ -65,7 +73,14 @@ def exhaustive(problem: Problem, objective: str, budget: float, price: float = 0
             if throughput:  # no order is better, they only fit or not
                 break
     if found is None:
-        return None
+        assert nearest is not None, "some order has sources first on all devices at once"
+        short = {d.name: float(x) for d, x in zip(problem.devices, nearest, strict=True) if x}
+        raise InfeasibleError(
+            f"no placement fits: all {len(assigns)} were played in all orders; in the nearest, "
+            f"{shortages(short)}",
+            short,
+            True,
+        )
     assign, sequence, mode = found
     bounds = lower_bounds(p, throughput)
     return Found(assign, sequence, least, bounds, "all", played, "moves", True, mode)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from .errors import InfeasibleError
+from .errors import InfeasibleError, shortages
 from .problem import Floats, Ints, Problem
 
 Bools = npt.NDArray[np.bool_]
@@ -52,9 +52,10 @@ def refuse_hopeless(problem: Problem) -> None:
         what = f"op {first.name!r}" if first.group is None else f"group {first.group!r}"
         where = np.flatnonzero(p.allowed[u])
         short = {problem.devices[d].name: float(peak[u, d] - p.cap[d]) for d in where}
-        text = ", ".join(f"{name!r} is {x:.0f} bytes short" for name, x in list(short.items())[:8])
         raise InfeasibleError(
-            f"{what} needs {peak[u, where].min():.0f} bytes and fits nowhere: {text}", short, True
+            f"{what} needs {peak[u, where].min():.0f} bytes and fits nowhere: {shortages(short)}",
+            short,
+            True,
         )
     total, room = float(always.sum()), float(p.cap.sum())
     if total > room:

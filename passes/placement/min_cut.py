@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .clusters import linear_orders
-from .errors import InfeasibleError
+from .errors import InfeasibleError, shortages
 from .list_scheduling import Listed, balanced_room
 from .problem import Arrays, Floats, Ints, Problem
 
@@ -23,8 +23,9 @@ def single_device(problem: Problem) -> Listed:
     room = [d for d in able if need <= p.cap[d]]
     if not room:
         short = {problem.devices[d].name: float(need - p.cap[d]) for d in able}
-        text = ", ".join(f"{name} is {x:.0f} bytes short" for name, x in short.items())
-        raise InfeasibleError(f"no device holds the whole problem: {text}", short, False)
+        raise InfeasibleError(
+            f"no device holds the whole problem: {shortages(short)}", short, False
+        )
     best = min(room, key=lambda d: p.time[:, d].sum())
     return Listed(np.full(len(p.topo), best, np.int64), p.topo)
 

@@ -12,7 +12,7 @@ from .best import Progress, best
 from .bounds import lower_bounds
 from .choices import Allowed
 from .coarsen import coarsen
-from .errors import InfeasibleError, PlacementError
+from .errors import InfeasibleError, PlacementError, shortages
 from .feasible import refuse_hopeless
 from .list_scheduling import Listed
 from .placement import Placement
@@ -92,9 +92,8 @@ def place(
     schedule = simulate(problem, placement)
     short = schedule.shortfall(problem)
     if short:
-        text = ", ".join(f"{name!r} is {x:.0f} bytes short" for name, x in short.items())
         raise InfeasibleError(
-            f"{algorithm} answers with a placement that does not fit: {text}; "
+            f"{algorithm} answers with a placement that does not fit: {shortages(short)}; "
             + ("leave out coarsen_to" if coarsen_to else "algorithm 'best' searches further"),
             short,
             False,

@@ -69,7 +69,10 @@ TIGHT: dict[str, Any] = {
     ],
 )
 def test_activations_make_room(tmp_path: Path, options: list[str], kind: str, told: str) -> None:
-    assert place(tmp_path, TIGHT).exit_code == 2
+    refused = place(tmp_path, TIGHT)
+    assert refused.exit_code == 2
+    told_short = "all 1 were played in all orders; in the nearest, 'gpu' is 1 bytes short"
+    assert told_short in refused.output
     whole = tmp_path / "whole.json"
     gantt, trace = tmp_path / "step.svg", tmp_path / "step.json"
     result = place(tmp_path, TIGHT, *options, "--rewritten", str(whole), "--gantt", str(gantt),

@@ -136,7 +136,7 @@ def test_random_problems_never_get_worse(seed: int, ops: int, host: bool) -> Non
     try:
         plain = place(problem, budget=0.3).report["makespan_s"]
     except InfeasibleError as error:
-        if error.proven:
+        if error.proven and "were played" not in str(error):  # which copies were not
             with pytest.raises(InfeasibleError) as caught:
                 place(problem, budget=0.3, recompute=True)
             assert caught.value.proven
