@@ -14,15 +14,20 @@ from .pipeline import LinkError, Pending
 
 
 class Group:
-    """All ranks of the default process group, as a `pipeline.Transport`."""
+    """All ranks of a process group, the default one unless another is given, as a
+    `pipeline.Transport`.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
 
     def send(self, tensor: torch.Tensor, rank: int, tag: int) -> Pending:
         """See `Transport.send`."""
-        return _started(dist.isend(tensor, rank, tag=tag), rank)
+        return _started(dist.isend(tensor, rank, self.group, tag), rank)
 
     def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> Pending:
         """See `Transport.receive`."""
-        return _started(dist.irecv(tensor, rank, tag=tag), rank)
+        return _started(dist.irecv(tensor, rank, self.group, tag), rank)
 
 
 def _started(work: Any, rank: int) -> Pending:

@@ -194,6 +194,11 @@ class Player:
         """
         return self._play()
 
+    def abandon(self) -> None:
+        """Lets go of all batches in flight, and with them of their transfers under way."""
+        self._batches.clear()
+        self._sent.clear()
+
     def _play(self) -> list[tuple[int, dict[str, Any]]]:
         now = self._period
         for wire in self._incoming:

@@ -1,12 +1,13 @@
 """Ranks that torchrun started: each process is one device and runs the same script.
 
 The first rank divides the model; the others get their parts from it. Every rank is given the same
-batches and gets every result. A failure on one rank while loading is raised by all; later ones are
-noticed by those that wait for it.
+batches and gets every result. A failure on one rank while loading is raised by all. One of a later
+rank ends its connections, so that those notice who wait for it; a note in the store tells all why.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +21,9 @@ from ...runtime import distributed
 from ...runtime.pipeline import LinkError, Player
 from ..errors import OptionError, PlaitError
 from ..weights.absent import Checkpoint, ModuleSource, Source
+from .causes import Broken, Causes
 from .engines import Model, Tensors
-from .local import START, late, lost
+from .local import START
 from .options import threads_of
 from .part import DistributedError, Memory, Part, failure
 from .plan import Division, Planned
@@ -43,9 +45,9 @@ class SpmdEngine:
         kinds = {d.torch.type for d in devices}
         self.joined = not dist.is_initialized()
         if self.joined:
-            backend = "nccl" if kinds == {"cuda"} else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=options.timeout))
-        # Planning and loading may take longer than any step: they have a group of their own.
+            dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
+        # Groups of its own: planning and loading may take longer than any step, the caller's group
+        # has another timeout, and what ends with this model must not end that group.
         patience = timedelta(seconds=START + options.budget)
         self.setup: Any = dist.new_group(timeout=patience, backend="gloo")
         self.rank = dist.get_rank()
@@ -54,7 +56,12 @@ class SpmdEngine:
             torch.cuda.set_device(here.torch)
         else:
             torch.set_num_threads(threads_of(options, devices))
+        backend = "nccl" if kinds == {"cuda"} else "gloo"
+        limit = timedelta(seconds=options.timeout)
+        self.group: Any = dist.new_group(timeout=limit, backend=backend)
+        self.causes = Causes(self.group)
         self.broken: PlaitError | None = None
+        self.player: Player | None = None
         whole: list[Any] = [None, None]
         if self.rank == 0:
             whole = self._plan(lambda: model.plan(args, kwargs), ranks)
@@ -84,7 +91,8 @@ class SpmdEngine:
         self.part = part
         self.device = here.torch
         empty = part.arena.empty if here.torch.type == "cpu" else None
-        self.player = Player(part.program, part.runs, distributed.Group(), here.torch, empty=empty)
+        self.player = Player(part.program, part.runs, distributed.Group(self.group), here.torch,
+                             empty=empty)  # fmt: skip
 
     @staticmethod
     def _plan(plan: Callable[[], Planned], ranks: int) -> list[Any]:
@@ -106,13 +114,16 @@ class SpmdEngine:
             raise DistributedError("PLT-DST-011", f"the ranks have ended: {self.broken.reason}")
         try:
             return call()
-        except LinkError as error:
-            self.broken = _error(self.rank, error.rank, str(error))
         except PlaitError as error:  # this rank's own
-            self.broken = error
+            note: PlaitError | Broken = error
+            error.__cause__ = error.__traceback__ = None  # which hold transfers under way
         except RuntimeError as error:
-            self.broken = _error(self.rank, None, str(error))
+            note = Broken(error.rank if isinstance(error, LinkError) else None, str(error))
+        self.broken = note if isinstance(note, PlaitError) else note.error(self.rank)
+        self.causes.leave(note)
         self.close()  # others wait for this rank: now they learn that it is gone
+        if isinstance(note, Broken):
+            self.broken = self.causes.of(note)
         raise self.broken from None
 
     def stream(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
@@ -121,14 +132,18 @@ class SpmdEngine:
             try:
                 for inputs in batches:
                     yield from self._guard(lambda given=inputs: self._all(self._fed(given)))
-                while self.player.busy:
+                while self._in_flight():
                     yield from self._guard(lambda: self._all(self._fed()))
             finally:
-                while self.broken is None and self.player.busy:  # nobody wants the rest
+                while self.broken is None and self._in_flight():  # nobody wants the rest
                     self._guard(self._fed)
+
+    def _in_flight(self) -> bool:
+        return self.player is not None and self.player.busy
 
     def _fed(self, inputs: Tensors | None = None) -> list[tuple[int, dict[str, torch.Tensor]]]:
         """What a period gives, with a new batch or without."""
+        assert self.player is not None
         try:
             return self.player.drain() if inputs is None else self.player.feed(inputs)
         except LinkError:
@@ -147,27 +162,38 @@ class SpmdEngine:
                     shape, dtype=kind, device=self.device
                 )  # fmt: skip
                 if tensor.numel():
-                    dist.broadcast(tensor, owner)
+                    self._broadcast(tensor, owner)
                 whole[name] = tensor
             found.append(whole)
         return found
 
+    def _broadcast(self, tensor: torch.Tensor, owner: int) -> None:
+        try:
+            dist.broadcast(tensor, owner, self.group)
+        except RuntimeError as error:
+            if owner == self.rank:
+                raise
+            raise LinkError(owner, str(error)) from error
+
     def memory(self) -> list[Memory]:
         """See `Engine.memory`."""
         found: list[Any] = [None] * dist.get_world_size()
-        self._guard(lambda: dist.all_gather_object(found, self.part.watch()))
+        self._guard(lambda: dist.all_gather_object(found, self.part.watch(), self.group))
         return found
 
     def close(self) -> None:
         """See `Engine.close`."""
+        if self.broken is None:
+            self.broken = DistributedError("PLT-DST-011", "close() was called")
+        if self.player is not None:
+            self.player.abandon()
+        self.player = None
+        groups = [group for group in (self.setup, self.group) if group is not None]
+        self.setup = self.group = None
+        if dist.is_initialized():
+            for group in groups:
+                dist.destroy_process_group(group)
         if self.joined:
             self.joined = False
             distributed.leave()
-        elif self.setup is not None and dist.is_initialized():
-            dist.destroy_process_group(self.setup)
-        self.setup = None
-
-
-def _error(rank: int, other: int | None, reason: str) -> DistributedError:
-    who = "another rank" if other is None else f"rank {other}"
-    return late(rank, who) if "timed out" in reason.lower() else lost(rank, who, reason)
+        gc.collect()  # links end when nothing refers to them

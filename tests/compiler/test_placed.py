@@ -20,6 +20,7 @@ from torch import nn
 import plait
 from plait.compiler.placed import units as placed_units
 from plait.compiler.placed.capture import stand_ins
+from plait.compiler.placed.causes import Broken, bottom
 from plait.compiler.placed.local import Ranks, most_telling
 from plait.compiler.placed.options import devices_here
 from plait.compiler.placed.part import segment_from_json, segment_to_json
@@ -279,6 +280,14 @@ try:
         os._exit(7)
     if sys.argv[3] == "die":
         placed(x)
+    def fails(_):
+        raise ValueError("trouble")
+    if os.environ["RANK"] == "1":
+        placed._engine.player.segments = dict.fromkeys(placed._engine.player.segments, fails)
+    try:
+        placed(x)
+    except plait.DistributedError as error:  # of one rank, but all are told, and not by a timeout
+        assert "PLT-DST-010: rank 1 failed: ValueError: trouble" in str(error), error
     placed.close()
     other = model if os.environ["RANK"] == "0" else model[:1]
     try:
@@ -345,6 +354,19 @@ def test_ranks_of_torchrun_agree_on_what_is_wrong(tmp_path: Path) -> None:
         folder.mkdir()
         for code, output in spmd(folder, devices, "600", "run"):
             assert code == 3 and text in output, output
+
+
+def test_the_rank_at_the_bottom_of_broken_links_is_named() -> None:
+    own = plait.DistributedError("PLT-DST-010", "rank 2 failed")
+    for notes, text in (
+        ({0: Broken(1, "closed"), 1: Broken(2, "closed"), 2: own}, "rank 2 failed"),
+        ({0: Broken(1, "closed"), 1: Broken(2, "Timed out")}, "rank 1 waited too long for rank 2"),
+        ({0: Broken(None, "closed"), 1: Broken(2, "gone")}, "rank 1 lost rank 2: gone"),
+        ({0: Broken(1, "Timed out")}, "rank 0 waited too long for rank 1"),
+        ({0: Broken(1, "a"), 1: Broken(0, "b"), 2: Broken(0, "c")}, "rank 1 lost rank 0: b"),
+        ({0: Broken(None, "closed")}, "rank 0 lost another rank: closed"),
+    ):
+        assert text in str(bottom(notes, 0, 3))
 
 
 def test_weights_come_from_files(tmp_path: Path, net: nn.Module) -> None:
