@@ -8,7 +8,7 @@ static double evaluate(const Problem *p, Work *w, State *s, double weight, doubl
     double load = 0.0, cost;
     if (!s->throughput) {
         if (longest_path(p, w->level) > limit) return INFINITY;
-        plait_simulate(p, w, s->assign, s->priority, s->position, 0, weight, limit, &cost);
+        plait_simulate(p, w, s->assign, s->priority, s->position, s->mode, weight, limit, &cost);
         cost += *s->price * w->counts[1];
         return cost <= limit ? cost : INFINITY;
     }
@@ -16,9 +16,25 @@ static double evaluate(const Problem *p, Work *w, State *s, double weight, doubl
     if (load > limit) return INFINITY;
     if (p->is_static && load + weight * static_overrun(p, w, s->assign) > limit) return INFINITY;
     /* Only peaks of memory matter, not the makespan. */
-    plait_simulate(p, w, s->assign, s->priority, s->position, 0, weight, INFINITY, &cost);
+    plait_simulate(p, w, s->assign, s->priority, s->position, s->mode, weight, INFINITY, &cost);
     cost = load + weight * overrun(p, w) + *s->price * w->counts[1];
     return cost <= limit ? cost : INFINITY;
+}
+
+/* Plays the schedule just simulated, in which devices wait for memory, as lists to be kept to: the
+ * cost without overruns, infinite where lists alone make nobody wait long enough. */
+static double as_lists(const Problem *p, Work *w, State *s) {
+    double cost;
+    for (int d = 0; d < p->m; d++) w->ran[d] = 0;
+    for (int k = 0; k < p->n; k++) {
+        const int i = w->sequence[k];
+        s->turn[i] = w->ran[s->assign[i]]++;
+        s->list[i] = -(double)s->turn[i];
+    }
+    const int code = plait_simulate(p, w, s->assign, s->list, s->turn, STRICT, 0.0, INFINITY, &cost);
+    if (code != DONE || overrun(p, w) > 0.0) return INFINITY;
+    if (s->throughput) cost = plait_pipeline_load(p, s->assign, w->load);
+    return cost + *s->price * w->counts[1];
 }
 
 /* Takes over the schedule just simulated: sequences, critical path, and the best so far. */
@@ -50,7 +66,10 @@ static void accept(const Problem *p, Work *w, State *s) {
     }
     s->counts[0] = count;
     if (s->cost[0] < s->cost[1] && overrun(p, w) == 0.0) {
-        s->cost[1] = s->cost[0];
+        const double cost = s->mode == GATED ? as_lists(p, w, s) : s->cost[0];
+        if (!(cost < s->cost[1])) return;
+        s->cost[1] = cost;
+        *s->best_mode = s->mode;
         for (int i = 0; i < n; i++) {
             s->best_assign[i] = s->assign[i];
             s->best_offset[i] = s->offset[i];

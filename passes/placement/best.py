@@ -19,9 +19,10 @@ import numpy as np
 
 from . import feasible, starts
 from .bounds import lower_bounds
+from .brim import brim_splits
 from .clusters import cluster_levels, linear_orders, regions
 from .coarsen import coarsen
-from .engine import Engine
+from .engine import DONE, GATED, PRIORITY, Engine
 from .errors import InfeasibleError, shortages
 from .exhaustive import exhaustive
 from .found import Found
@@ -39,11 +40,17 @@ _MANY = range(1_000, 40_000)
 enough that there is time for both."""
 
 _COARSE_SHARE = 0.4  # of the budget that it takes
+_BRIM_SHARE = 0.5  # of the time that is left that contiguous splits may take where nothing fits
 _PACK_SHARE = 0.1  # of the budget that one integer program may take
 _EXCHANGES = 30  # starts of an exchange of units that has to fill devices to the last byte
 _PATIENCE = 3.0  # seconds of a core for which to go on past the budget at least, if nothing fits
 _SHARED = 8.0  # programs that share the core then, at most
+_GATED_STARTS = 60  # starts that are played again with devices that wait for memory, at most
+_WAITS_SAVE = 0.99  # of the time that waiting must come down to, for devices to wait at all
 _FEW_KINDS = 100  # of units, up to which integer programming is the quicker way to pack them
+_RESERVES = (0.7, 0.9, 0.4)
+"""Shares of the memory that is to spare that a packing leaves free on each device alike."""
+_SLACKS = (0.02, 0.05, 0.1, 0.2)  # of each device's memory, left free likewise
 _BRIMS = (1.0, 0.97, 0.9, 0.8, 0.65)
 """Shares of memory up to which devices are filled where nothing else fits: ops that come later, and
 copies on their way, need the rest."""
@@ -69,7 +76,9 @@ class Search:
         self.n, self.m = p.time.shape
         self.orders = linear_orders(p)
         self.engine = Engine(p, self.orders, regions(cluster_levels(p, seed)))
-        self.engine.set_throughput(objective == "throughput")
+        self.throughput = objective == "throughput"
+        self.engine.set_throughput(self.throughput)
+        self.mode = PRIORITY
         self.engine.set_price(price)
         self.bounds = lower_bounds(p, objective == "throughput")
         self.move_seconds, self.moves, self.left = 1.0, 0, 0
@@ -77,6 +86,7 @@ class Search:
         self.busy = thread_time()
         self.weight = 0.0
         self.start = ""
+        self.brims: Iterator[Ints] | None = None
         self.nearest: tuple[float, Ints, Floats] | None = None
         """Of the starts that which overruns the least: its overrun, devices by op, offsets."""
         self.ranked: list[tuple[float, Ints, Floats]] = []
@@ -115,15 +125,30 @@ class Search:
             empty = np.zeros(0, np.int64)
             return Found(empty, empty, 0.0, self.bounds, "", 0, "done")
         s, w = self.engine.state, self.engine.work
-        fits = self._fits()
+        fits, mode = self._fits(), "priority"
         if fits:
             s.assign[:], s.offset[:] = s.best_assign, s.best_offset
+            self.engine.set_mode(int(s.best_mode[0]))
         cost = self.engine.settle(0.0)
+        sequence = w.sequence.astype(np.int64)
+        if fits and s.best_mode[0] == GATED:
+            cost = float(s.cost[1])
+            mode = "priority" if self._as_ready(sequence, cost) else "strict"
+        self.engine.set_mode(self.mode)
         out_of_time = self.hurried or time.perf_counter() >= self.deadline
         return Found(
-            s.assign.astype(np.int64), w.sequence.astype(np.int64), cost, self.bounds, self.start,
-            int(s.counts[1]), "clock" if out_of_time else "moves", fits,
+            s.assign.astype(np.int64), sequence, cost, self.bounds, self.start,
+            int(s.counts[1]), "clock" if out_of_time else "moves", fits, mode,
         )  # fmt: skip
+
+    def _as_ready(self, sequence: Ints, cost: float) -> bool:
+        """Whether an order needs no device to wait on purpose."""
+        s, w = self.engine.state, self.engine.work
+        rank = np.empty(self.n)
+        rank[sequence] = -np.arange(self.n, dtype=float)
+        code, makespan = self.engine.simulate(s.assign, rank)
+        fits = code == DONE and bool((w.top <= self.p.cap).all())
+        return fits and (makespan <= cost or self.throughput)
 
     def _ranked_starts(self) -> list[tuple[float, Ints, Floats]]:
         """Starts (cost, devices by op, offsets), cheapest first and each only once."""
@@ -189,6 +214,14 @@ class Search:
         if not self._fits():
             for assign, sequence in self._brimful():
                 listed_start("filled", assign, sequence)
+        ranked = sorted(kept.values(), key=lambda item: item[0])
+        if any(over.values()) and not p.static:
+            # Those that take little time if memory does not count, but hold what stays, and others.
+            key = lambda item: item[0] - self.weight * over[item[1].tobytes()]  # noqa: E731
+            quick = [x for x in sorted(ranked, key=key) if self._holds(x[1])][:_GATED_STARTS]
+            waiting = self._gated([*quick, *ranked[:_GATED_STARTS]])
+            if waiting is not None:
+                return waiting
         # Starts that overrun and yet cost half of any that fits would draw the search away from
         # those: memory must matter more, such as where a transfer takes longer than all else.
         while self._fits() and min(x[0] for x in kept.values()) < s.cost[1] / 2:
@@ -196,6 +229,40 @@ class Search:
                 kept[key] = (cost + 3 * self.weight * over[key], *rest)
             self.weight *= 4
         return sorted(kept.values(), key=lambda item: item[0])
+
+    def _gated(
+        self, ranked: list[tuple[float, Ints, Floats]]
+    ) -> list[tuple[float, Ints, Floats]] | None:
+        """The best starts again, with devices that wait where they have no room: where nothing else
+        fits, or takes more than that. None where that makes nothing better.
+        """
+        s = self.engine.state
+        before = float(s.cost[1])
+        place, found = starts.depth_first(self.p), []
+        self._set_mode(GATED)
+        for _, assign, offset in ranked:
+            longest = float(self.engine.bottom_levels(assign).max())
+            for tried in (offset, *(-share * longest * place for share in (0.3, 1.0, 10.0))):
+                s.assign[:], s.offset[:] = assign, tried
+                least = s.cost[1]
+                found.append((self.engine.settle(self.weight), assign, tried))
+                self.start = "waits" if s.cost[1] < least else self.start
+            if time.perf_counter() > self.began + 0.5 * self.budget:
+                self.hurried = True
+                break
+        if s.cost[1] < _WAITS_SAVE * before:
+            return sorted(found, key=lambda item: item[0])
+        self._set_mode(PRIORITY)
+        return None
+
+    def _holds(self, assign: Ints) -> bool:
+        """Whether what stays for the whole step has room."""
+        stays = np.bincount(assign, self.p.param, self.m)
+        return bool((stays <= self.p.cap).all())
+
+    def _set_mode(self, mode: int) -> None:
+        self.mode = mode
+        self.engine.set_mode(mode)
 
     def _brimful(self) -> Iterator[tuple[Ints, Ints]]:
         """Devices by op and orders that use all of the memory: where little is to spare."""
@@ -313,12 +380,38 @@ class Search:
     def _insist(self) -> None:
         """Nothing fits yet: repair the nearest start, then exact packings of what must stay.
 
-        Where everything stays packings come first, for they need no repair.
+        Where everything stays packings come first, for they need no repair. Else devices wait for
+        room from now on, rather than overrun.
         """
+        if self._split_to_the_brim():
+            return
+        if not self.p.static:
+            self._set_mode(GATED)
         if not self.p.static and self._nearest_repaired():
             return
         if not self._packed() and self.p.static:
             self._nearest_repaired()
+
+    def _split_to_the_brim(self) -> bool:
+        """Whether a contiguous split that uses devices up fits; the next call looks at others."""
+        s, zero = self.engine.state, np.zeros(self.n)
+        now = time.perf_counter()
+        end = now + _BRIM_SHARE * (self.deadline - now)
+        self._set_mode(PRIORITY)
+        if self.brims is None:
+            self.brims = brim_splits(self.engine, self.orders)
+        while time.perf_counter() < end:
+            device = next(self.brims, None)
+            if device is None:
+                return False
+            self._load(device[self.p.unit], zero)
+            over = self.engine.overrun()
+            if self.nearest is None or over < self.nearest[0]:
+                self.nearest = over, s.assign.copy(), zero
+            if self._fits():
+                self.start = "brim"
+                return True
+        return False
 
     def _nearest_repaired(self) -> bool:
         repaired = self.nearest is not None and self._repaired(*self.nearest[1:])
@@ -358,7 +451,9 @@ class Search:
             return None
 
         few = feasible.kinds(self.problem) <= _FEW_KINDS
-        for slack in (0.0,) if p.static else (0.0, 0.02, 0.05, 0.1, 0.2):
+        spare = max(1 - float(feasible.standing(self.problem).sum() / p.cap.sum()), 0.0)
+        reserves = [*(share * spare for share in _RESERVES), *(x for x in _SLACKS if x < spare)]
+        for slack in (0.0,) if p.static else (0.0, *reserves):
             for way in (by_count, by_sums) if few else (by_sums, by_count):
                 left = self.deadline - time.perf_counter()
                 if left <= 0:
@@ -380,6 +475,7 @@ class Search:
 
     def _give_up(self) -> None:
         p, s, w = self.p, self.engine.state, self.engine.work
+        self._set_mode(PRIORITY)
         self.engine.settle(self.weight)
         short = {
             device.name: float(top - cap)

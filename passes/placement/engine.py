@@ -27,10 +27,13 @@ from .errors import PlacementError
 from .problem import Arrays, Floats
 
 DONE, STUCK, CUT = 0, 1, 2
+PRIORITY, STRICT, GATED = 0, 1, 2
+"""Modes of the simulator: GATED devices start only what they have room for."""
 
 _SOURCES = ("simulator.c", "annealer.c")
 _FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
 _SCALARS = ("n", "m", "units", "tensors", "pairs", "regions", "orders", "is_static", "uneven")
+_SETTINGS = ("throughput", "mode")
 
 Index = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint8]
@@ -113,6 +116,9 @@ class State(NamedTuple):
     offset: Floats  # [n] priorities less bottom levels, seconds
     best_assign: Index  # [n]
     best_offset: Floats  # [n]
+    best_mode: Index  # [1] the mode in which the best was found
+    turn: Index  # [n] place of an op among those of its device, where lists are tried
+    list: Floats  # [n] the same as priorities
     cost: Floats  # [2] current; best that fits in memory
     price: Floats  # [1] added to the cost for each transfer, seconds
     counts: Index  # [4] ops in critical; moves tried; moves taken; times the best got better
@@ -153,9 +159,9 @@ class Engine:
             f(m + m * m),
         )  # fmt: skip
         self.state = State(
-            i(n), f(n), i(n), f(n), np.full(2, np.inf), f(1), i(4), f(n), i(n), i(n), i(m + 1),
-            i(n), i(max(n, units)), i(units), f(n), i(n), f(n), np.zeros(n // 64 + 1, np.uint64),
-            np.zeros(1, np.uint64),
+            i(n), f(n), i(n), f(n), i(1), i(n), f(n), np.full(2, np.inf), f(1), i(4), f(n), i(n),
+            i(n), i(m + 1), i(n), i(max(n, units)), i(units), f(n), i(n), f(n),
+            np.zeros(n // 64 + 1, np.uint64), np.zeros(1, np.uint64),
         )  # fmt: skip
         scalars = (
             n, m, units, len(p.tensor_src), pairs, len(self.view.region_ptr) - 1, len(order),
@@ -163,7 +169,7 @@ class Engine:
         )  # fmt: skip
         self._p = _pointer(_struct(View, _SCALARS), self.view, scalars)
         self._w = _pointer(_struct(Work, ()), self.work, ())
-        self._s = _pointer(_struct(State, ("throughput",)), self.state, (0,))
+        self._s = _pointer(_struct(State, _SETTINGS), self.state, (0, PRIORITY))
         self._library = _library()
 
     def simulate(
@@ -185,7 +191,7 @@ class Engine:
         place = position if strict else self.state.position
         code = self._library.plait_simulate(
             self._p, self._w, _address(assign), _address(priority), _address(place),
-            int(strict), 0.0, limit, ctypes.byref(cost),
+            STRICT if strict else PRIORITY, 0.0, limit, ctypes.byref(cost),
         )  # fmt: skip
         return code, cost.value
 
@@ -221,6 +227,10 @@ class Engine:
     def set_throughput(self, on: bool) -> None:
         """Makes the largest load the cost, instead of the makespan."""
         self._s._obj.throughput = int(on)
+
+    def set_mode(self, mode: int) -> None:
+        """PRIORITY, or GATED: then the best is one whose order fits when kept to as lists."""
+        self._s._obj.mode = mode
 
     def set_price(self, seconds: float) -> None:
         """Adds ``seconds`` to the cost for each transfer."""
@@ -280,7 +290,7 @@ def _declarations() -> str:
     kinds = [(Floats, "double"), (Index, "int32_t"), (Mask, "uint8_t"), (Seed, "uint64_t")]
     text = ["#include <stdint.h>"]
     for kind, name, scalars in (
-        (View, "Problem", _SCALARS), (Work, "Work", ()), (State, "State", ("throughput",))
+        (View, "Problem", _SCALARS), (Work, "Work", ()), (State, "State", _SETTINGS)
     ):  # fmt: skip
         text.append("typedef struct {")
         text += [f"    int32_t {field};" for field in scalars]

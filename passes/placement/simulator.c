@@ -11,6 +11,10 @@
 
 enum { DONE = 0, STUCK = 1, CUT = 2 };
 
+/* What a device starts: the first of its ready ops, exactly the next of its list, or the first of
+ * the ready ops that its memory has room for now. */
+enum { PRIORITY = 0, STRICT = 1, GATED = 2 };
+
 static double transfer_seconds(const Problem *p, int m, int from, int to, double bytes) {
     return p->lat[from * m + to] + bytes / p->bw[from * m + to];
 }
@@ -79,6 +83,27 @@ static int pop_ready(int32_t *heap, int32_t *size, const double *priority) {
     return first;
 }
 
+/* The first ready op that takes at most `room` bytes, or with `forced` the one that takes least; -1
+ * where there is none. `aside` has room for all of them. */
+static int pop_fitting(const Problem *p, int32_t *heap, int32_t *size, const double *priority,
+                       double room, int forced, int32_t *aside) {
+    int count = 0, found = -1;
+    double least = INFINITY;
+    while (*size && (forced || found < 0)) {
+        const int i = pop_ready(heap, size, priority);
+        const double need = p->out[i] + p->temp[i];
+        if (forced ? need < least : need <= room) {
+            if (found >= 0) aside[count++] = found;
+            found = i;
+            least = need;
+        } else {
+            aside[count++] = i;
+        }
+    }
+    while (count) push_ready(heap, size, aside[--count], priority);
+    return found;
+}
+
 static void push_event(double *time, int32_t *id, int size, double when, int what) {
     int k = size;
     while (k > 0) {
@@ -137,8 +162,9 @@ static double static_overrun(const Problem *p, Work *w, const int32_t *assign) {
 
 /* Plays one step. The cost is the makespan plus `weight` times the overrun of memory; CUT as soon
  * as it must come out above `limit`: what is left of a path (w->level holds bottom levels) or of a
- * device's work takes longer. A device starts its ready op of largest priority; when strict, only
- * the op whose position is the number it has started. */
+ * device's work takes longer. A device starts its ready op of largest priority; when STRICT, only
+ * the op whose position is the number it has started; when GATED, only ops that there is room for,
+ * unless nothing else is under way anywhere. */
 int plait_simulate(const Problem *problem, Work *work, const int32_t *assign,
                    const double *priority, const int32_t *position, int strict, double weight,
                    double limit, double *cost) {
@@ -146,7 +172,7 @@ int plait_simulate(const Problem *problem, Work *work, const int32_t *assign,
     const Problem problem_here = *problem, *p = &problem_here;
     const Work work_here = *work, *w = &work_here;
     const int n = p->n, m = p->m, dynamic = !p->is_static;
-    int events = 0, started = 0, sent = 0, wakes = m, grew = 0;
+    int events = 0, started = 0, sent = 0, wakes = m, grew = 0, forced = -1;
     double now = 0.0, makespan = 0.0, over = 0.0, longest = 0.0;
     *cost = INFINITY;
     for (int d = 0; d < m; d++) {
@@ -187,8 +213,16 @@ int plait_simulate(const Problem *problem, Work *work, const int32_t *assign,
             w->woken[d] = 0;
             if (w->running[d] >= 0 || !w->ready_len[d]) continue;
             int32_t *heap = w->ready + w->ready_ptr[d];
-            if (strict && position[heap[0]] != w->ran[d]) continue;
-            const int i = pop_ready(heap, w->ready_len + d, priority);
+            int i;
+            if (strict == GATED && dynamic) {
+                i = pop_fitting(p, heap, w->ready_len + d, priority, p->cap[d] - w->current[d],
+                                d == forced, w->sequence + started);
+                if (i < 0) continue;
+                forced = -1;
+            } else {
+                if (strict == STRICT && position[heap[0]] != w->ran[d]) continue;
+                i = pop_ready(heap, w->ready_len + d, priority);
+            }
             const double seconds = p->time[(int64_t)i * m + d], done = now + seconds;
             const double rest = w->left[d] > w->level[i] ? w->left[d] : w->level[i];
             if (now + rest + weight * over > limit) return CUT;
@@ -205,6 +239,21 @@ int plait_simulate(const Problem *problem, Work *work, const int32_t *assign,
             }
         }
         wakes = 0;
+        if (!events && strict == GATED && started < n) { /* all wait for memory */
+            double least = INFINITY;
+            for (int d = 0; d < m; d++) {
+                if (!w->ready_len[d]) continue;
+                const double share = w->current[d] / (p->cap[d] > 1.0 ? p->cap[d] : 1.0);
+                if (share < least) {
+                    least = share;
+                    forced = d;
+                }
+            }
+            if (forced >= 0) {
+                add(w->wake, w->woken, &wakes, forced);
+                continue;
+            }
+        }
         if (!events) break;
         if (w->event_time[0] > now) { /* time moves on: this instant's frees are in */
             for (int k = 0; k < grew; k++) {
@@ -217,6 +266,8 @@ int plait_simulate(const Problem *problem, Work *work, const int32_t *assign,
             grew = 0;
         }
         now = w->event_time[0];
+        if (strict == GATED) /* whatever ends may make room */
+            for (int d = 0; d < m; d++) add(w->wake, w->woken, &wakes, d);
         while (events && w->event_time[0] == now) {
             const int what = w->event_id[0];
             pop_event(w->event_time, w->event_id, events--);
