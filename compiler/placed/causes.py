@@ -21,7 +21,7 @@ from .local import late, lost
 from .part import DistributedError
 
 _GRACE = 2.0
-"""Seconds to wait for notes of others, at most: a rank that is at work finds out when it is done."""
+"""Seconds to wait for notes of others, at most: a rank at work finds out when it is done."""
 
 
 @dataclass(frozen=True)

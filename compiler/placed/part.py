@@ -48,6 +48,9 @@ def failure(rank: int, error: Exception) -> PlaitError:
     """A rank's error as one that all ranks can be told."""
     if isinstance(error, PlaitError):
         return error
+    if _is_shortage(error):
+        hint = "give its device more memory, or more devices"
+        return DistributedError("PLT-DST-006", f"rank {rank} is out of memory: {error}", hint)
     lines = [x.strip() for x in traceback.format_exception(error)]
     where = next((x.splitlines()[0] for x in reversed(lines) if x.startswith("File")), "")
     reason = f"rank {rank} failed: {type(error).__name__}: {error} ({where})"
@@ -239,6 +242,7 @@ def _is_shortage(error: BaseException) -> bool:
         "out of memory",
         "cannot allocate memory",
         "not enough memory",
+        "failed to map segment",
     )
     return isinstance(error, MemoryError) or any(w in text for w in words)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -46,8 +48,11 @@ class Placed:
         self.devices: list[Here] = devices_here(devices)
         self._signature = signature_of(model)
         self._engine: Engine | None = None
-        self._ran = self._busy = False
-        self._lock = threading.RLock()
+        self._ran = False
+        # No RLock: an iterator of `map` may be closed by another thread than began it, by garbage
+        # collection for one.
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread that began what holds the lock
 
     # -- calling --------------------------------------------------------------------------------
 
@@ -56,7 +61,7 @@ class Placed:
         DistributedError where a rank fails, after which nothing runs any more; only where the very
         first call fails in processes started here does the next one divide the model again.
         """
-        with self._lock:
+        with self._alone():
             (result,) = self._stream([(args, kwargs)])
             return result
 
@@ -65,26 +70,37 @@ class Placed:
         or one argument. As many batches are in flight as the pipeline has stages; where ranks are
         processes, nothing else runs until all results are taken or the iterator is closed.
         """
-        with self._lock:
+        with self._alone():
             yield from self._stream(as_call(batch) for batch in batches)
 
-    def _check_free(self) -> None:
-        """Raises DistributedError where results of `map` that ranks are at work on are still to
-        come: what they send next belongs to those.
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits for other threads' calls. Raises DistributedError where this thread has results of
+        `map` still to come, and ranks are at work on them: what they send next belongs to those.
         """
-        if self._busy and not isinstance(self._engine, InlineEngine):
-            raise DistributedError(
-                "PLT-DST-011", "not all results of map have been taken",
-                "take them, or close() the iterator",
-            )  # fmt: skip
+        if not self._lock.acquire(blocking=False):
+            gc.collect()  # an iterator that nobody can reach any more may hold it
+            if not self._lock.acquire(blocking=self._owner != threading.get_ident()):
+                if not isinstance(self._engine, InlineEngine):
+                    raise DistributedError(
+                        "PLT-DST-011", "not all results of map have been taken",
+                        "take them, or close() the iterator",
+                    )  # fmt: skip
+                yield  # batches in one process are done one by one, whoever asks
+                return
+        self._owner = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._owner = None
+            self._lock.release()
 
     def _stream(self, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]) -> Iterator[Any]:
         calls = iter(calls)
         first = next(calls, None)
         if first is None:
             return
-        self.prepare(*first)
-        self._check_free()
+        self._divide(*first)
         engine = self._engine
         assert engine is not None
 
@@ -100,7 +116,6 @@ class Placed:
                 kept.append(inputs)
                 yield inputs
 
-        self._busy = True
         try:
             for results in engine.stream(noted()):
                 self._ran = True
@@ -110,24 +125,27 @@ class Placed:
             if not self._ran and isinstance(engine, LocalEngine):
                 self._engine = None
             raise
-        finally:
-            self._busy = False
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Placed:
         """Divides the model for these arguments, once. Returns itself."""
-        with self._lock:
-            if self._engine is None:
-                as_given = is_wrapped(self.original)
-                args, kwargs, _ = canonical(self._signature, tuple(args), dict(kwargs), as_given)
-                engines: dict[str, Any] = {"inline": InlineEngine, "processes": LocalEngine}
-                how = self.placement_options.how()
-                if how == "torchrun":
-                    from .spmd import SpmdEngine
-
-                    engines["torchrun"] = SpmdEngine
-                model = Model(self.original, self.devices, self.placement_options, self.options)
-                self._engine = engines[how](model, args, kwargs)
+        if self._engine is None:
+            with self._alone():
+                self._divide(args, kwargs)
         return self
+
+    def _divide(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if self._engine is not None:
+            return
+        as_given = is_wrapped(self.original)
+        args, kwargs, _ = canonical(self._signature, tuple(args), dict(kwargs), as_given)
+        engines: dict[str, Any] = {"inline": InlineEngine, "processes": LocalEngine}
+        how = self.placement_options.how()
+        if how == "torchrun":
+            from .spmd import SpmdEngine
+
+            engines["torchrun"] = SpmdEngine
+        model = Model(self.original, self.devices, self.placement_options, self.options)
+        self._engine = engines[how](model, args, kwargs)
 
     def _inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensors:
         """A call's tensors by name. Raises InputError where they are not as compiled for."""
@@ -184,8 +202,7 @@ class Placed:
 
     def memory(self) -> list[Memory]:
         """Bytes of each rank's process: base, after loading, peak; empty when run inline."""
-        with self._lock:
-            self._check_free()
+        with self._alone():
             return [] if self._engine is None else self._engine.memory()
 
     def explain(self) -> str:

@@ -116,7 +116,8 @@ class SpmdEngine:
             return call()
         except PlaitError as error:  # this rank's own
             note: PlaitError | Broken = error
-            error.__cause__ = error.__traceback__ = None  # which hold transfers under way
+            # What they hold are frames, and with them transfers under way.
+            error.__cause__ = error.__context__ = error.__traceback__ = None
         except RuntimeError as error:
             note = Broken(error.rank if isinstance(error, LinkError) else None, str(error))
         self.broken = note if isinstance(note, PlaitError) else note.error(self.rank)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from plait.compiler.placed.capture import stand_ins
 from plait.compiler.placed.causes import Broken, bottom
 from plait.compiler.placed.local import Ranks, most_telling
 from plait.compiler.placed.options import devices_here
-from plait.compiler.placed.part import segment_from_json, segment_to_json
+from plait.compiler.placed.part import failure, segment_from_json, segment_to_json
 from plait.compiler.weights.absent import Checkpoint
 
 FAST = {"budget": 0.3, "timeout": 600.0}  # a timeout that a busy machine keeps
@@ -150,6 +151,17 @@ def test_processes_give_the_same_and_hold_their_part_only(
             other()
     stream.close()  # what is in flight must not become the next call's answer
     check(ranks, net, *example(5))
+    begun = ranks.map(given)
+    next(begun)
+    other = threading.Thread(target=begun.close)  # as garbage collection in another thread does
+    other.start()
+    other.join()
+    check(ranks, net, *example(6))
+    circle = [ranks.map(given)]
+    next(circle[0])
+    circle.append(circle)
+    del circle  # nobody can close it any more
+    check(ranks, net, *example(7))
     memory = ranks.memory()
     assert len(memory) == 2 and all(m.base > 0 and m.peak >= m.loaded for m in memory)
 
@@ -495,6 +507,12 @@ def test_results_that_come_and_go_leave_no_holes() -> None:
     command = [sys.executable, "-c", RESULTS_COME_AND_GO]
     grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert int(grown) < 2e6
+
+
+def test_a_rank_out_of_memory_says_so_wherever_it_is() -> None:
+    for error in (MemoryError("no room"), ImportError("x.so: failed to map segment")):
+        told = failure(1, error)
+        assert told.remark == "PLT-DST-006" and "rank 1 is out of memory" in str(told)
 
 
 def test_errors_travel_between_processes() -> None:
