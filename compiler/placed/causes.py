@@ -59,10 +59,12 @@ class Causes:
 
         def look() -> None:
             end = time.monotonic() + _GRACE
-            while not _settled(notes, self.ranks) and time.monotonic() < end:
+            while time.monotonic() < end:
                 for rank in set(range(self.ranks)) - notes.keys():
                     if self.store.check([str(rank)]):
                         notes[rank] = pickle.loads(self.store.get(str(rank)))
+                if _settled(notes, self.ranks):  # not before: who ends its links has left a note
+                    return
                 time.sleep(0.01)
 
         self._bounded(look)
