@@ -47,7 +47,7 @@ class Causes:
     def __init__(self, group: Any) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         store = dist.distributed_c10d._get_default_store()
-        self.store = dist.PrefixStore(f"plait/{group.group_name}", store)
+        self.store = dist.distributed_c10d.PrefixStore(f"plait/{group.group_name}", store)
 
     def leave(self, note: PlaitError | Broken) -> None:
         """Tells the others what failed here. Where the store is gone they find out without."""
