@@ -276,35 +276,35 @@ class _Body:
         if self._whole(count) and any(needed[rows]):
             if rows:
 
-                def line(ky: Expr) -> None:
+                def row(ky: Expr) -> None:
                     for kx in range(spec.kw):
                         some = inside(count, kx, spec.sw, spec.pw, spec.dw, spec.w)
                         self._run(acc, tile, some, weights, ky, em.i64(kx), False)
 
-                acc.loop(*ys, spec.kh, spec.kw * self.steps, line)
+                acc.loop(*ys, spec.kh, spec.kw * self.steps, row)
             else:
 
-                def line(kx: Expr) -> None:
+                def column(kx: Expr) -> None:
                     for ky in range(spec.kh):
                         some = inside(count, ky, spec.sh, spec.ph, spec.dh, spec.h)
                         self._run(acc, tile, some, weights, em.i64(ky), kx, False)
 
-                acc.loop(*xs, spec.kw, spec.kh * self.steps, line)
+                acc.loop(*xs, spec.kw, spec.kh * self.steps, column)
         elif self._merges() and not check and self.kind != "cols":
 
-            def line(ky: Expr) -> None:  # columns of taps and channels form one run in memory
+            def run(ky: Expr) -> None:  # columns of taps and channels form one run in memory
                 self._run(acc, tile, range(count), weights, ky, em.i64(0), False, spec.kw)
 
-            acc.loop(*ys, spec.kh, spec.kw * self.steps, line)
+            acc.loop(*ys, spec.kh, spec.kw * self.steps, run)
         else:
 
-            def line(ky: Expr) -> None:
+            def row_by_taps(ky: Expr) -> None:
                 def tap(kx: Expr) -> None:
                     self._run(acc, tile, range(count), weights, ky, kx, check)
 
                 acc.loop(*xs, spec.kw, self.steps, tap)
 
-            acc.loop(*ys, spec.kh, spec.kw * self.steps, line)
+            acc.loop(*ys, spec.kh, spec.kw * self.steps, row_by_taps)
         acc.flush(0)
 
     def _merges(self) -> bool:

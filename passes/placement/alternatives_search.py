@@ -21,11 +21,12 @@ import numpy as np
 
 from . import feasible
 from .alternatives import Alternative, Rewritten, rewrite
-from .best import Progress, Search, search, search_seconds
+from .best import Search, search, search_seconds
 from .bounds import lower_bounds
 from .choices import Allowed, Chooser
 from .errors import InfeasibleError
 from .exhaustive import exhaustive
+from .fitting import Progress
 from .found import Found
 from .min_cut import min_cut
 from .played import Choices, Played

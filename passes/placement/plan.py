@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from .alternatives_search import Answer, best_with_alternatives
-from .best import Progress, best
+from .best import best
 from .bounds import lower_bounds
 from .choices import Allowed
 from .coarsen import coarsen
 from .errors import InfeasibleError, PlacementError, shortages
 from .feasible import refuse_hopeless
+from .fitting import Progress
 from .list_scheduling import Listed
 from .placement import Placement
 from .problem import Problem

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from plait.passes.placement import alternatives_search, best, feasible, plan
+from plait.passes.placement import alternatives_search, best, feasible, fitting, plan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -16,6 +16,6 @@ def own_time() -> Iterator[None]:
     """The clock of searches stands while others have the processor."""
     clock = SimpleNamespace(perf_counter=time.thread_time)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (alternatives_search, best, feasible, plan):
+        for module in (alternatives_search, best, feasible, fitting, plan):
             patch.setattr(module, "time", clock)
         yield

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.bench.placement_scale import training_graph
-from plait.passes.placement import alternatives_search, best
+from plait.passes.placement import alternatives_search, best, fitting
 from plait.passes.placement.alternatives import rewrite
 from plait.passes.placement.choices import Allowed, Chooser
 from plait.passes.placement.errors import InfeasibleError, PlacementError
@@ -146,6 +146,7 @@ def test_random_problems_never_get_worse(seed: int, ops: int, host: bool) -> Non
         with pytest.MonkeyPatch.context() as patch:  # the work is counted, not timed
             still = SimpleNamespace(perf_counter=lambda: 0.0)
             patch.setattr(best, "time", still)
+            patch.setattr(fitting, "time", still)
             patch.setattr(alternatives_search, "time", still)
             host_name = "d1" if host else None
             placement = place(problem, budget=1.0, recompute=True, offload=host_name)
@@ -195,6 +196,7 @@ def test_a_training_graph_on_devices_too_small_for_it(objective: str) -> None:
 def test_the_same_seed_gives_the_same_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     still = SimpleNamespace(perf_counter=lambda: 0.0)  # the work is counted, not timed
     monkeypatch.setattr(best, "time", still)
+    monkeypatch.setattr(fitting, "time", still)
     monkeypatch.setattr(alternatives_search, "time", still)
     problem = problem_from_dict(chain(10, 8))
     one, two = (place(problem, budget=1.0, seed=4, recompute=True).to_dict() for _ in range(2))

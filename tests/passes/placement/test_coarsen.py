@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.bench.placement_scale import training_graph
-from plait.passes.placement import best
+from plait.passes.placement import best, fitting
 from plait.passes.placement import coarsen as module
 from plait.passes.placement.coarsen import Coarse, coarsen
 from plait.passes.placement.errors import InfeasibleError, PlacementError
@@ -155,6 +155,7 @@ def test_a_search_on_the_coarser_graph_comes_first(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(best, "_MANY", range(100, 1000))
     still = SimpleNamespace(perf_counter=lambda: 0.0)  # the work is counted, not timed
     monkeypatch.setattr(best, "time", still)
+    monkeypatch.setattr(fitting, "time", still)
     one, two = (place(problem, budget=1.0, seed=3) for _ in range(2))
     assert searched[0] < searched[1] == len(problem.ops) and searched[2:] == searched[:2]
     assert (one.assign, one.order) == (two.assign, two.order)

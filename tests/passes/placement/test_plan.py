@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from plait.passes.placement import best, heft, plan
+from plait.passes.placement import best, fitting, heft, plan
 from plait.passes.placement.bounds import lower_bounds
 from plait.passes.placement.errors import InfeasibleError, PlacementError
 from plait.passes.placement.m_etf import m_etf
@@ -100,6 +100,7 @@ def test_the_same_seed_gives_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> N
     """On any machine on which the clock does not end the search: for these here it runs slowly."""
     slow = SimpleNamespace(perf_counter=lambda: time.perf_counter() / 100)
     monkeypatch.setattr(best, "time", slow)
+    monkeypatch.setattr(fitting, "time", slow)
     monkeypatch.setattr(plan, "time", slow)
     problem = problem_from_dict(layered(6, 3, 3, 120))
     one, two = (place(problem, budget=0.5, seed=7).to_dict() for _ in range(2))
