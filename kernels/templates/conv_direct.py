@@ -41,9 +41,9 @@ from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import Epilogue, clip, inside, lane_count, loop, name_index, vector, within
 from .conv_spec import ConvSpec, halo_of
-from .conv_sums import Sums
 from .conv_tiling import inner_unroll, tile_count
 from .half_factors import LANES, words, words_at_even
+from .sums import Sums
 from .vectors import ramp
 
 

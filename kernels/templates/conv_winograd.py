@@ -28,8 +28,8 @@ from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import Epilogue, lane_count, loop, name_index, vector
 from .conv_spec import ConvSpec, halo_of
-from .conv_sums import Sums
 from .conv_tiling import inner_unroll
+from .sums import Sums
 from .vectors import ramp
 
 POINTS = 16

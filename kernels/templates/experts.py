@@ -30,9 +30,9 @@ from ..ops.scope import sharing
 from ..target import Target
 from ..value import Context, Value
 from .conv_common import loop, name_index, vector
-from .conv_sums import Sums
 from .conv_tiling import inner_unroll
 from .half_factors import LANES, Left, words, words_at_even
+from .sums import Sums
 from .vectors import ramp
 
 BLOCK = 256  # steps that are summed, and of rows that are copied, at a time

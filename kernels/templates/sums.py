@@ -1,4 +1,4 @@
-"""The accumulators of a convolution's register tile."""
+"""The accumulators of a register tile: sums of products, long ones cut into runs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Sums:
     """The accumulators of a tile, and their totals where a sum is cut into shorter ones.
 
     A plain sum of n products has a rounding error that grows like sqrt(n) beside its value's;
-    summing runs of some hundred terms first, as pairwise summation does, keeps the error of deep
-    convolutions several times smaller at a cost of a few instructions per run.
+    summing runs of some hundred terms first, as pairwise summation does, keeps the error of long
+    sums several times smaller at a cost of a few instructions per run. ``pixels`` are the rows of
+    the tile, of ``nv`` vectors each; ``terms`` are those of one sum.
     """
 
     def __init__(self, em: Emitter, pixels: int, nv: int, lanes: int, terms: int) -> None:
