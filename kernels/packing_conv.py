@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from .minimal_filtering import filter_of
+
 
 def vector_starts(channels: int, lanes: int, vectors: int) -> list[int]:
     """First output channel of every vector of ``lanes`` channels, in blocks of ``vectors``.
@@ -42,14 +44,28 @@ def conv_direct(
     return packed.contiguous()
 
 
-def conv_winograd(weight: torch.Tensor, *, lanes: int, vectors: int) -> torch.Tensor:
-    """[OC, C, 3, 3] -> [blocks, 16, C, vectors * lanes]: G w G' of F(2x2, 3x3), in float64."""
-    g = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=torch.float64) / 2
-    changed = torch.einsum("ik,ockl,jl->ijco", g, weight.double(), g).to(weight.dtype)
-    starts = torch.tensor(vector_starts(weight.shape[0], lanes, vectors))
+def conv_winograd(
+    weight: torch.Tensor, *, groups: int, lanes: int, vectors: int,
+    down: int, across: int, high: int, wide: int,
+) -> torch.Tensor:  # fmt: skip
+    """[OC, C/groups, KH, KW] -> [groups * blocks, points, C/groups, vectors * lanes].
+
+    The points are those of the `minimal_filtering` of ``high`` x ``wide`` outputs at strides
+    ``down`` and ``across``: G w G', computed in float64.
+    """
+    weight = weight if weight.dim() == 4 else weight.unsqueeze(2)
+    oc, c, *taps = weight.shape
+    rows, cols = (
+        torch.tensor([[float(e) for e in row] for row in f.weights], dtype=torch.float64)
+        for f in (filter_of(taps[0], down, high), filter_of(taps[1], across, wide))
+    )
+    changed = torch.einsum("ik,ockl,jl->ijco", rows, weight.double(), cols).to(weight.dtype)
+    points, og = len(rows) * len(cols), oc // groups
+    starts = torch.tensor(vector_starts(og, lanes, vectors))
     columns = (starts[:, None] + torch.arange(lanes)).flatten()
-    packed = changed.reshape(16, weight.shape[1], -1).index_select(2, columns)
-    return packed.view(16, weight.shape[1], -1, vectors * lanes).permute(2, 0, 1, 3).contiguous()
+    index = (torch.arange(groups)[:, None] * og + columns).flatten()
+    packed = changed.reshape(points, c, oc).index_select(2, index)
+    return packed.view(points, c, -1, vectors * lanes).permute(2, 0, 1, 3).contiguous()
 
 
 PACKERS: dict[str, Callable[..., torch.Tensor]] = {

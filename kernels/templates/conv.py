@@ -1,8 +1,8 @@
 """Convolution: picks a template and its tile sizes for a group around a convolution node.
 
-`conv_direct` covers every 1-d and 2-d convolution; `conv_winograd` saves half the multiplications
-of 3x3 ones; `conv_lanes` covers depthwise ones and those whose groups are narrower than a vector
-register, where it is several times as fast.
+`conv_direct` covers every 1-d and 2-d convolution; `conv_winograd` saves a third to a half of the
+multiplications where there are several taps along an axis; `conv_lanes` covers depthwise ones and
+those whose groups are narrower than a vector register, where it is several times as fast.
 """
 
 from __future__ import annotations

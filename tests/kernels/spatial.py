@@ -215,7 +215,7 @@ NHWC = Layout()
 
 
 def case(
-    n: int, c: int, oc: int, kernel: tuple[int, int], size: tuple[int, int], *,
+    n: int, c: int, oc: int, kernel: tuple[int, ...], size: tuple[int, ...], *,
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, bias: bool = True,
     halo: bool = True, layout: Layout | None = None, out: Layout = NHWC,
     label: str = "", symbolic: bool = False,
@@ -223,12 +223,13 @@ def case(
     """A convolution alone; with ``halo`` its input has all the zeros around it that it reads."""
     torch.manual_seed(0)
     x = torch.randn(n, c, *size)
-    weight = torch.randn(oc, c // groups, *kernel) / (c // groups * kernel[0] * kernel[1]) ** 0.5
+    weight = torch.randn(oc, c // groups, *kernel) / (c // groups * math.prod(kernel)) ** 0.5
     tensors = [x, weight, torch.randn(oc)] if bias else [x, weight]
 
     def function(*args: torch.Tensor) -> torch.Tensor:
         x, w, b = args if bias else (*args, None)
-        return F.conv2d(x, w, b, stride, padding, dilation, groups)
+        convolve = F.conv2d if len(size) == 2 else F.conv1d
+        return convolve(x, w, b, stride, padding, dilation, groups)
 
     made = Case(label, function, tensors, {}, (1, 2) if bias else (1,), out, symbolic)
     if layout is None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from plait.kernels import packing, packing_conv
+from plait.kernels.minimal_filtering import filters
 from plait.kernels.target import host
 from plait.kernels.templates import conv, conv_winograd
 from plait.kernels.templates.conv_spec import parse
@@ -20,14 +21,15 @@ HALO = ((1, 1), (1, 1))
 
 
 def configs(group: Any, io: Any, target: Any) -> list[dict[str, Any]]:
-    """All that the cost model offers, and some that it does not: cut tasks, uneven ones."""
+    """Of what the cost model offers some of all sizes of patches, and cut tasks, uneven ones."""
     spec = parse(group, io)
     found = [config for _, config in conv_winograd.estimates(spec, target)]
-    patches = spec.n * -(-spec.oh // 2) * -(-spec.ow // 2)
-    ri = min(6, patches)
-    for parts in (1, 2):
-        found.append({"kind": "winograd", "ri": ri, "nv": 1, "tiles": ri, "parts": parts})
-    return found[:6]
+    chosen = list({(c["high"], c["wide"]): c for c in reversed(found)}.values())[::-1][:4]
+    high, wide = (filters(*a)[0].outputs for a in ((spec.kh, spec.sh), (spec.kw, spec.sw)))
+    ri = min(6, spec.n * -(-spec.oh // high) * -(-spec.ow // wide))
+    small = {"kind": "winograd", "high": high, "wide": wide, "ri": ri, "nv": 1, "tiles": ri}
+    chosen += [small | {"parts": parts} for parts in (1, 2)]
+    return chosen
 
 
 WINOGRAD = SimpleNamespace(candidates=configs, lower=conv.lower)
@@ -84,9 +86,9 @@ def test_slices_of_larger_buffers_and_what_follows() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"stride": 2},
+        {"stride": 3},
         {"dilation": 2, "padding": 2},
-        {"groups": 2},
+        {"groups": 4},
         {"halo": False},
         {"symbolic": True},
     ],
@@ -104,9 +106,60 @@ def test_large_images_are_offered_it_first_and_the_direct_form_too() -> None:
     assert kinds[0] == "winograd" and "direct" in kinds[:3]
 
 
+def test_taps_along_one_axis() -> None:
+    check(
+        [
+            case(1, 16, 32, taps, (h, w), padding=(taps[0] // 2, taps[1] // 2))
+            for taps, h, w in [((1, 7), 5, 17), ((7, 1), 13, 4), ((1, 3), 8, 8), ((3, 1), 7, 3)]
+        ],
+        WINOGRAD,
+        every=True,
+    )
+    check([case(1, 33, 40, (4,), (21,), padding=1)], WINOGRAD, every=True)
+
+
+def test_many_taps() -> None:
+    check(
+        [
+            case(2, 16, 24, (5, 5), (9, 7), padding=2),
+            case(1, 24, 16, (2, 4), (6, 11)),
+            case(1, 16, 16, (6, 3), (12, 6), padding=(0, 1)),
+        ],
+        WINOGRAD,
+        every=True,
+    )
+
+
+def test_stride_2() -> None:
+    check(
+        [
+            case(1, 16, 32, (3, 3), (11, 12), stride=2, padding=1),
+            case(2, 32, 16, (3, 3), (17, 9), stride=2),
+            case(1, 16, 16, (5, 7), (16, 21), stride=(2, 1), padding=(2, 3)),
+            case(1, 24, 32, (3,), (40,), stride=2, padding=1),
+        ],
+        WINOGRAD,
+        every=True,
+    )
+
+
+def test_groups() -> None:
+    check(
+        [
+            case(1, 64, 64, (3, 3), (7, 7), padding=1, groups=4),
+            case(2, 80, 120, (3, 3), (6, 5), padding=1, groups=2),
+            case(1, 64, 32, (3, 3), (9, 9), stride=2, padding=1, groups=2),
+        ],
+        WINOGRAD,
+        every=True,
+    )
+
+
 def test_weights_are_transformed_in_blocks() -> None:
     weight = torch.randn(20, 5, 3, 3)
-    packed = packing.PACKERS["conv_winograd"](weight, lanes=16, vectors=2)
+    packed = packing.PACKERS["conv_winograd"](
+        weight, groups=1, lanes=16, vectors=2, down=1, across=1, high=2, wide=2
+    )
     assert packed.shape == (1, 16, 5, 32) and packed.is_contiguous()
     starts = packing_conv.vector_starts(20, 16, 2)
     assert starts == [0, 4]
