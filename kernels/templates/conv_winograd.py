@@ -33,7 +33,7 @@ from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import Epilogue, lane_count, loop, name_index, vector
 from .conv_spec import ConvSpec, halo_of
-from .conv_tiling import inner_unroll
+from .conv_tiling import L2_BYTES, inner_unroll
 from .sums import Sums
 from .vectors import ramp
 
@@ -176,11 +176,18 @@ def _cost(spec: ConvSpec, lanes: int, blocks: int, pair: _Pair, config: dict[str
     weights = 4 * points * spec.cg * nv * lanes
     step = max(ri * nv, ri + nv) + 0.04 * (ri + nv) + 0.5
     product = points * (tiles // ri) * (spec.cg * step + 24 + 2 * ri * nv)
-    product = max(product, weights / (24 if weights * blocks * spec.groups < 512 << 10 else 10))
+    product = max(product, weights / _bandwidth(weights * blocks * spec.groups))
     # An addition takes a cycle, and so does a load; what is stored waits for the cache.
     spread = pair.spread * (1.5 if buffers > 384 << 10 else 1.0)
     task = tiles * (spread * channels / lanes + per_part * nv * pair.gather)
     return -(-tasks // WORKERS) * WORKERS * (task + per_part * product)
+
+
+def _bandwidth(weights: int) -> int:
+    """Bytes per cycle at which so many bytes of weights are read again and again."""
+    if weights < L2_BYTES // 2:
+        return 24
+    return 10 if weights < L2_BYTES else 4
 
 
 def lower(
