@@ -4,8 +4,9 @@ A patch of the input gives ``high`` x ``wide`` outputs. Transformed by the `mini
 either axis, patch and weights are multiplied element by element, so that over all channels each of
 the transform's points is a matrix product of its own: F(2x2, 3x3) has 16 points, that is 16
 multiplications where the definition takes 36; 1x7 taps 23 for 42, 5x5 taps 49 for 100, and 3x3 taps
-of stride 2 49 for 81. The transforms only add and halve, and the rounding error stays that of the
-direct sum (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016).
+of stride 2 49 for 81. The transforms only add and halve, and the rounding error stays below twice
+that of the direct sum (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR
+2016).
 
 A task takes ``tiles`` patches through all three steps while their transforms lie in the L2 cache:
 ``ri`` patches times ``nv`` vectors of output channels are held in registers. Weights are
@@ -39,8 +40,8 @@ from .vectors import ramp
 
 TILES = {  # vectors: patches
     4: (4, 5, 6),
-    3: (5, 6, 7, 8, 9),
-    2: (7, 9, 11, 12, 13, 14),
+    3: (4, 5, 6, 7, 8, 9),
+    2: (6, 7, 9, 11, 12, 13, 14),
     1: (8, 10, 12, 16, 20, 25),
 }
 LEAST_CHANNELS = 16  # below, transforms cost more than the products save
