@@ -42,7 +42,7 @@ def candidates(group: Group, io: IO, target: Target) -> list[dict[str, Any]]:
     estimates = conv_winograd.estimates(spec, target)
     found = [config for _, config in estimates]
     if not found or estimates[0][0] < conv_tiling.least_cycles(spec, io, target):
-        return [*found[:2], *direct, *found[2:]][:MOST]
+        return [*found[:1], *direct[:1], *found[1:2], *direct[1:], *found[2:]][:MOST]
     return [*direct[:1], *found[:1], *direct[1:]][:MOST]
 
 

@@ -7,6 +7,7 @@ per task, and ``order``: consecutive tasks share a weight "panel", or input "pix
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -105,6 +106,7 @@ def tile_count(spec: ConvSpec, kind: str, ri: int) -> Dim:
     return spec.n * across * -(-length // ri)
 
 
+@functools.lru_cache(4096)
 def _taps_done(size: Dim, out: Dim, kernel: int, stride: int, pad: int, dilation: int) -> float:
     """The part of the taps along one dimension that does not fall into padding."""
     if not (isinstance(size, int) and isinstance(out, int)) or out == 0:
