@@ -5,14 +5,14 @@ Ding, Zhu, Jia, Pekhimenko and Han, "IOS: Inter-Operator Scheduler for CNN Accel
 tasks form a group, groups run side by side, each on one worker. Its pruning is kept: a stage has
 at most ``max_groups`` groups of at most ``max_size`` units. Unlike there a stage may also deal each
 of its tasks out to all workers, chains of tasks count as one unit, and the graph is cut where all
-paths meet, each piece being searched on its own.
+paths meet (`tasks.pieces`), each piece being searched on its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .tasks import DEFAULT_COSTS, Costs, Place, Schedule, Task, even, simulate
+from .tasks import DEFAULT_COSTS, Costs, Place, Schedule, Task, even, pieces, simulate
 
 
 class TooLarge(ValueError):
@@ -61,27 +61,14 @@ def _units(tasks: Sequence[Task]) -> list[list[int]]:
     return units
 
 
-def _pieces(tasks: Sequence[Task], units: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Consecutive lists of units; each but the first begins with one that all before it lead to and
-    that leads to all after it.
-    """
+def _pieces(tasks: Sequence[Task], units: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Lists of units to be searched one after the other."""
     home = {k: u for u, unit in enumerate(units) for k in unit}
-    before = [0] * len(units)  # bit sets of the units that must have ended
-    for u, unit in enumerate(units):
-        for v in {home[k] for number in unit for k in tasks[number].after} - {u}:
-            before[u] |= before[v] | 1 << v
-    everything = (1 << len(units)) - 1
-    piece: list[list[int]] = []
-    # Chains are listed by their first tasks, which may lie before the last ones of other chains;
-    # sorted by how much must precede them they are in an order that respects it.
-    for u in sorted(range(len(units)), key=lambda u: (before[u].bit_count(), u)):
-        after = sum(1 << v for v in range(len(units)) if before[v] >> u & 1)
-        if piece and before[u] | after | 1 << u == everything:
-            yield piece
-            piece = []
-        piece.append(units[u])
-    if piece:
-        yield piece
+    after = [
+        {home[k] for number in unit for k in tasks[number].after} - {u}
+        for u, unit in enumerate(units)
+    ]
+    return [[units[u] for u in piece] for piece in pieces(after)]
 
 
 class _Search:

@@ -127,7 +127,7 @@ class _Lister:
         most = self.workers if forced else 1
         if forced is None and task.seconds >= rule.least:
             most = round(self.workers * task.seconds / (task.seconds + others / rule.spare))
-        place = self._dealt(task, starts, most) if most > 1 and task.pieces > 1 else ()
+        place = dealt(task, starts, most, self.costs) if most > 1 and task.pieces > 1 else ()
         if not place:
             best = min(range(self.workers), key=starts.__getitem__)
             home = worker if starts[worker] <= starts[best] + 1e-9 else best
@@ -140,28 +140,29 @@ class _Lister:
             low = end
         self.shares[number] = tuple(shares)
 
-    def _dealt(self, task: Task, starts: Sequence[float], most: int) -> Place:
-        """The task on up to ``most`` workers, as many as help, all ending together as nearly as
-        pieces allow.
-        """
-        order = sorted(range(self.workers), key=starts.__getitem__)
-        used, finish = order[:1], starts[order[0]] + self.costs.call + task.seconds
-        for count in range(2, most + 1):
-            begun = sum(starts[w] + self.costs.call for w in order[:count])
-            together = (begun + task.seconds) / count
-            if together >= finish or starts[order[count - 1]] >= together:
-                break
-            used, finish = order[:count], together
-        cuts: list[tuple[int, int]] = []
-        filled = 0.0
-        for worker in sorted(used):
-            filled += max(0.0, finish - starts[worker] - self.costs.call)
-            last = worker == max(used)
-            end = task.pieces if last else round(task.pieces * filled / task.seconds)
-            end = min(end, task.pieces)
-            if end > (cuts[-1][1] if cuts else 0):
-                cuts.append((worker, end))
-        return tuple(cuts)
+
+def dealt(task: Task, starts: Sequence[float], most: int, costs: Costs) -> Place:
+    """A task on up to ``most`` workers, which can begin at ``starts``: as many as help, all ending
+    together as nearly as pieces allow.
+    """
+    order = sorted(range(len(starts)), key=starts.__getitem__)
+    used, finish = order[:1], starts[order[0]] + costs.call + task.seconds
+    for count in range(2, most + 1):
+        begun = sum(starts[w] + costs.call for w in order[:count])
+        together = (begun + task.seconds) / count
+        if together >= finish or starts[order[count - 1]] >= together:
+            break
+        used, finish = order[:count], together
+    cuts: list[tuple[int, int]] = []
+    filled = 0.0
+    for worker in sorted(used):
+        filled += max(0.0, finish - starts[worker] - costs.call)
+        last = worker == max(used)
+        end = task.pieces if last else round(task.pieces * filled / task.seconds)
+        end = min(end, task.pieces)
+        if end > (cuts[-1][1] if cuts else 0):
+            cuts.append((worker, end))
+    return tuple(cuts)
 
 
 def in_order(tasks: Sequence[Task], workers: int, costs: Costs, least: float = 3e-6) -> Schedule:

@@ -6,9 +6,9 @@ after:  independent kernels on threads of their own where that is faster, waitin
 
 The pass says how to search; the search itself takes place when kernels have been chosen and can be
 timed, since only then costs are known. Candidates come from list scheduling with several rules and
-hill climbing on a simulation (``algorithm="list"``), or from IOS's dynamic programming
-(``algorithm="ios"``); the best few are run, and one is taken only if it measured faster than the
-kernels in order.
+hill climbing on a simulation, for the whole and part by part with small parts scheduled exactly
+(``algorithm="list"``), or from IOS's dynamic programming (``algorithm="ios"``); the best few are
+run, and one is taken only if it measured faster than the kernels in order.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.fx as fx
 from .base import Pass, PassResult, copy_graph
 from .ios import TooLarge, ios_schedule
 from .list_schedule import RULES, improved, list_schedule
+from .schedule_parts import schedule_by_parts
 from .tasks import DEFAULT_COSTS, Costs, Schedule, Task, check
 
 SCHEDULE = "schedule"
@@ -34,16 +35,18 @@ class SchedulePass(Pass):
     """Runs independent kernels side by side.
 
     Attributes:
-        algorithm: "list" (list scheduling and local search) or "ios" (stages by dynamic
-            programming).
+        algorithm: "list" (list scheduling, local search, small parts exactly) or "ios" (stages by
+            dynamic programming).
         measured: how many of the best candidates are run; the fastest is taken.
         least_gain: share of the time that a candidate must save in prediction to be run, and in
             measurement to be taken; a negative one takes the fastest candidate in any case.
         rounds: steps of local search for each candidate.
+        exact: parts of the graph of at most so many kernels are scheduled exactly.
         max_stages: IOS looks at so many stages at most.
 
     Raises:
-        ValueError: the algorithm is unknown, or a number is negative that counts something.
+        ValueError: the algorithm is unknown, no candidate would be run, or a number is negative
+            that counts something.
     """
 
     name: ClassVar[str] = "schedule"
@@ -51,13 +54,16 @@ class SchedulePass(Pass):
     measured: int = 3
     least_gain: float = 0.01
     rounds: int = 40
+    exact: int = 10
     max_stages: int = 20_000
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             known = " or ".join(ALGORITHMS)
             raise ValueError(f"algorithm is {self.algorithm!r}, not {known}")
-        for name in ("measured", "rounds", "max_stages"):
+        if self.measured < 1:
+            raise ValueError(f"measured must be at least 1, is {self.measured}")
+        for name in ("rounds", "exact", "max_stages"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, is {getattr(self, name)}")
 
@@ -87,6 +93,7 @@ class SchedulePass(Pass):
             improved(tasks, schedule, rule, costs, self.rounds)
             for _, _, rule, schedule in found[: self.measured]
         ]
+        best.append(schedule_by_parts(tasks, workers, costs, self.exact, rounds=self.rounds))
         distinct = {(s.order, tuple(map(s.place, range(len(tasks))))): s for s in best}
         ranked = sorted(distinct.values(), key=lambda s: s.seconds)
-        return ranked, self.algorithm == "ios"
+        return ranked[: self.measured], self.algorithm == "ios"

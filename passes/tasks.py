@@ -9,8 +9,9 @@ elsewhere; so the shares of one task need not start together.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 Place = tuple[tuple[int, int], ...]
@@ -180,3 +181,25 @@ def bottom_levels(tasks: Sequence[Task]) -> list[float]:
         for k in tasks[number].after:
             levels[k] = max(levels[k], tasks[k].seconds + levels[number])
     return levels
+
+
+def pieces(after: Sequence[Collection[int]]) -> list[list[int]]:
+    """Nodes, of which each comes ``after`` some with smaller numbers, cut wherever all so far come
+    before all others; each piece is in an order that respects what comes after what.
+    """
+    before: list[int] = []  # bits of all nodes, near and far, that come before each
+    for earlier in after:
+        bits = 0
+        for k in earlier:
+            bits |= before[k] | 1 << k
+        before.append(bits)
+    order = sorted(range(len(before)), key=lambda k: (before[k].bit_count(), k))
+    behind, common = (1 << len(order)) - 1, -1  # common: what comes before all nodes from here on
+    cuts = [len(order)]
+    for position in reversed(range(len(order))):
+        common &= before[order[position]]
+        behind &= ~(1 << order[position])
+        if not behind & ~common:
+            cuts.append(position)
+    cuts.reverse()
+    return [order[a:b] for a, b in itertools.pairwise(cuts)]

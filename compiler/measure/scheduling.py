@@ -124,7 +124,7 @@ class _Scheduler:
 
     def _key(self, tasks: Sequence[Sequence[Task]]) -> str:
         steps = self.plan.steps
-        text = [str(self.how), str(self.workers), "1"]  # the last: version of the search
+        text = [str(self.how), str(self.workers), "2"]  # the last: version of the search
         for numbers, ts in zip(self.segments, tasks, strict=True):
             kernels = [s.kernel for k in numbers if isinstance(s := steps[k], KernelStep)]
             text += [f"{h} {t.pieces} {t.after}" for h, t in zip(kernels, ts, strict=True)]

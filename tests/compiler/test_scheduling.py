@@ -238,4 +238,4 @@ def test_of_large_workspaces_one_candidate_is_tried(monkeypatch: pytest.MonkeyPa
     _compiled(Woven(9).eval(), x, FORCED)
     monkeypatch.setattr(scheduling, "LARGEST", 0)
     _compiled(Woven(10).eval(), x, FORCED)
-    assert raced == [2, 1]
+    assert raced[0] > 1 and raced[1] == 1

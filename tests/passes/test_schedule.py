@@ -51,6 +51,7 @@ def test_options_come_from_text_and_unknown_algorithms_are_refused() -> None:
     assert how == SchedulePass(algorithm="ios", measured=1)
     with pytest.raises(PipelineError, match="'fast', not list or ios"):
         parse_pipeline("schedule{algorithm=fast}")
-    for wrong in ("measured=-1", "rounds=-1", "max_stages=-1", "least_gain=nan"):
-        with pytest.raises(PipelineError, match="must not be negative|is a number, not nan"):
+    for wrong in ("measured=0", "rounds=-1", "exact=-1", "max_stages=-1", "least_gain=nan"):
+        text = "must be at least 1|must not be negative|is a number, not nan"
+        with pytest.raises(PipelineError, match=text):
             parse_pipeline(f"schedule{{{wrong}}}")

@@ -10,8 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.passes.ios import TooLarge, ios_schedule
-from plait.passes.list_schedule import RULES, Rule, improved, in_order, list_schedule
-from plait.passes.tasks import Bounds, Costs, Schedule, Task, bounds, check, even, simulate
+from plait.passes.list_schedule import RULES, Rule, dealt, improved, in_order, list_schedule
+from plait.passes.schedule_parts import CLOSE, schedule_by_parts
+from plait.passes.tasks import (
+    Bounds,
+    Costs,
+    Place,
+    Schedule,
+    Share,
+    Task,
+    bounds,
+    check,
+    even,
+    pieces,
+    ready,
+    simulate,
+)
 
 COSTS = Costs(call=0.1e-6, notice=0.4e-6)
 FREE = Costs(0.0, 0.0)
@@ -61,6 +75,66 @@ def test_local_search_never_makes_a_schedule_longer(
     _valid(tasks, better, COSTS)
     assert better.seconds <= greedy.seconds
     assert improved(tasks, greedy, rule, COSTS, rounds=15) == better
+
+
+def _best(tasks: list[Task], workers: int) -> float:
+    """The shortest of all schedules: in every order, each task whole or dealt out to some."""
+
+    def ends(shares: dict[int, tuple[Share, ...]], free: list[float]) -> float:
+        if len(shares) == len(tasks):
+            return max(free)
+        found = []
+        for k, task in enumerate(tasks):
+            if k in shares or any(j not in shares for j in task.after):
+                continue
+            done = [shares.get(j, ()) for j in range(len(tasks))]
+            starts = [max(free[w], ready(tasks, done, k, w, COSTS)) for w in range(workers)]
+            places: list[Place] = [((w, task.pieces),) for w in range(workers)]
+            places += [dealt(task, starts, count, COSTS) for count in range(2, workers + 1)]
+            for place in places:
+                own, low, later = [], 0, list(free)
+                for w, end in place:
+                    later[w] = starts[w] + COSTS.call + task.seconds * (end - low) / task.pieces
+                    own.append(Share(w, end, starts[w], later[w]))
+                    low = end
+                found.append(ends({**shares, k: tuple(own)}, later))
+        return min(found)
+
+    return ends({}, [0.0] * workers)
+
+
+@settings(max_examples=40, deadline=None)
+@given(graphs(most=4), st.integers(2, 3))
+def test_small_parts_are_scheduled_as_well_as_can_be(tasks: list[Task], workers: int) -> None:
+    found = schedule_by_parts(tasks, workers, COSTS, rounds=0)
+    _valid(tasks, found, COSTS)
+    if len(pieces([t.after for t in tasks])) == 1:
+        limit = max(_best(tasks, workers), CLOSE * bounds(tasks, workers).best)
+        assert found.seconds <= limit * (1 + 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs(), st.integers(1, 8), st.integers(0, 400))
+def test_schedules_by_parts_are_valid_however_soon_the_search_ends(
+    tasks: list[Task], workers: int, states: int
+) -> None:
+    _valid(tasks, schedule_by_parts(tasks, workers, COSTS, states=states, rounds=3), COSTS)
+
+
+@settings(max_examples=100, deadline=None)
+@given(graphs())
+def test_pieces_are_cut_just_where_all_so_far_come_before_all_others(tasks: list[Task]) -> None:
+    found = pieces([t.after for t in tasks])
+    order = [k for piece in found for k in piece]
+    assert sorted(order) == list(range(len(tasks))) and all(found)
+    before: list[set[int]] = []
+    for task in tasks:
+        before.append(set(task.after).union(*(before[k] for k in task.after)))
+    cuts = {sum(map(len, found[:k])) for k in range(len(found) + 1)}
+    for position in range(len(order) + 1):
+        so_far = set(order[:position])
+        assert all(before[k] <= so_far for k in order[:position])
+        assert (position in cuts) == all(so_far <= before[k] for k in order[position:])
 
 
 @settings(max_examples=60, deadline=None)
