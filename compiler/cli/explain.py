@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ from rich import box
 from rich.table import Table
 
 from ...bench.bounds import Machine
-from ...bench.limits import machine_for
+from ...bench.limits import Limits, limits, machine_for
 from ...passes.remarks import render
 from ...runtime.profile import StepTime, profile_steps
 from .console import Console
 from .error import check_output, write_text
 from .model import Loaded, compile_loaded, newest, on_cpu
+from .trace import beside
 
 
 def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: Path | None) -> None:
-    """Prints the steps in order, slowest marked, then totals and remarks; JSON where asked."""
+    """Prints the steps in order, slowest marked, then totals, what bounds a run as a whole, and
+    remarks; JSON where asked.
+    """
     check_output(output)
     console = Console()
     if threads is not None:
@@ -35,6 +39,8 @@ def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: P
     steps = program.executable.plan.steps
     machine = machine_for(program.executable.plan)
     rows = [_row(steps[t.number], t, machine, configs) for t in times]
+    with torch.no_grad():
+        whole = limits(executor, tensors, machine)
     total = sum(t.seconds for t in times)
     console.print(_table(rows, total))
     console.print(_configurations(rows), markup=False, highlight=False, soft_wrap=True)
@@ -45,11 +51,31 @@ def explain(loaded: Loaded, pipeline: str | None, threads: int | None, output: P
         markup=False,
         highlight=False,
     )
+    if whole is not None:
+        console.print(_bounds(whole))
     console.print(render(compiled.remarks), markup=False, highlight=False)
     if output is not None:
         remarks = [r.to_json() for r in compiled.remarks]
-        document = {"version": 1, "steps": rows, "seconds": total, "remarks": remarks}
+        document = {
+            "version": 1,
+            "steps": rows,
+            "seconds": total,
+            "limits": whole and asdict(whole),
+            "remarks": remarks,
+        }
         write_text(output, json.dumps(document, indent=1))
+
+
+def _bounds(limits: Limits) -> Table:
+    """A run of all steps beside what its schedule says, and what no schedule can beat."""
+    rows = [
+        ("planned", limits.planned),
+        ("bound: critical path", limits.path),
+        ("bound: work over workers", limits.work),
+        ("bound: compulsory bytes", limits.memory),
+        ("bound: FLOPs", limits.compute),
+    ]
+    return beside(limits.measured, rows)
 
 
 def _row(

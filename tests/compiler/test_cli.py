@@ -286,7 +286,9 @@ def test_explain_shows_each_step_and_writes_json(models: str, tmp_path: Path) ->
         assert step["seconds"] > 0
         assert step["bound_by"] in ("compute", "memory")
     assert document["remarks"]
-    assert "bound" in result.output
+    assert document["limits"]["measured"] >= document["limits"]["path"] > 0
+    for name in ("critical path", "work over workers", "compulsory bytes", "FLOPs"):
+        assert f"bound: {name}" in result.output
 
 
 @pytest.mark.parametrize(
