@@ -16,6 +16,7 @@ from torch import nn
 
 import plait
 from plait.compiler.measure import scheduling
+from plait.passes.tasks import simulate
 from plait.runtime.plan import KernelStep
 from plait.runtime.trace import Event
 
@@ -102,6 +103,7 @@ def test_whatever_the_schedule_the_bits_are_those_of_the_plan_in_order(
     assert _ids(scheduled) == {"PLT-PAR-001"} and plan.workers == 2
     places = [s.place for s in plan.steps if isinstance(s, KernelStep)]
     assert all(places) and {w for p in places for w, _ in p} == {0, 1}
+    _runs_as_simulated(scheduled, x)
     with torch.no_grad():
         for threads in (2, 1, 3, 2):
             torch.set_num_threads(threads)
@@ -164,6 +166,28 @@ def test_buffers_of_steps_side_by_side_lie_apart(costs: SimpleNamespace) -> None
     assert table.waits <= 6  # the chains start and meet; between, neither waits for the other
     with torch.no_grad():
         assert torch.equal(scheduled(x), plain(x))
+
+
+def _runs_as_simulated(compiled: plait.Compiled, x: torch.Tensor) -> None:
+    """Every worker's list holds the shares that the simulation gives it, in the same order."""
+    tables = _tables(compiled, x)
+    launches = scheduling.segments(compiled.plan)
+    assert len(tables) == len(launches)
+    for table, numbers in zip(tables, launches, strict=True):
+        tasks = [
+            replace(t, seconds=1e-6) for t in scheduling.tasks_of(compiled.plan.steps, numbers)
+        ]
+        places = [compiled.plan.steps[k].place for k in numbers]  # type: ignore[union-attr]
+        simulated = simulate(tasks, range(len(tasks)), places, compiled.plan.workers)
+        for worker in range(compiled.plan.workers):
+            due = [
+                (share.start, k, share.end)
+                for k, shares in enumerate(simulated.shares)
+                for share in shares
+                if share.worker == worker
+            ]
+            runs = [(p.step, p.hi) for p in table.parts if p.worker == worker]
+            assert runs == [(k, end) for _, k, end in sorted(due)]
 
 
 def _tables(compiled: plait.Compiled, x: torch.Tensor) -> list[Any]:
