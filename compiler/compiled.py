@@ -113,6 +113,7 @@ class Compiled(nn.Module):
             raise InputError(
                 "PLT-INP-005",
                 f"the model fails on example_inputs: {type(error).__name__}: {text[0]}",
+                "give it inputs that it takes",
             ) from error
         return self
 

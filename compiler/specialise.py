@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..passes.remarks import Remark
 from ..runtime import forked
 from .build import build, gpu_of, store_at
 from .capture.arguments import argument_names, positional, tensor_names
@@ -125,10 +126,7 @@ class Specialiser:
             if where:
                 reason = f"more than one size was seen of {where}"
                 self.notes.add("PLT-CAP-002", reason, kind="done")
-        if captured.decisions is not None:
-            count = len(captured.decisions)
-            reason = f"{count} values that arguments tell decide; others get their own program"
-            self.notes.add("PLT-CAP-023", reason, kind="note")
+        self.notes.remarks += [r for r in deciding(captured) if r not in self.notes.remarks]
         return self._compile(captured, stamps)
 
     def _compile(self, captured: Captured, stamps: Stamps) -> Program | None:
@@ -213,6 +211,25 @@ def _attempt(bucket: Bucket, *call: Any) -> Captured:
     """
     if bucket.decides:
         return capture(*call, decide=True)
+    captured = captured_call(*call)
+    bucket.decides = captured.decisions is not None
+    return captured
+
+
+def deciding(captured: Captured) -> list[Remark]:
+    """What to say of a program that is for some values of its arguments only."""
+    if captured.decisions is None:
+        return []
+    count = len(captured.decisions)
+    reason = f"{count} values that arguments tell decide; others get their own program"
+    return [Remark("PLT-CAP-023", "note", "capture", (), reason)]
+
+
+def captured_call(*call: Any) -> Captured:
+    """`capture` of a call; where that depends on values, for those at hand.
+
+    Raises CaptureError.
+    """
     try:
         return capture(*call)
     except CaptureError as error:
@@ -221,10 +238,8 @@ def _attempt(bucket: Bucket, *call: Any) -> Captured:
             raise
         failure = error
     try:
-        captured = capture(*call, decide=True)
+        return capture(*call, decide=True)
     except ChangeError:
         raise
     except CaptureError:
         raise failure from None
-    bucket.decides = captured.decisions is not None
-    return captured

@@ -80,6 +80,13 @@ class FuseVertical(Pass):
     """
 
     name: ClassVar[str] = "fuse-vertical"
+    # They make operators, each of which has to be in a group.
+    follows: ClassVar[tuple[str, ...]] = (
+        "normalize",
+        "outline-branches",
+        "speculate-routes",
+        "merge-parallel-ops",
+    )
     epilogues: bool = True
     rows: bool = True
     pointwise: bool = True

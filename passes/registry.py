@@ -25,6 +25,7 @@ _BUILT_IN: dict[str, str] = {
     "fuse-horizontal": "fuse_horizontal:FuseHorizontal",
     "streams": "streams:StreamsPass",
 }
+_ALWAYS = ("plan-memory",)
 _registered: dict[str, str | type[Pass]] = {}
 
 
@@ -81,6 +82,8 @@ def lookup(name: str) -> type[Pass]:
         UnknownPass: there is no such pass; the message proposes the nearest names.
         BrokenPass: its module cannot be imported, or holds no such pass class.
     """
+    if name in _ALWAYS:
+        raise UnknownPass(f"{name} always runs, after all that can be named here: leave it out")
     if name in _registered:
         target = _registered[name]
     elif name in _BUILT_IN:

@@ -16,13 +16,12 @@ from ...kernels.build import BuildError
 from ...kernels.occupancy import Gpu, resident_blocks
 from ...passes.remarks import render
 from ...runtime.plan import BranchStep, LibraryStep, Step
-from ..capture.export import capture
 from ..gpu.lower import GpuLowered
 from ..gpu.pipeline import planned
 from ..modes import plain_modes
 from .console import Console
 from .error import CliError, check_output, write_bytes, write_text
-from .model import Loaded, newest
+from .model import Loaded, captured_of, newest
 
 _OLDEST = 70  # float atomics and independent threads, which DLight's schedules take for granted
 
@@ -47,8 +46,7 @@ def kernels(
     if loaded.saved:
         captured = newest(loaded.model).captured
     else:
-        with plain_modes():
-            captured = capture(loaded.model, loaded.args, loaded.kwargs)
+        captured = captured_of(loaded)
     try:
         with plain_modes():
             plan = planned(captured, pipeline, target)

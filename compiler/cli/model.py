@@ -27,7 +27,10 @@ from ..capture.arguments import as_call
 from ..capture.captured import Captured
 from ..capture.tree import flatten_call, unflatten
 from ..compiled import Compiled
+from ..errors import CaptureError
+from ..modes import plain_modes
 from ..program import Program
+from ..specialise import Refused, captured_call
 from .console import Console
 from .error import CliError
 
@@ -151,6 +154,30 @@ _STEPS: dict[type, str] = {
 }  # fmt: skip
 
 
+def captured_of(loaded: Loaded) -> Captured:
+    """The graph of the call with the example arguments, as compiling it captures it.
+
+    Raises CaptureError where there is none, and CliError where the model itself fails.
+    """
+    call = loaded.model, loaded.args, loaded.kwargs
+    with plain_modes():
+        try:
+            return captured_call(*call)
+        except CaptureError as error:
+            refused = Refused(error)
+        try:
+            loaded.model(*loaded.args, **loaded.kwargs)
+        except Exception as error:
+            raise CliError(
+                f"{loaded.name} fails on its example inputs: {type(error).__name__}: "
+                f"{first_line(error)}",
+                "give it inputs that it takes",
+            ) from error
+        if not refused.settles:
+            raise refused.error
+        return captured_call(*call)
+
+
 def compile_loaded(
     loaded: Loaded,
     pipeline: str | None,
@@ -179,7 +206,7 @@ def compile_loaded(
     plan = newest(compiled).executable.plan
     steps = Counter(_STEPS[type(s)] for s in plan.every_step())
     parts = ", ".join(f"{count} {kind}" for kind, count in steps.items())
-    console.print(f"compiled in {seconds:.1f} s: {parts}")
+    console.print(f"compiled in {seconds:.1f} s: {parts or 'no steps'}")
     return compiled
 
 

@@ -15,11 +15,10 @@ from ...passes import registry
 from ...passes.manager import PassManager, PassRecord
 from ...passes.pipeline_print import print_value
 from ...passes.printer import print_graph
-from ..capture.export import capture
 from ..pipeline import DEFAULT_PIPELINE
 from .console import Console
 from .error import CliError
-from .model import load
+from .model import captured_of, load
 
 
 def list_passes() -> None:
@@ -49,8 +48,8 @@ def run_pipeline(model: str, inputs: Sequence[str], pipeline: str | None) -> Non
     loaded = load(model, inputs)
     if loaded.saved:
         raise CliError(f"{model} is compiled already", "name the model that it was made from")
+    captured = captured_of(loaded)
     with torch.no_grad():
-        captured = capture(loaded.model, loaded.args, loaded.kwargs)
         manager.run(captured.graph_module)
 
 

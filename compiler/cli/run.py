@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,12 +21,13 @@ from ...kernels.ops import category, library_reason
 from ...passes.ir import branches_of
 from ...passes.manager import PassManager
 from ...passes.remarks import render
-from ..capture.export import capture
 from ..errors import CaptureError
+from ..guards.watch import modules_of
 from ..pipeline import DEFAULT_PIPELINE
+from ..specialise import deciding
 from .console import Console
 from .error import CliError, check_output
-from .model import Loaded, compile_loaded
+from .model import Loaded, captured_of, compile_loaded
 from .trace import gantt as draw
 
 PICTURES = (".svg", ".png", ".pdf")
@@ -37,8 +39,8 @@ def check(loaded: Loaded) -> None:
     if loaded.saved:
         raise CliError(f"{loaded.name} is compiled already", "plait run or plait explain takes it")
     try:
+        captured = captured_of(loaded)
         with torch.no_grad():
-            captured = capture(loaded.model, loaded.args, loaded.kwargs)
             result = PassManager(DEFAULT_PIPELINE).run(captured.graph_module)
     except CaptureError as error:
         console.print(f"not captured: {error}", style="red", markup=False, highlight=False)
@@ -62,14 +64,17 @@ def check(loaded: Loaded) -> None:
         for (target, why), count in reasons.most_common():
             table.add_row(target, str(count), why)
         console.print(table)
-    remarks = [*captured.remarks, *result.remarks]
+    remarks = [*deciding(captured), *captured.remarks, *result.remarks]
     console.print(render(remarks), markup=False, highlight=False)
+    if any(m.training for root in modules_of(loaded.model) for m in root.modules()):
+        console.print("in training mode, so the original would run: call .eval() first")
 
 
 def _operators(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
-    """The operators of a graph and of the graphs of its branches."""
+    """The operators of a graph and of the graphs of its branches; parts of results are none."""
     for node in graph_module.graph.nodes:
-        if node.op == "call_function" and not isinstance(node.target, HigherOrderOperator):
+        computes = node.op == "call_function" and node.target is not operator.getitem
+        if computes and not isinstance(node.target, HigherOrderOperator):
             yield node
     for _, branch in branches_of(graph_module):
         yield from _operators(branch)

@@ -27,9 +27,14 @@ class Small(nn.Module):
     def forward(self, x):
         return torch.relu(self.linear(x)) * 2
 
-class Branchy(nn.Module):
+class Branchy(Small):
     def forward(self, x):
-        return x + 1 if x.sum() > 0 else x - 1
+        return x + 1 if self.linear(x).sum() > 0 else x - 1
+
+class Asks(nn.Module):
+    def forward(self, x):
+        y = torch.kthvalue(x, 2)[0]
+        return y + 1 if x.sum() > 0 else y - 1
 
 def small():
     torch.manual_seed(0)
@@ -42,7 +47,13 @@ def bare():
     return Small().eval()
 
 def branchy():
-    return Branchy(), (torch.ones(3),)
+    return Branchy().eval(), (torch.ones(8),)
+
+def asks():
+    return Asks(), (torch.ones(3),)
+
+def misfit():
+    return Small().eval(), (torch.ones(3),)
 
 def sums():
     class Sums(nn.Module):
@@ -179,6 +190,14 @@ def test_check_fails_where_the_model_cannot_be_captured(models: str) -> None:
     assert result.exit_code == 1
     assert "not captured: PLT-CAP-001" in result.output
     assert "would run the original model" in result.output
+    assert "fails on its example inputs" in error_of("check", f"{models}:misfit")
+
+
+def test_check_captures_as_compiling_does(models: str) -> None:
+    result = plait("check", f"{models}:asks")
+    assert result.exit_code == 0 and "PLT-CAP-023" in result.output, result.output
+    assert "in training mode" in result.output
+    assert "aten.kthvalue" in result.output and "getitem" not in result.output
 
 
 def test_commands_look_into_branches(models: str) -> None:

@@ -111,6 +111,8 @@ MISTAKES = [
         "pass prefetch-weights has to see what speculate-routes makes: put prefetch-weights behind",
     ),
     ("prefetch-weights{ahead=false},normalize", 30, "has to see what normalize makes"),
+    ("fuse-vertical,normalize", 14, "pass fuse-vertical has to see what normalize makes"),
+    ("normalize,plan-memory", 10, "plan-memory always runs, after all that can be named here"),
 ]
 
 
