@@ -183,6 +183,12 @@ class Dispatcher:
         objects: Sequence[Any] = (),
     ) -> Any:
         if grad and torch.is_grad_enabled():
+            if self.target is None:
+                raise InputError(
+                    "PLT-INP-003",
+                    "an input requires gradients, for which a loaded program has no Python code",
+                    "call it under torch.no_grad() or torch.inference_mode()",
+                )
             self.notes.say(
                 "PLT-CAP-003",
                 "an input requires gradients, so the original ran",
@@ -321,7 +327,9 @@ class Dispatcher:
                 )
             except TypeError as error:
                 if self.target is None:
-                    raise InputError("PLT-INP-001", str(error)) from None
+                    raise InputError(
+                        "PLT-INP-001", str(error), f"its arguments are {self.signature}"
+                    ) from None
                 # The original raises what the user expects, or a hook changes the arguments first.
                 reason = f"arguments differ from the signature: {error}"
                 raise Refused(CaptureError("PLT-CAP-001", reason)) from None

@@ -7,6 +7,7 @@ operator that nobody taught plait about is treated by what it declares, and with
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -299,7 +300,12 @@ class Rewriter:
 
 
 def fake_result(node: fx.Node, mode: FakeTensorMode) -> Any:
-    """What ``node`` yields on fake tensors, its arguments taken from their ``meta["val"]``."""
+    """What ``node`` yields on fake tensors, its arguments taken from their ``meta["val"]``.
+
+    What torch asks of open sizes meanwhile does not narrow them: the program is for all of them.
+    """
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    with mode, torch.no_grad():
+    env = mode.shape_env
+    open_sizes = contextlib.nullcontext() if env is None else env.suppress_guards()
+    with mode, torch.no_grad(), open_sizes:
         return node.target(*args, **kwargs)  # type: ignore[operator]

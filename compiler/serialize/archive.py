@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..weights.budget import WeightStore
 
 FORMAT = "plait-program"
-VERSION = 1
+VERSION = 2
 WEIGHTS = "weights.safetensors"
 _MEND = "save the model again"
 

@@ -97,13 +97,12 @@ class Symbols:
         if name not in self._known:
             backed = name in self.ranges
             made = sympy.Symbol(name, integer=True, **({"positive": True} if backed else {}))
+            low, high = self.ranges[name] if backed else (0, None)
+            upper = int_oo if high is None else high
+            # Also notes where the limits come from, without which torch cannot narrow them.
+            self.env._update_var_to_range(made, ValueRanges(low, upper))  # type: ignore[arg-type]
             if backed:
-                low, high = self.ranges[name]
-                upper = int_oo if high is None else high
-                self.env.var_to_range[made] = ValueRanges(low, upper)  # type: ignore[arg-type]
                 self.env.add_backed_var_to_val(made, self.hints[name])
-            else:
-                self.env.var_to_range[made] = ValueRanges(0, int_oo)  # type: ignore[arg-type]
             self._known[name] = made
         return self._known[name]
 

@@ -29,6 +29,7 @@ from torch import nn
 
 from ...passes.remarks import Remark
 from ..capture import tree
+from ..capture.arguments import is_plain
 from ..capture.captured import Captured, InputSpec, Mutation
 from ..capture.export import EXCLUSIVE
 from ..capture.state import Given, Update
@@ -74,6 +75,7 @@ def save(dispatcher: Dispatcher, path: Path) -> None:
                 members[f"program{i}/plan.json"] = program.executable.plan.to_json().encode()
     except Unsavable as error:
         raise FileError("PLT-SAV-002", str(error), "the compiled model itself still runs") from None
+    state = _state_to_json(dispatcher, [p.captured for p in programs], weights)
     members[archive.WEIGHTS] = weights.dump()
     manifest = {
         "format": archive.FORMAT,
@@ -82,6 +84,7 @@ def save(dispatcher: Dispatcher, path: Path) -> None:
         "options": asdict(replace(dispatcher.options, profile=None)),  # bets are made anew
         "parameters": _signature_to_json(dispatcher.signature),
         "remarks": [r.to_json() for r in dispatcher.notes.remarks],
+        "state": state,
         "programs": len(programs),
         "sha256": {n: hashlib.sha256(b).hexdigest() for n, b in members.items()},
     }
@@ -121,7 +124,7 @@ def read(path: Path, weight_budget: int | str | None = None) -> Saved:
             _signature_from_json(manifest["parameters"]),
             [Remark.from_json(r) for r in manifest["remarks"]],
             programs,
-            _shell(programs),
+            _shell(programs, manifest["state"], weights),
             store,
         )
     except PlaitError:
@@ -222,14 +225,49 @@ def _dense(shape: list[int], stride: list[int]) -> bool:
     return True
 
 
-def _shell(programs: list[Captured]) -> nn.Module:
-    """A module that holds the weights under the model's own names."""
+def _named(captured: Captured) -> dict[str, torch.Tensor]:
+    """Weights and states of a program under the model's own names."""
+    tensors = {captured.names.get(a, a): t for a, t in captured.constants().items()}
+    tensors |= {n: getattr(captured.graph_module, a) for n, a in captured.aliases.items()}
+    states = captured.inputs[captured.num_tensors :]
+    return tensors | {s.name: t for s, t in zip(states, captured.states, strict=True)}
+
+
+def _state_to_json(
+    dispatcher: Dispatcher, programs: list[Captured], weights: _Weights
+) -> dict[str, Any] | None:
+    """The names in the model's ``state_dict``, with the tensors that no program reads.
+
+    None for a function, which has none.
+    """
+    target = dispatcher.target
+    if target is not None and not isinstance(target, nn.Module):
+        return None
+    read = {name for captured in programs for name in _named(captured)}
+    found: dict[str, Any] = {}
+    for root in dispatcher.specialiser.modules:
+        for path, module in root.named_modules(remove_duplicate=False):
+            own = {**module._parameters, **module._buffers}
+            for last, tensor in own.items():
+                name = f"{path}.{last}" if path else last
+                if tensor is None or last in module._non_persistent_buffers_set:
+                    continue
+                if name in read:
+                    found[name] = None
+                elif type(tensor) in (torch.Tensor, nn.Parameter) and is_plain(tensor):
+                    found[name] = weights.add(tensor)
+    return found
+
+
+def _shell(
+    programs: list[Captured], state: Mapping[str, Any] | None, weights: _Weights
+) -> nn.Module:
+    """A module that holds the weights under the model's own names; its ``state_dict`` has those of
+    ``state`` (all, where that is None).
+    """
     root = nn.Module()
-    for captured in programs:
-        tensors = {captured.names.get(a, a): t for a, t in captured.constants().items()}
-        tensors |= {n: getattr(captured.graph_module, a) for n, a in captured.aliases.items()}
-        states = captured.inputs[captured.num_tensors :]
-        tensors |= {s.name: t for s, t in zip(states, captured.states, strict=True)}
+    unread = {n: weights.own(data) for n, data in (state or {}).items() if data is not None}
+    for tensors in (*map(_named, programs), unread):
         for name, tensor in tensors.items():
             owner = root
             *path, last = name.split(".")
@@ -238,7 +276,7 @@ def _shell(programs: list[Captured]) -> nn.Module:
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
             if last not in owner._buffers and not hasattr(owner, last):
-                owner.register_buffer(last, tensor)
+                owner.register_buffer(last, tensor, persistent=state is None or name in state)
     return root.eval()
 
 

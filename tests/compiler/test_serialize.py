@@ -35,12 +35,16 @@ class Net(nn.Module):
         self.a = nn.Linear(4, 4)
         self.b = nn.Linear(4, 4)
         self.b.weight = self.a.weight
+        self.norm = nn.Sequential(nn.Conv1d(1, 4, 1), nn.BatchNorm1d(4))
+        self.unread = nn.Linear(2, 2)
+        self.register_buffer("plain", torch.ones(4), persistent=False)
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("turn", torch.polar(torch.ones(2), torch.arange(2.0)))
 
     def forward(self, x: torch.Tensor, *, options: dict[str, Any]) -> Answer:
         self.count += 1
-        y = self.b(self.a(x)) * options["scale"]
+        # Whether torch takes a batch as large is asked when the norm is folded, after loading too.
+        y = self.b(self.norm(self.a(x * self.plain)[:, None]).sum(1)) * options["scale"]
         y = torch.cond(self.count > 2, lambda v: v + 100, lambda v: v + 1, (y,))
         turned = torch.view_as_real(torch.view_as_complex(y.view(-1, 2, 2)) * self.turn)
         return Answer(turned.flatten(1), x.shape[0])
@@ -72,6 +76,8 @@ def test_round_trip(saved: tuple[Net, Path]) -> None:
     assert loaded.count.item() == model.count.item() == 3
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(loaded.a.weight, model.a.weight)
+    with pytest.raises(plait.InputError, match=r"PLT-INP-003.*no_grad"):
+        loaded(x.requires_grad_(), options=OPTIONS)
 
 
 def test_saving_again_after_loading(saved: tuple[Net, Path], tmp_path: Path) -> None:
@@ -100,7 +106,7 @@ def test_weights_are_stored_once_and_without_pickle(saved: tuple[Net, Path]) -> 
         names = archive.namelist()
         weights = archive.read("weights.safetensors")
     assert not [n for n in names if n.endswith((".pkl", ".pt"))]
-    floats = 16 + 4 + 4 + 1 + 4
+    floats = 16 + 4 + 4 + 1 + 4 + 8 + 18 + 4 + 6
     assert len(weights) < floats * 4 + 1000
 
 

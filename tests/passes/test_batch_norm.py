@@ -12,9 +12,12 @@ from .graphs import Builder, aten, captured, normalized, targets
 
 
 def trained(module, dtype=torch.float32):
-    """The module in inference mode with statistics that are not trivial."""
+    """The module in inference mode with statistics that are not trivial, the same in every run."""
     generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     for norm in module.modules():
+        if hasattr(norm, "reset_parameters"):
+            norm.reset_parameters()
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             for tensor in (norm.running_mean, norm.weight, norm.bias):
                 if tensor is not None:
