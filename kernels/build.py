@@ -264,6 +264,8 @@ def _pipeline(flat: bool) -> Any:
     import tvm
     from tvm import s_tir
 
+    from .signs import divide_plainly
+
     tir = tvm.tirx.transform
     return tvm.ir.transform.Sequential(
         [
@@ -273,6 +275,7 @@ def _pipeline(flat: bool) -> Any:
             tir.UnrollLoop(),
             tir.StmtSimplify(),
             s_tir.transform.RewriteUnsafeSelect(),
+            divide_plainly(),
             tir.FP8ComputeLegalize(),
             tir.SplitHostDevice(),
             tir.MakePackedAPI(),
