@@ -9,6 +9,7 @@ before                                           after
 ``t``, ``transpose``, ``movedim``, ``mT``, ...   ``permute``
 ``reshape(reshape(x))``, ``permute(permute(x))`` one of it
 ``zeros``, ``ones_like``, ``new_full``, ...       ``full``
+``adaptive_avg_pool2d(x, 1)``, ...               ``mean(x, (-2, -1), keepdim=True)``
 ``_assert_tensor_metadata``, ``_assert(True)``   nothing
 ===============================================  =================================================
 
@@ -35,6 +36,7 @@ from .ir import (
     is_mutating,
     mutated_arguments,
     same_shape,
+    same_size,
     shape_of,
 )
 
@@ -75,6 +77,14 @@ _FILLS: dict[Any, float | None] = {
     aten.full_like.default: None,
     aten.new_full.default: None,
     aten.scalar_tensor.default: None,
+}
+
+_POOLS = {  # operator -> how many dimensions it averages over
+    aten.adaptive_avg_pool1d.default: 1,
+    aten.adaptive_avg_pool2d.default: 2,
+    aten._adaptive_avg_pool2d.default: 2,
+    aten.adaptive_avg_pool3d.default: 3,
+    aten._adaptive_avg_pool3d.default: 3,
 }
 
 
@@ -254,6 +264,18 @@ def _fill(rewriter: Rewriter, node: fx.Node) -> bool:
     return True
 
 
+def _global_pool(rewriter: Rewriter, node: fx.Node) -> bool:
+    """Adaptive pooling to one value per channel becomes the mean, as in eager mode."""
+    if not is_call(node, *_POOLS):
+        return False
+    value, dims = node.meta["val"], list(range(-_POOLS[node.target], 0))
+    if any(not same_size(value.shape[d], 1) for d in dims) or not allow("global pool", [node]):
+        return False
+    args = (argument(node, 0, "self"), dims, True)
+    rewriter.replace(node, rewriter.call(aten.mean.dim, args, like=node, value=value))
+    return True
+
+
 def _assertion(rewriter: Rewriter, node: fx.Node) -> bool:
     """Assertions that hold for every input go: metadata is fixed by capture."""
     if not is_call(node, aten._assert_tensor_metadata.default, aten._assert_scalar.default):
@@ -273,4 +295,4 @@ def _assertion(rewriter: Rewriter, node: fx.Node) -> bool:
     return True
 
 
-_RULES = (_assertion, _functional, _split, _reshape, _permute, _compose, _fill)
+_RULES = (_assertion, _functional, _split, _reshape, _permute, _compose, _fill, _global_pool)

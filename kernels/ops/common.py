@@ -232,10 +232,16 @@ def linear(index: Sequence[Expr], shape: Sequence[Expr]) -> Expr:
     return total
 
 
-def unravel(position: Expr, shape: Sequence[Expr]) -> list[Expr]:
-    """The index of a row-major position."""
+def unravel(position: Expr, shape: Sequence[Expr], shift: int = 0) -> list[Expr]:
+    """The index of the row-major position ``position + shift``.
+
+    A constant apart from the rest is divided here: TVM sees that quotients and remainders add up to
+    the position only where no constant in them is as large as what they are divided by.
+    """
     index: list[Expr] = []
     for extent in reversed(shape[1:]):
+        shift, part = divmod(shift, int(extent)) if isinstance(extent, tir.IntImm) else (0, shift)
+        position = position + part if part else position
         index.append(tir.floormod(position, extent))
         position = tir.floordiv(position, extent)
-    return [position, *reversed(index)] if shape else []
+    return [position + shift if shift else position, *reversed(index)] if shape else []

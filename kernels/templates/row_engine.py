@@ -296,8 +296,9 @@ class AlongRow(Engine):
         with contextlib.ExitStack() as loops:
             outer = {a: loops.enter_context(T.serial(i64(0), self.dims[a])) for a in self.outer}
 
-            def at(position: Expr, slot: Expr, valid: Expr | None = None) -> None:
-                inner = unravel(position, [self.dims[a] for a in self.run_axes])
+            def at(start: Expr, slot: Expr, valid: Expr | None = None, shift: int = 0) -> None:
+                position = start + shift
+                inner = unravel(start, [self.dims[a] for a in self.run_axes], shift)
                 where = {**self.row, **outer, **dict(zip(self.run_axes, inner, strict=True))}
                 index = [where[a] for a in range(len(self.dims))]
                 axes = self.space.axes
@@ -320,16 +321,16 @@ class AlongRow(Engine):
             self.stretches(i64(main), lambda i: self._group(i * step, at), flush)
         for u in range(run % step // width):
             with self.vector(width) as j:
-                at(main * step + u * width + j, u * width + j)
+                at(j, u * width + j, shift=main * step + u * width)
         rest = run % width
         if rest:
             with self.vector(width) as j:
-                at(run - width + j, j + i64(0), j >= i64(width - rest))
+                at(j, j + i64(0), j >= i64(width - rest), run - width)
 
     def _group(self, first: Expr, at: Callable[..., None]) -> None:
         for u in range(self.unroll):
             with self.vector(self.width) as j:
-                at(first + u * self.width + j, u * self.width + j)
+                at(first + j, u * self.width + j, shift=u * self.width)
 
     def _symbolic(self, run: Expr, at: Callable[..., None], flush: Body | None) -> None:
         width, step = self.width, self.slots

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import tvm.tirx as tir
 
+from plait.kernels.ops.common import i64, linear, unravel
 from plait.kernels.ops.table import REDUCE
 from plait.kernels.templates import reduce
+from plait.kernels.templates.rows import _simple
 
 from .row_check import Case, case, check, errors, opinfos
 from .test_rows import sample_case
@@ -187,6 +190,17 @@ def test_sizes_known_at_run_time() -> None:
             dynamic = [{0: dim, 1: dim, 2: dim}]
             cases.append(case(reduce, f"{name}{i}", function, first, dynamic=dynamic, run=[x]))
     check(cases, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sides", [(7, 7), (14, 14), (28, 5), (3, 5, 7)])
+def test_offsets_in_merged_dimensions_tell_neighbours(sides: tuple[int, ...]) -> None:
+    step, lane = tir.Var("step", "int64"), tir.Var("lane", "int64")
+    extents = [i64(d) for d in sides]
+    for start in (lane, step * 64 + lane):
+        for shift in (0, 16, 48, 1000):
+            offset = linear(unravel(start, extents, shift), extents)
+            left = _simple(offset - start)
+            assert isinstance(left, tir.IntImm) and int(left) == shift, _simple(offset)
 
 
 def test_long_sums_keep_their_digits() -> None:

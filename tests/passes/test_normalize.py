@@ -133,6 +133,28 @@ def test_an_operator_that_only_looks_neutral_stays(target, args):
     assert_same_bits(result(*inputs), graph_module(*inputs))
 
 
+@pytest.mark.parametrize(
+    ("target", "shape", "sizes"),
+    [
+        (aten.adaptive_avg_pool1d.default, (3, 4, 5), [1]),
+        (aten._adaptive_avg_pool2d.default, (3, 4, 5), [1, 1]),
+        (aten.adaptive_avg_pool2d.default, (2, 3, 4, 5), [1, 1]),
+        (aten.adaptive_avg_pool3d.default, (2, 3, 4, 5, 6), [1, 1, 1]),
+    ],
+)
+def test_pooling_to_one_value_is_a_mean(target, shape, sizes):
+    b = Builder()
+    graph_module = b.finish(b.call(target, b.input(*shape), sizes))
+    result = normalized(graph_module)
+    assert targets(result) == [aten.mean.dim]
+    inputs = inputs_for(graph_module, 0)
+    for a, e in zip(result(*inputs), graph_module(*inputs), strict=True):
+        torch.testing.assert_close(a, e)
+    other = Builder()
+    pooled = other.call(target, other.input(*shape), [2, *sizes[1:]])
+    assert targets(normalized(other.finish(pooled))) == [target]
+
+
 def test_adding_integer_zero_to_integers_goes_but_promotion_stays():
     b = Builder()
     x = b.input(3, dtype=torch.int64)
