@@ -1,7 +1,8 @@
 """Runs the search that the pass `schedule` asks for: kernels are timed, schedules tried and judged.
 
 A schedule only names an order and places; the runtime makes steps wait wherever memory demands it,
-so no schedule can change a result. What was found is kept in the kernel database.
+so no schedule can change a result. What was found is kept in the kernel database, but not what was
+measured while other work kept the machine busy.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ TIMED = 7
 """Runs from which the costs of kernels are taken, by median."""
 LONGEST = 0.3
 """Seconds of a call beyond which nothing is tried: waits are no part of it worth the runs."""
+BUSY = 2.0
+"""Runs in order whose median is so many times the shortest were disturbed by other work."""
 LARGEST = 64 << 20
 """Bytes of workspace beyond which one candidate is tried only: each has its own meanwhile."""
 
@@ -94,7 +97,8 @@ class _Scheduler:
             except (RuntimeError, ValueError, IndexError) as error:
                 text = str(error).strip().splitlines() or [""]
                 return self._kept("PLT-PAR-005", f"made-up inputs do not run: {text[0][:200]}")
-            self.database.set_progress(key, found)
+            if not found["disturbed"]:
+                self.database.set_progress(key, found)
         remarks = [Remark.from_json(r) for r in found["remarks"]]
         if not found["taken"]:
             return Scheduled(self.executor, None, remarks)
@@ -152,7 +156,7 @@ class _Scheduler:
             mixed = mixed[:1]
         if self.how.least_gain >= 0:
             mixed = [m for m in mixed if _seconds(m) <= (1 - self.how.least_gain) * plain]
-        nothing: dict[str, Any] = {"taken": None, "remarks": []}
+        nothing: dict[str, Any] = {"taken": None, "remarks": [], "disturbed": False}
         if not mixed:
             best = _seconds([o[0] for o in options])
             reason = f"predicted {_ms(best)} against {_ms(plain)} in order; {_bound(limit)}"
@@ -167,6 +171,10 @@ class _Scheduler:
             f"order, {ratios[winner]:.3f}x (predicted {_ms(_seconds(mixed[winner]))}); "
             f"{_bound(limit)}"
         )
+        disturbed = statistics.median(base) > BUSY * min(base)
+        nothing["disturbed"] = disturbed
+        if disturbed:
+            figures += "; other work disturbed this, so the next compilation measures anew"
         half = len(base) // 2
         halves = [
             statistics.median(map(_ratio, base[part], times[part]))
@@ -188,7 +196,11 @@ class _Scheduler:
             )
             for ts, s in zip(timed, mixed[winner], strict=True)
         ]
-        return {"taken": taken, "remarks": [r.to_json() for r in remarks]}
+        return {
+            "taken": taken,
+            "remarks": [r.to_json() for r in remarks],
+            "disturbed": disturbed,
+        }
 
     def _timed(
         self, tasks: Sequence[Sequence[Task]], inputs: Sequence[torch.Tensor]

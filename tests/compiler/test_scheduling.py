@@ -140,6 +140,24 @@ def test_a_search_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_what_was_measured_on_a_busy_machine_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks, searches, search = itertools.count(), [], scheduling._Scheduler._search
+    slower = SimpleNamespace(perf_counter=lambda: next(ticks) ** 2 / 1e4)
+    monkeypatch.setattr(scheduling, "time", slower)
+
+    def count(self: Any, tasks: Any) -> Any:
+        searches.append(tasks)
+        return search(self, tasks)
+
+    monkeypatch.setattr(scheduling._Scheduler, "_search", count)
+    model, x = Woven(5, nodes=6).eval(), torch.randn(1, 8, 12, 12)
+    for times in (1, 2, 2):  # the second time calls take about as long as each other
+        told = _compiled(model, x, FORCED).remarks
+        assert len(searches) == times
+        assert any("measures anew" in r.reason for r in told) == (times == 1)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_buffers_of_steps_side_by_side_lie_apart(costs: SimpleNamespace) -> None:
     """Two chains of their own: in order they could take turns in the same memory."""
     costs.of = lambda step: 1e-4
