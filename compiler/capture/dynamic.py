@@ -114,7 +114,12 @@ def _tensor(name: str, tensor: Tensor, spec: Any) -> Declared:
         d %= tensor.dim()
         size = tensor.shape[d]
         if dim is None or isinstance(dim, int) or dim is Dim.STATIC:
-            if dim is Dim.STATIC or isinstance(dim, int):
+            if isinstance(dim, int) and dim != size:
+                raise InputError(
+                    "PLT-INP-002",
+                    f"argument {name!r}: expected dimension {d} to be {dim}, got {size}",
+                )
+            if dim is not None:
                 declared.fixed.add(d)
             continue
         low, high = getattr(dim, "min", None), getattr(dim, "max", None)

@@ -284,7 +284,12 @@ def test_example_of_batch_one_with_declared_batch() -> None:
 
 @pytest.mark.parametrize(
     ("shapes", "text"),
-    [({"nope": {0: Dim.AUTO}}, "nope"), ({"input": {5: Dim.AUTO}}, "no dimension 5"), (3, "int")],
+    [
+        ({"nope": {0: Dim.AUTO}}, "nope"),
+        ({"input": {5: Dim.AUTO}}, "no dimension 5"),
+        ({"input": {0: 3}}, "dimension 0 to be 3, got 2"),
+        (3, "int"),
+    ],
 )
 def test_dynamic_shapes_without_meaning(shapes: Any, text: str) -> None:
     with pytest.raises(plait.InputError, match=text):
