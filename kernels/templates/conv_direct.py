@@ -244,7 +244,8 @@ class _Body:
         """
         em, lanes = self.em, self.lanes
         terms = self.spec.kh * self.spec.kw * self.steps
-        acc = Sums(em, len(tile.base), self.nv, lanes, terms)
+        run = terms if 1 in (self.spec.kh, self.spec.kw) else self.steps
+        acc = Sums(em, len(tile.base), self.nv, lanes, terms, run)
         self._taps(acc, tile, weights, check)
         for i, (n, row, col) in enumerate(tile.pixel):
             for v in range(self.nv):

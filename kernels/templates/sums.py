@@ -15,6 +15,7 @@ from .half_factors import LANES, dot
 from .vectors import ramp
 
 CUT_SUM = 300  # longer sums are cut into shorter ones ...
+CUT_RUN = 224  # ... as are those of a longer run of terms, which costs less to cut ...
 LONG_SUM = 128  # ... of about so many terms
 
 
@@ -24,12 +25,15 @@ class Sums:
     A plain sum of n products has a rounding error that grows like sqrt(n) beside its value's;
     summing runs of some hundred terms first, as pairwise summation does, keeps the error of long
     sums several times smaller at a cost of a few instructions per run. ``pixels`` are the rows of
-    the tile, of ``nv`` vectors each; ``terms`` are those of one sum.
+    the tile, of ``nv`` vectors each; ``terms`` are those of one sum, ``run`` those that taps
+    along one dimension add.
     """
 
-    def __init__(self, em: Emitter, pixels: int, nv: int, lanes: int, terms: int) -> None:
+    def __init__(
+        self, em: Emitter, pixels: int, nv: int, lanes: int, terms: int, run: int = 0
+    ) -> None:
         self.em, self.nv, self.lanes = em, nv, lanes
-        self.cut = cut = terms > CUT_SUM
+        self.cut = cut = terms > CUT_SUM or run > CUT_RUN
         self.sums = [em.local(nv * lanes) for _ in range(pixels)]
         self.totals = [em.local(nv * lanes) for _ in range(pixels)] if cut else self.sums
         for buffer in (*self.sums, *(self.totals if cut else ())):
@@ -67,7 +71,7 @@ class Sums:
 
     def parts(self, depth: int) -> int:
         """Into how many equal sums a run of ``depth`` terms is cut."""
-        if not self.cut or depth < 2 * LONG_SUM:
+        if not self.cut or depth <= CUT_RUN:
             return 1
         step = inner_unroll(depth)
         sizes = [d for d in range(step, depth + 1, step) if depth % d == 0]
