@@ -20,8 +20,10 @@ from ..emit import Emitter, Expr, expr_dtype
 from ..ops.common import i64, linear
 from ..ops.scope import bind, sharing
 from ..value import Value
-from .row_engine import KEEP_ELEMENTS, STRETCH, Body, Engine, Site, from_held, held_dtype, to_held
+from .row_engine import KEEP_ELEMENTS, Body, Engine, Site, from_held, held_dtype, to_held
 from .row_space import RowSpace
+
+SHORT = 32  # additions in a row to one float: a lane here adds up a whole row
 
 
 class AcrossRows(Engine):
@@ -37,7 +39,7 @@ class AcrossRows(Engine):
         super().__init__(em, space, width, unroll)
         self.walked = tuple(a for a in space.axes if a != lane)
         self.steps = product([space.dims[a] for a in self.walked])
-        self._long = not isinstance(self.steps, int) or self.steps > 2 * STRETCH
+        self._long = not isinstance(self.steps, int) or self.steps > SHORT
         self.outer, self.lane, self.start = outer, lane, start
         self.slot: Expr = i64(0)
 
@@ -80,7 +82,7 @@ class AcrossRows(Engine):
                 self._lanes(point)
 
             if axes:
-                self.stretches(self.dims[axes[-1]], innermost, flush)
+                self.stretches(self.dims[axes[-1]], innermost, flush, SHORT)
             else:
                 self._lanes(point)
 

@@ -257,15 +257,17 @@ class Engine:
         """The element of a kept value's buffer for a site."""
         return site.position
 
-    def stretches(self, count: Expr, body: Callable[[Expr], None], flush: Body | None) -> None:
-        """``body(i)`` for i below ``count``, with ``flush`` after every `STRETCH` of them."""
+    def stretches(
+        self, count: Expr, body: Callable[[Expr], None], flush: Body | None, most: int = STRETCH
+    ) -> None:
+        """``body(i)`` for i below ``count``, with ``flush`` after every ``most`` of them."""
         if flush is None:
             with T.serial(i64(0), count) as i:
                 body(i)
             return
-        with T.serial(i64(0), tir.floordiv(count + (STRETCH - 1), i64(STRETCH))) as c:
-            first = T.bind(c * STRETCH)
-            with T.serial(i64(0), tir.min(i64(STRETCH), count - first)) as i:
+        with T.serial(i64(0), tir.floordiv(count + (most - 1), i64(most))) as c:
+            first = T.bind(c * most)
+            with T.serial(i64(0), tir.min(i64(most), count - first)) as i:
                 body(first + i)
             flush()
 

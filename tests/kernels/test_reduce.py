@@ -219,6 +219,16 @@ def test_long_sums_keep_their_digits() -> None:
         assert mine <= 2 * theirs + 2e-7 * size, (name, mine, theirs)
 
 
+def test_sums_across_rows_keep_their_digits() -> None:
+    torch.manual_seed(4)
+    shapes = [(200, 300), (120, 64), (13, 13, 1000), (7, 7, 512)]
+    for shape in shapes:
+        x = torch.rand(shape)
+        function: Function = lambda x: x.mean(tuple(range(x.dim() - 1)))  # noqa: E731
+        mine, theirs = errors(case(reduce, "mean", function, x), function)
+        assert mine <= 1.5 * theirs, (shape, mine, theirs)
+
+
 NAMES = (
     "sum", "mean", "amax", "amin", "prod", "any", "all", "argmax", "argmin", "var", "std",
     "var_mean", "count_nonzero", "linalg.vector_norm", "max", "min",
