@@ -27,7 +27,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -260,7 +260,13 @@ class Database:
 
     def set_progress(self, task: str, state: dict[str, Any]) -> None:
         """Keeps where a long-running task is, so that an interrupted one can go on."""
-        self.index.write([("progress", (task, self.version, json.dumps(state)))])
+        self.set_progresses({task: state})
+
+    def set_progresses(self, states: Mapping[str, dict[str, Any]]) -> None:
+        """`set_progress` of several tasks at once."""
+        self.index.write(
+            [("progress", (task, self.version, json.dumps(s))) for task, s in states.items()]
+        )
 
     def scratch(self, name: str) -> Path | None:
         """A directory for a task's working files, which `clear` removes; None without a disk."""

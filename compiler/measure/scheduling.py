@@ -28,6 +28,7 @@ from ...runtime.plan import KernelStep, Plan, Step, touched
 from ...runtime.sizes import evaluate
 from ...runtime.spans import span_of
 from ...runtime.trace import Tracer, made_up
+from .kernel_times import Kernel, KernelTimes
 
 SECONDS = 1.5
 """Time for measuring candidates, beyond the fewest runs that tell anything."""
@@ -75,6 +76,7 @@ class _Scheduler:
         self.executor, self.plan = executor, executor.plan
         self.how, self.database = how, database
         self.workers = torch.get_num_threads()
+        self.times = KernelTimes(database, self.workers)
 
     def run(self, measure: bool) -> Scheduled:
         reason = self._unfit()
@@ -205,8 +207,40 @@ class _Scheduler:
     def _timed(
         self, tasks: Sequence[Sequence[Task]], inputs: Sequence[torch.Tensor]
     ) -> tuple[list[list[Task]], float]:
-        """Tasks with their seconds, measured as they run in order on all workers, so that what
-        workers cost each other is part of it; and how long all launches take together.
+        """Tasks with their seconds, and how long all launches take together in order: measured,
+        unless the times of all kernels are known.
+        """
+        kernels = [
+            [(self._kernel(k), t.pieces) for t, k in zip(ts, numbers, strict=True)]
+            for ts, numbers in zip(tasks, self.segments, strict=True)
+        ]
+        distinct = {k for ks in kernels for k in ks}
+        known = self.times.known(distinct)
+        if len(known) < len(distinct):
+            return self._measured(tasks, kernels, known, inputs)
+        timed = [
+            [replace(t, seconds=known[k]) for t, k in zip(ts, ks, strict=True)]
+            for ts, ks in zip(tasks, kernels, strict=True)
+        ]
+        plain = sum(in_order(ts, self.workers, DEFAULT_COSTS).seconds for ts in timed)
+        if plain > LONGEST:
+            raise _TooLong(f"a call takes {plain:.1f} s, too long to try schedules")
+        return timed, plain
+
+    def _kernel(self, number: int) -> str:
+        step = self.plan.steps[number]
+        assert isinstance(step, KernelStep)
+        return step.kernel
+
+    def _measured(
+        self,
+        tasks: Sequence[Sequence[Task]],
+        kernels: Sequence[Sequence[Kernel]],
+        known: Mapping[Kernel, float],
+        inputs: Sequence[torch.Tensor],
+    ) -> tuple[list[list[Task]], float]:
+        """Like `_timed`, measured as tasks run in order on all workers, so that what workers cost
+        each other is part of it. Kernels that are not ``known`` are from now on.
         """
         tracer = Tracer(self.executor, {}, self.workers)
         samples: list[list[float]] = [[] for _ in self.plan.steps]
@@ -236,7 +270,15 @@ class _Scheduler:
             ]
             for ts, numbers in zip(tasks, self.segments, strict=True)
         ]
-        return timed, statistics.median(wholes)
+        plain = statistics.median(wholes)
+        if plain <= BUSY * min(wholes):
+            fresh: dict[Kernel, list[float]] = {}
+            for ts, ks in zip(timed, kernels, strict=True):
+                for t, k in zip(ts, ks, strict=True):
+                    if k not in known:
+                        fresh.setdefault(k, []).append(t.seconds)
+            self.times.keep({k: statistics.median(seconds) for k, seconds in fresh.items()})
+        return timed, plain
 
     def _race(
         self, mixed: Sequence[Sequence[Schedule]], inputs: Sequence[torch.Tensor]

@@ -58,8 +58,12 @@ class Woven(nn.Module):
 def costs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What a part of a kernel takes follows from its step's number, and all calls take the same:
     what is measured says how busy the machine is, and what schedules are found follows from it.
+    Times that other tests left are not ``known``.
     """
-    found = SimpleNamespace(of=lambda step: (1 + 37 * step % 11) * 1e-5)
+    found = SimpleNamespace(
+        of=lambda step: (1 + 37 * step % 11) * 1e-5, known=scheduling.KernelTimes.known
+    )
+    monkeypatch.setattr(scheduling.KernelTimes, "known", lambda *_: {})
     run, ticks = scheduling.Tracer.run, itertools.count()
 
     def told(self: Any, inputs: Any) -> list[Event]:
@@ -137,6 +141,32 @@ def test_a_search_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [r.reason for r in again.remarks] == [r.reason for r in first.remarks]
     assert again.plan.steps == first.plan.steps
     assert again.plan.arena_bytes == first.plan.arena_bytes
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_kernels_are_timed_once(monkeypatch: pytest.MonkeyPatch, costs: SimpleNamespace) -> None:
+    monkeypatch.setattr(scheduling.KernelTimes, "known", costs.known)
+    runs, run = [], scheduling.Tracer.run
+
+    def count(self: Any, inputs: Any) -> Any:
+        runs.append(inputs)
+        return run(self, inputs)
+
+    monkeypatch.setattr(scheduling.Tracer, "run", count)
+    model, x = Woven(7, nodes=8).eval(), torch.randn(1, 8, 20, 20)
+    first = _compiled(model, x, FORCED)
+    assert runs and _ids(first) == {"PLT-PAR-001"}
+    runs.clear()
+    again = _compiled(model, x, FORCED.replace("rounds=5", "rounds=6"))  # another search
+    assert not runs and _ids(again) == {"PLT-PAR-001"}
+    with torch.no_grad():
+        assert torch.equal(first(x), again(x))
+    _compiled(nn.Sequential(model, nn.Conv2d(again(x).shape[1], 24, 3)).eval(), x, FORCED)
+    assert runs, "one kernel is new"
+    runs.clear()
+    torch.set_num_threads(3)
+    _compiled(model, x, FORCED)
+    assert runs, "times are those of two workers"
 
 
 @pytest.mark.usefixtures("two_threads")
