@@ -29,7 +29,6 @@ from fractions import Fraction
 Matrix = tuple[tuple[Fraction, ...], ...]
 OUTPUTS = (2, 3, 4, 6)  # of a filter of several taps
 MOST_TAPS = 9
-MOST_NOISE = 2.0  # of a 2-d filter, or of one axis; F(2x2, 3x3) has 1.67
 _ZERO, _ONE = Fraction(0), Fraction(1)
 
 
@@ -92,11 +91,11 @@ def filters(taps: int, stride: int) -> tuple[Filter, ...]:
     found = []
     if 1 < taps <= MOST_TAPS and stride in (1, 2):
         for outputs in OUTPUTS:
-            phases = [_least(outputs, -(-(taps - p) // stride)) for p in range(min(stride, taps))]
-            if all(phases):
-                made = _phases(phases, stride, taps)  # type: ignore[arg-type]
-                if made.products < outputs * taps:
-                    found.append(made)
+            firsts = list(range(stride))
+            phases = [_least(outputs, -(-(taps - p) // stride)) for p in firsts]
+            made = _added(phases, firsts, stride, taps)
+            if made.products < outputs * taps:
+                found.append(made)
     return tuple(found) or (_definition(taps),)
 
 
@@ -106,27 +105,24 @@ def filter_of(taps: int, stride: int, outputs: int) -> Filter:
 
 
 @functools.cache
-def _least(outputs: int, taps: int) -> Filter | None:
-    """The filter of stride 1 with the fewest products whose noise is bearable."""
+def _least(outputs: int, taps: int) -> Filter:
+    """The filter of stride 1 with the fewest products, and of those the one with the least noise.
+
+    With at most six outputs none has a noise of more than 2; deeper nesting would cost digits.
+    """
     if taps == 1:
         return Filter(_identity(outputs), ((_ONE,),) * outputs, _identity(outputs))
     if outputs == 1:
         return _definition(taps)
     found = [_evaluated(outputs, taps)] if outputs + taps <= 5 else []
     for k in range(1, taps):
-        first, second = _least(outputs, k), _least(outputs, taps - k)
-        if first and second:
-            found.append(_beside([first, second]))
+        found.append(_added([_least(outputs, k), _least(outputs, taps - k)], [0, k], 1, taps))
     for k in range(1, outputs):
-        first, second = _least(k, taps), _least(outputs - k, taps)
-        if first and second:
-            found.append(_below(first, second))
+        found.append(_below(_least(k, taps), _least(outputs - k, taps)))
     if outputs % 2 == 0 and taps > 2:
         outer = _least(outputs // 2, -(-taps // 2))
-        if outer:
-            found.append(_cut(_nested(outer, _evaluated(2, 2)), taps))
-    found = [f for f in found if f.noise <= MOST_NOISE]
-    return min(found, key=lambda f: (f.products, f.noise), default=None)
+        found.append(_cut(_nested(outer, _evaluated(2, 2)), taps))
+    return min(found, key=lambda f: (f.products, f.noise))
 
 
 def _identity(size: int) -> Matrix:
@@ -173,16 +169,14 @@ def _placed(matrix: Matrix, width: int, first: int, step: int = 1) -> Matrix:
     return tuple(rows)
 
 
-def _beside(parts: list[Filter]) -> Filter:
-    """Taps of one after those of the other; results are added."""
-    taps, outputs = sum(p.taps for p in parts), parts[0].outputs
+def _added(parts: list[Filter], firsts: list[int], stride: int, taps: int) -> Filter:
+    """The sum of filters that have one tap in ``stride`` of ``taps`` each, from ``firsts`` on."""
+    span = (parts[0].outputs - 1) * stride + taps
     weights: Matrix = ()
     inputs: Matrix = ()
-    first = 0
-    for part in parts:
-        weights += _placed(part.weights, taps, first)
-        inputs += _placed(part.inputs, outputs + taps - 1, first)
-        first += part.taps
+    for part, first in zip(parts, firsts, strict=True):
+        weights += _placed(part.weights, taps, first, stride)
+        inputs += _placed(part.inputs, span, first, stride)
     gather = tuple(sum(rows, ()) for rows in zip(*(p.gather for p in parts), strict=True))
     return Filter(gather, weights, inputs)
 
@@ -233,18 +227,6 @@ def _cut(whole: Filter, taps: int) -> Filter:
     )
 
 
-def _phases(phases: list[Filter], stride: int, taps: int) -> Filter:
-    """Every ``stride``-th tap belongs to one phase; their results are added."""
-    span = (phases[0].outputs - 1) * stride + taps
-    weights: Matrix = ()
-    inputs: Matrix = ()
-    for p, phase in enumerate(phases):
-        weights += _placed(phase.weights, taps, p, stride)
-        inputs += _placed(phase.inputs, span, p, stride)
-    gather = tuple(sum(rows, ()) for rows in zip(*(p.gather for p in phases), strict=True))
-    return Filter(gather, weights, inputs)
-
-
 @dataclass(frozen=True)
 class Additions:
     """A matrix of 0, 1 and -1 times a vector, as additions of two values each.
@@ -254,7 +236,6 @@ class Additions:
     ``rows[r][1]``, a sign.
     """
 
-    size: int
     steps: tuple[tuple[int, int, int], ...]
     rows: tuple[tuple[int, int], ...]
 
@@ -283,4 +264,4 @@ def additions(matrix: Matrix) -> Additions:
         for row in holders:
             row[value] = row.pop(i)
             row.pop(j)
-    return Additions(size, tuple(steps), tuple(next(iter(row.items())) for row in rows))
+    return Additions(tuple(steps), tuple(next(iter(row.items())) for row in rows))

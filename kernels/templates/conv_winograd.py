@@ -29,7 +29,7 @@ from tvm.script.ir_builder import tirx as T
 from ..abi import Kernel, Pack
 from ..emit import Emitter, Expr
 from ..group import HALF, IO, Group
-from ..minimal_filtering import MOST_NOISE, Additions, Filter, Matrix, additions, filter_of, filters
+from ..minimal_filtering import Additions, Filter, Matrix, additions, filter_of, filters
 from ..packing_conv import vector_starts
 from ..target import Target
 from .conv_common import Epilogue, lane_count, loop, name_index, vector
@@ -46,6 +46,7 @@ TILES = {  # vectors: patches
 }
 LEAST_CHANNELS = 16  # below, transforms cost more than the products save
 LEAST_SAVED = 1.15  # of the multiplications, likewise
+MOST_NOISE = 2.0  # of a pair of filters; F(2x2, 3x3) has 1.67
 MOST_GROUPS = 8  # of ``ri`` patches in a task
 BUFFER_BYTES = 768 << 10  # of a task's transforms, which live on its thread's stack
 WORKERS = 4  # an assumption for balance only

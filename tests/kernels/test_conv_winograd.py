@@ -130,6 +130,13 @@ def test_many_taps() -> None:
     )
 
 
+def test_pairs_that_cost_digits_are_not_used() -> None:
+    _, group, io = case(1, 32, 32, (5, 5), (20, 20), padding=2).trace()
+    found = conv_winograd.estimates(parse(group, io), host())
+    sizes = {(c["high"], c["wide"]) for _, c in found}
+    assert (2, 2) in sizes and (4, 4) not in sizes  # nested along both axes
+
+
 def test_stride_2() -> None:
     check(
         [
