@@ -75,6 +75,12 @@ class Ref:
             value = tir.Cast(want, value)
         T.buffer_store(self.buffer, value, [offset])
 
+    def prefetch(self, index: Sequence[Expr], write: bool = False) -> None:
+        """Asks for the cache line of an element, to be written or only read some time later."""
+        place = tir.address_of(self.buffer[self.offset(index)])
+        how = [tir.IntImm("int32", k) for k in (write, 3, 1)]  # keep it in all caches; data
+        T.evaluate(tir.call_llvm_intrin("void", "llvm.prefetch", place, *how))
+
 
 class Emitter:
     """Builds one PrimFunc ``name(lo, hi, inputs..., outputs..., symbols...)``."""

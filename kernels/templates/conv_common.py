@@ -14,7 +14,7 @@ import tvm.tirx as tir
 from tvm.script.ir_builder import tirx as T
 
 from ..abi import Dim
-from ..emit import Emitter, Expr, expr_dtype
+from ..emit import Emitter, Expr, Ref, expr_dtype
 from ..group import Group, Unsupported
 from ..ops import category, evaluate
 from ..ops.common import convert_expr, convert_products
@@ -48,6 +48,7 @@ class Epilogue:
     dtype: torch.dtype
     products: bool
     _current: list[Expr]
+    _late: list[Ref]
 
     @staticmethod
     def of(emitter: Emitter, group: Group) -> Epilogue:
@@ -64,7 +65,20 @@ class Epilogue:
         env[anchor] = result if first is meta else (result,)
         evaluate([n for n in group.nodes if n is not anchor], Context(emitter, env))
         products = group.kind == "conv"
-        return Epilogue(emitter, [env[n] for n in group.outputs], first.dtype, products, current)
+        late = [
+            ref
+            for node, ref in zip(group.inputs, emitter.inputs, strict=True)
+            if node not in anchor.all_input_nodes and ref.arg.shape == emitter.outputs[0].arg.shape
+        ]
+        outputs = [env[n] for n in group.outputs]
+        return Epilogue(emitter, outputs, first.dtype, products, current, late)
+
+    def prefetch(self, index: Sequence[Expr]) -> None:
+        """Asks for the cache lines that ``store`` will need at ``index`` beside the anchor's."""
+        for ref in self._late:
+            ref.prefetch(index)
+        for ref in self.emitter.outputs:
+            ref.prefetch(index, write=True)
 
     def store(self, index: Sequence[Expr], value: Expr) -> None:
         with sharing():

@@ -46,6 +46,9 @@ from .half_factors import LANES, words, words_at_even
 from .sums import Sums
 from .vectors import ramp
 
+LONG_SUM = 64
+"""Terms of a sum during which the cache lines for its result can be fetched."""
+
 
 @dataclass
 class _Tile:
@@ -245,6 +248,10 @@ class _Body:
         em, lanes = self.em, self.lanes
         terms = self.spec.kh * self.spec.kw * self.steps
         run = terms if 1 in (self.spec.kh, self.spec.kw) else self.steps
+        if terms >= LONG_SUM:
+            for n, row, col in tile.pixel:
+                for channel in first:
+                    self.epilogue.prefetch(self.spec.out_index(n, channel, row, col))
         acc = Sums(em, len(tile.base), self.nv, lanes, terms, run)
         self._taps(acc, tile, weights, check)
         for i, (n, row, col) in enumerate(tile.pixel):

@@ -128,17 +128,19 @@ def _cost(
     streams = depth * nv * lanes * 4 > L1_BYTES // 2  # the weight panel comes from L2
 
     def cycles(pixels: int, taps: float, setup: float) -> float:
-        # A multiply-add a cycle beside a load a cycle, with enough independent chains.
-        step = max(pixels * nv, pixels + nv, 6) + 0.04 * (pixels + nv) + 0.5
+        # A multiply-add a cycle beside a load a cycle, with enough independent chains. Tiles of
+        # more sums lose up to a twentieth of the rate; why is not known.
+        sums = pixels * nv
+        step = max(sums, pixels + nv, 6) * (1.0 + 0.005 * max(0, sums - 16)) + 0.2
         if streams:
-            step = max(step, 4.0 * nv + 1)  # a line of 64 bytes in four cycles
+            step = max(step, 3.5 * nv)  # cycles for a line of 64 bytes
         if guarded and tile == "flat":
             step += 6 * pixels  # every input element is checked
         return depth * taps * step + setup + 4 * pixels * nv
 
     n, oh, ow = (d if isinstance(d, int) else 64 for d in (spec.n, spec.oh, spec.ow))
     if tile == "flat":
-        setup = 16.0 * ri + 2.0 * ri * spec.kh * spec.kw
+        setup = 24.0 * ri + 2.0 * ri * spec.kh * spec.kw
         total = -(-n * oh * ow // ri) * cycles(ri, 1.0, setup)
     else:
         rows = tile == "rows"
@@ -160,7 +162,7 @@ def _cost(
         if split and (rest == 0 or spec.kh * spec.kw * spec.cg < 64):
             return math.inf
         last = 0.0 if not rest else cycles(rest if split else ri, taps, 24.0)
-        total = n * across * (full * cycles(ri, taps, 24.0) + last) * (1.03 if split else 1.0)
+        total = n * across * (full * cycles(ri, taps, 24.0) + last) * (1.02 if split else 1.0)
     return total * (len(vector_starts(spec.og, lanes, nv)) // nv) * spec.groups
 
 
@@ -175,19 +177,29 @@ def _blocking(spec: ConvSpec, config: dict[str, Any]) -> dict[str, Any]:
     wanted = TASK_FLOPS / (2 * ri * nv * lanes * depth)
     wanted = min(wanted, tiles * panels / MIN_TASKS)
     chunk = max(1, min(tiles, round(wanted)))
-    if config["tile"] != "flat":  # whole lines, so that tasks are equal
-        length = spec.ow if config["tile"] == "rows" else spec.oh
-        per_line = -(-length // ri)  # type: ignore[operator]
-        chunk = chunk if chunk < per_line else chunk // per_line * per_line
-    chunk = -(-tiles // -(-tiles // chunk)) if tiles else 1
+    chunk = _even(spec, config, tiles, chunk)
     chunks = -(-tiles // chunk)
     weights = 4 * panels * depth * nv * lanes
-    source = 4 * spec.n * spec.c * spec.h * spec.w  # type: ignore[operator]
+    read = min(spec.h, spec.oh * spec.kh) * min(spec.w, spec.ow * spec.kw)  # a stride may skip
+    source = 4 * spec.n * spec.c * read  # type: ignore[operator]
     # Narrow groups use a part of every cache line, and come back for the rest.
     again = panels // spec.groups * max(1, 32 // spec.cg if spec.groups > 1 else 1)
     by_panel = weights + source * (again if source > L2_BYTES // 2 else 1)
-    by_pixel = source + weights * (chunks if weights > L2_BYTES // 2 else 1)
-    return {"chunk": chunk, "order": "panel" if by_panel <= by_pixel else "pixel"}
+    by_pixel = source + weights * (chunks if weights > L2_BYTES // 4 else 1)
+    if by_panel <= by_pixel:
+        return {"chunk": chunk, "order": "panel"}
+    if source > L2_BYTES // 2:  # all panels should find a task's input in the cache
+        chunk = _even(spec, config, tiles, max(1, min(chunk, tiles * (L2_BYTES // 4) // source)))
+    return {"chunk": chunk, "order": "pixel"}
+
+
+def _even(spec: ConvSpec, config: dict[str, Any], tiles: int, chunk: int) -> int:
+    """About ``chunk`` tiles per task, so that tasks are nearly equal and end with a line."""
+    if config["tile"] != "flat":
+        length = spec.ow if config["tile"] == "rows" else spec.oh
+        per_line = -(-length // config["ri"])  # type: ignore[operator]
+        chunk = chunk if chunk < per_line else chunk // per_line * per_line
+    return -(-tiles // -(-tiles // chunk)) if tiles else 1
 
 
 def inner_unroll(depth: int) -> int:

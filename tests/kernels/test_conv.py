@@ -217,6 +217,20 @@ def test_broadcast_operand_in_the_epilogue() -> None:
     )
 
 
+@pytest.mark.parametrize(("channels", "lines"), [(64, 2), (32, 0)])
+def test_long_sums_fetch_the_lines_for_their_results_ahead(channels: int, lines: int) -> None:
+    """What is added to a result, and where it is stored: once for each vector of a tile."""
+    x, w, r = torch.randn(1, channels, 7, 7), torch.randn(32, channels, 1, 1), torch.randn(1)
+    residual = Case(
+        "add", lambda x, w, r: F.conv2d(x, w) + r, [x, w, r.expand(1, 32, 7, 7)], {}, (1,)
+    )
+    _, group, io = residual.trace()
+    config = conv.candidates(group, io, host())[0]
+    text = conv.lower(group, io, host(), config).func.script()
+    vectors = config["ri"] * config["nv"]
+    assert text.count('"llvm.prefetch"') == lines * vectors
+
+
 def test_sizes_known_only_at_run_time() -> None:
     cases = [
         case(2, 6, 20, (3, 3), (9, 11), padding=1, symbolic=True, layout=layout, groups=groups)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from plait.kernels.target import Target
@@ -12,11 +14,15 @@ from .spatial import case
 WIDE = Target("cpu", "skylake-avx512", 64, 32)
 
 
+def configs(c: int, oc: int, kernel: int, size: int, **options: int) -> list[dict[str, Any]]:
+    made = case(1, c, oc, (kernel, kernel), (size, size), padding=kernel // 2, **options)
+    group, io = made.trace()[1:]
+    return conv_tiling.configs(conv_spec.parse(group, io), io, WIDE)
+
+
 def tiles(c: int, oc: int, kernel: int, size: int) -> list[tuple[str, int, int]]:
     """(kind, pixels, vectors) of each configuration."""
-    group, io = case(1, c, oc, (kernel, kernel), (size, size), padding=kernel // 2).trace()[1:]
-    found = conv_tiling.configs(conv_spec.parse(group, io), io, WIDE)
-    return [(f["tile"], f["ri"], f["nv"]) for f in found]
+    return [(f["tile"], f["ri"], f["nv"]) for f in configs(c, oc, kernel, size)]
 
 
 @pytest.mark.parametrize("shape", [(1024, 416, 1, 14), (64, 64, 1, 56), (256, 256, 3, 14)])
@@ -38,3 +44,22 @@ def test_wide_tiles_are_not_for_weights_beyond_the_first_cache() -> None:
     """49 vectors of channels are seven panels of seven, but each step would wait for its panel."""
     assert all(nv <= 5 for _, _, nv in tiles(384, 771, 1, 14))
     assert any(nv == 7 for _, _, nv in tiles(16, 112, 1, 14))
+
+
+@pytest.mark.parametrize("shape", [(512, 256, 1, 28), (256, 512, 1, 28), (128, 256, 1, 56)])
+def test_tiles_that_fit_the_lines_beat_larger_ones(shape: tuple[int, ...]) -> None:
+    for kind, pixels, vectors in tiles(*shape)[:2]:
+        assert kind == "rows"
+        assert shape[-1] % pixels == 0
+        assert pixels * vectors <= 16
+
+
+def test_large_weights_are_read_once_where_a_stride_leaves_little_input() -> None:
+    assert configs(1024, 2048, 1, 14, stride=2)[0]["order"] == "panel"
+
+
+def test_narrow_groups_share_the_lines_of_their_input_while_these_are_cached() -> None:
+    """A task of 4 rows, all groups of which follow it, reads 9 rows of 56 KiB."""
+    first = configs(256, 256, 3, 56, stride=2, groups=32)[0]
+    assert first["order"] == "pixel"
+    assert first["ri"] * first["chunk"] <= 4 * 28
