@@ -37,9 +37,10 @@ JUDGE = "merge-judge"
 
 Verdict = tuple[float, float]
 """Seconds a call of the separate operators, and of the merged ones."""
-Judge = Callable[[fx.GraphModule, fx.GraphModule], "Verdict | str"]
+Judge = Callable[[fx.GraphModule, fx.GraphModule, bool], "Verdict | str"]
 """Measures two graphs that compute the same from one input (the second may return larger tensors,
-of which the results are slices); a text tells why they cannot be measured.
+of which the results are slices), for a place where other operators could run beside them, or could
+not; a text tells why they cannot be measured.
 """
 
 _PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
@@ -187,7 +188,9 @@ class MergeParallelOps(Pass):
             remarks.append(self._missed("PLT-MRG-004", names, reason, hint))
             return False
         apart = _extract(rewriter, parts)
-        verdict = judge(apart, self._joined(apart, names))
+        verdict = judge(
+            apart, self._joined(apart, names), _has_others(apart, rewriter.graph, parts)
+        )
         if isinstance(verdict, str):
             remarks.append(self._missed("PLT-MRG-004", names, verdict))
             return False
@@ -389,6 +392,30 @@ def _value(rewriter: Rewriter, node: fx.Node) -> torch.Tensor:
 
 def _positions(graph: fx.Graph) -> dict[fx.Node, int]:
     return {node: k for k, node in enumerate(graph.nodes)}
+
+
+def _has_others(apart: fx.GraphModule, graph: fx.Graph, parts: Sequence[_Part]) -> bool:
+    """Whether an operator outside of ``apart`` comes neither before the ``parts`` nor after all of
+    them, so that it can run beside one of them.
+    """
+    own = {n.name for n in apart.graph.nodes}
+    before: set[fx.Node] = set()
+    pending = [p.source for p in parts]
+    while pending:
+        node = pending.pop()
+        if node not in before:
+            before.add(node)
+            pending += node.all_input_nodes
+    after = {p.node: 1 << k for k, p in enumerate(parts)}  # bits of the parts before each node
+    everything = (1 << len(parts)) - 1
+    for node in graph.nodes:
+        for operand in node.all_input_nodes:
+            after[node] = after.get(node, 0) | after.get(operand, 0)
+        apart_from_one = node not in before and after.get(node, 0) != everything
+        if apart_from_one and is_call(node) and node.name not in own:
+            if ops.category(node) != "view":
+                return True
+    return False
 
 
 def _extract(rewriter: Rewriter, parts: Sequence[_Part]) -> fx.GraphModule:

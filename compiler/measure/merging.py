@@ -1,13 +1,21 @@
 """Measures for `merge-parallel-ops` whether operators run faster merged or apart.
 
-Both forms are lowered like any graph and run in turns on made-up inputs. What was measured is kept
-in the kernel database, so it is measured once for a machine and a number of threads.
+Both forms are lowered like any graph, and scheduled where the pipeline asks for it: the operators
+apart may run side by side. Each form counts by the faster of in order and its best schedule, run in
+turns on made-up inputs. Where kernels elsewhere in the graph can fill what a schedule of these few
+leaves idle, a form may come down to its work divided by the workers, whatever the schedule; so
+there a merger must save work, too.
+
+What was measured is kept in the kernel database, so it is measured once for a machine and a number
+of threads, unless other work kept the machine busy.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
@@ -17,9 +25,14 @@ from ...passes.ir import attribute
 from ...passes.manager import PassManager
 from ...passes.merge_parallel import Judge, Verdict
 from ...passes.pipeline_print import print_pipeline
+from ...passes.schedule import SCHEDULE
 from ...runtime.executor import Executor
 from ...runtime.trace import made_up
 from .bets import TIMES, timed
+from .scheduling import BUSY, propose
+
+FAR = 1.03
+"""A merger predicted to take so many times as long is not run: predictions err less."""
 
 Build = Callable[[fx.GraphModule], Executor]
 """Makes what runs a graph that has been through the passes."""
@@ -30,7 +43,7 @@ def judge(rest: PassManager, build: Build, database: Database, measure: bool) ->
     measured before.
     """
 
-    def compare(apart: fx.GraphModule, merged: fx.GraphModule) -> Verdict | str:
+    def compare(apart: fx.GraphModule, merged: fx.GraphModule, beside: bool) -> Verdict | str:
         (source,) = apart.graph.find_nodes(op="placeholder")
         if not all(isinstance(size, int) for size in source.meta["val"].shape):
             return "sizes are known only when the model is called"
@@ -39,25 +52,58 @@ def judge(rest: PassManager, build: Build, database: Database, measure: bool) ->
         if found is None:
             if not measure:
                 return "nothing is measured with tune='off'"
-            found = {"seconds": _measured((apart, merged), rest, build)}
-            database.set_progress(key, found)
-        before, after = found["seconds"]
-        return before, after
+            forms = [_form(rest.run(g).graph_module, build, database) for g in (apart, merged)]
+            seconds, disturbed = _measured(forms)
+            found = {"seconds": seconds, "work": [f.work for f in forms]}
+            if not disturbed and not any(f.disturbed for f in forms):
+                database.set_progress(key, found)
+        alone, work = tuple(found["seconds"]), tuple(found["work"])
+        if beside and None not in work:
+            return min(alone, work, key=lambda t: t[0] / t[1])
+        return alone
 
     return compare
 
 
-def _measured(
-    graphs: Sequence[fx.GraphModule], rest: PassManager, build: Build
-) -> tuple[float, float]:
-    """Seconds of both graphs; of several measurements the one that speaks least for the second."""
-    executors = [build(rest.run(graph).graph_module) for graph in graphs]
-    inputs = made_up(executors[0].plan)
-    calls = [lambda e=executor: e.run(inputs) for executor in executors]
+@dataclass(frozen=True)
+class _Form:
+    """What may run one of two forms, and the seconds of its `Proposal`, where there is one."""
+
+    executors: list[Executor]
+    predicted: float | None = None
+    work: float | None = None
+    disturbed: bool = False
+
+
+def _form(graph: fx.GraphModule, build: Build, database: Database) -> _Form:
+    executor = build(graph)
+    how = graph.meta.get(SCHEDULE)
     with torch.random.fork_rng(devices=[]):
-        found = [timed(calls) for _ in range(TIMES)]
-    before, after = min(found, key=lambda t: t[0] / t[1])
-    return before, after
+        found = None if how is None else propose(executor, how, database)
+    if found is None:
+        return _Form([executor])
+    scheduled = [] if found.executor is None else [found.executor]
+    return _Form([executor, *scheduled], found.predicted, found.work, found.disturbed)
+
+
+def _measured(forms: Sequence[_Form]) -> tuple[list[float], bool]:
+    """Seconds of both forms, each at its fastest, and whether other work disturbed the runs: of
+    several measurements the one that speaks least for the second form.
+
+    One that is predicted to be slower is not run: a prediction can refuse a merger only.
+    """
+    before, after = (f.predicted for f in forms)
+    if before is not None and after is not None and after > FAR * before:
+        return [before, after], False
+    executors = [e for f in forms for e in f.executors]
+    inputs = made_up(executors[0].plan)
+    calls = [functools.partial(e.run, inputs) for e in executors]
+    first = len(forms[0].executors)
+    with torch.random.fork_rng(devices=[]):
+        times = [timed(calls) for _ in range(TIMES)]
+    disturbed = any(max(own) > BUSY * min(own) for own in zip(*times, strict=True))
+    found = [[min(own[:first]), min(own[first:])] for own in times]
+    return min(found, key=lambda t: t[0] / t[1]), disturbed
 
 
 def _key(graphs: Sequence[fx.GraphModule], rest: PassManager) -> str:
@@ -65,7 +111,7 @@ def _key(graphs: Sequence[fx.GraphModule], rest: PassManager) -> str:
     text = [
         print_pipeline(rest.passes),
         str(torch.get_num_threads()),
-        "1",
+        "2",
     ]  # the last: version of the comparison
     for graph in graphs:
         numbers: dict[fx.Node, str] = {}

@@ -71,6 +71,30 @@ def schedule(
     return _Scheduler(executor, how, database).run(measure)
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """What a schedule would make of a plan, without running it: seconds of a call by prediction,
+    those of the kernels' work divided by the workers, which no context can beat, and an executor
+    of the schedule (None: it would not gain over the one in order); and whether other work
+    disturbed the runs that kernels were timed in.
+    """
+
+    predicted: float
+    work: float
+    executor: Executor | None
+    disturbed: bool = False
+
+
+def propose(executor: Executor, how: SchedulePass, database: Database) -> Proposal | None:
+    """The best schedule by prediction; None where kernels cannot run side by side, or something
+    else than kernels runs. Times are those within this plan and not kept: in a small one kernels
+    find everything in the caches.
+
+    Raises what a plan raises on made-up inputs.
+    """
+    return _Scheduler(executor, how, database).proposed()
+
+
 class _Scheduler:
     def __init__(self, executor: Executor, how: SchedulePass, database: Database) -> None:
         self.executor, self.plan = executor, executor.plan
@@ -116,6 +140,24 @@ class _Scheduler:
         plan, lifetimes, memory = self.arranged(taken)
         remarks.append(describe(lifetimes, memory))
         return Scheduled(self._executor(plan), memory, remarks)
+
+    def proposed(self) -> Proposal | None:
+        """See `propose`."""
+        if self._unfit() or not all(isinstance(s, KernelStep) for s in self.plan.steps):
+            return None
+        self.segments = segments(self.plan)
+        tasks = [tasks_of(self.plan.steps, numbers) for numbers in self.segments]
+        try:
+            timed, middle, least = self._measured(tasks, made_up(self.plan))
+        except _TooLong:
+            return None
+        work = sum(t.seconds for ts in timed for t in ts) / self.workers
+        plain = sum(in_order(ts, self.workers, DEFAULT_COSTS).seconds for ts in timed)
+        best = [self.how.candidates(ts, self.workers)[0][0] for ts in timed]
+        if _seconds(best) > (1 - max(0.0, self.how.least_gain)) * plain:
+            return Proposal(plain, work, None, middle > BUSY * least)
+        executor = self._executor(self.arranged(best)[0])
+        return Proposal(_seconds(best), work, executor, middle > BUSY * least)
 
     def _unfit(self) -> str:
         if self.workers < 2:
@@ -208,7 +250,7 @@ class _Scheduler:
         self, tasks: Sequence[Sequence[Task]], inputs: Sequence[torch.Tensor]
     ) -> tuple[list[list[Task]], float]:
         """Tasks with their seconds, and how long all launches take together in order: measured,
-        unless the times of all kernels are known.
+        unless the times of all kernels are known, as they are from then on.
         """
         kernels = [
             [(self._kernel(k), t.pieces) for t, k in zip(ts, numbers, strict=True)]
@@ -217,7 +259,10 @@ class _Scheduler:
         distinct = {k for ks in kernels for k in ks}
         known = self.times.known(distinct)
         if len(known) < len(distinct):
-            return self._measured(tasks, kernels, known, inputs)
+            timed, plain, least = self._measured(tasks, inputs)
+            if plain <= BUSY * least:
+                self._keep(timed, kernels, known)
+            return timed, plain
         timed = [
             [replace(t, seconds=known[k]) for t, k in zip(ts, ks, strict=True)]
             for ts, ks in zip(tasks, kernels, strict=True)
@@ -232,15 +277,25 @@ class _Scheduler:
         assert isinstance(step, KernelStep)
         return step.kernel
 
-    def _measured(
+    def _keep(
         self,
-        tasks: Sequence[Sequence[Task]],
+        timed: Sequence[Sequence[Task]],
         kernels: Sequence[Sequence[Kernel]],
         known: Mapping[Kernel, float],
-        inputs: Sequence[torch.Tensor],
-    ) -> tuple[list[list[Task]], float]:
+    ) -> None:
+        """Keeps the times of kernels that are not ``known``."""
+        fresh: dict[Kernel, list[float]] = {}
+        for ts, ks in zip(timed, kernels, strict=True):
+            for t, k in zip(ts, ks, strict=True):
+                if k not in known:
+                    fresh.setdefault(k, []).append(t.seconds)
+        self.times.keep({k: statistics.median(seconds) for k, seconds in fresh.items()})
+
+    def _measured(
+        self, tasks: Sequence[Sequence[Task]], inputs: Sequence[torch.Tensor]
+    ) -> tuple[list[list[Task]], float, float]:
         """Like `_timed`, measured as tasks run in order on all workers, so that what workers cost
-        each other is part of it. Kernels that are not ``known`` are from now on.
+        each other is part of it; and how long all launches took at least.
         """
         tracer = Tracer(self.executor, {}, self.workers)
         samples: list[list[float]] = [[] for _ in self.plan.steps]
@@ -270,15 +325,7 @@ class _Scheduler:
             ]
             for ts, numbers in zip(tasks, self.segments, strict=True)
         ]
-        plain = statistics.median(wholes)
-        if plain <= BUSY * min(wholes):
-            fresh: dict[Kernel, list[float]] = {}
-            for ts, ks in zip(timed, kernels, strict=True):
-                for t, k in zip(ts, ks, strict=True):
-                    if k not in known:
-                        fresh.setdefault(k, []).append(t.seconds)
-            self.times.keep({k: statistics.median(seconds) for k, seconds in fresh.items()})
-        return timed, plain
+        return timed, statistics.median(wholes), min(wholes)
 
     def _race(
         self, mixed: Sequence[Sequence[Schedule]], inputs: Sequence[torch.Tensor]

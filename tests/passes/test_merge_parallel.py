@@ -21,7 +21,9 @@ CONFIG = settings(
 TINY = {"rtol": 1e-10, "atol": 1e-10, "equal_nan": True}
 
 
-def _always(apart: fx.GraphModule, merged: fx.GraphModule) -> tuple[float, float]:
+def _always(
+    apart: fx.GraphModule, merged: fx.GraphModule, beside: bool = False
+) -> tuple[float, float]:
     """A judge for whom every merger gains; it checks that both graphs compute the same."""
     (source,) = apart.graph.find_nodes(op="placeholder")
     value = source.meta["val"]
@@ -344,13 +346,46 @@ def test_a_gate_is_judged_with_the_pointwise_operators_behind_it() -> None:
     both = b.call(aten.mul.Tensor, b.call(aten.silu.default, gate), up)
     seen = []
 
-    def judge(apart: fx.GraphModule, merged: fx.GraphModule) -> tuple[float, float]:
+    def judge(apart: fx.GraphModule, merged: fx.GraphModule, _: bool) -> tuple[float, float]:
         seen.extend([targets(apart), targets(merged)])
         return 1.0, 1.0
 
     _merged(b.finish(b.call(aten.linear.default, both, _weight(b, 6, 4))), judge)
     assert [aten.mul.Tensor in t for t in seen] == [True, True]
     assert [t.count(aten.linear.default) for t in seen] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ("none", False), ("before", False), ("after one", True), ("after both", False),
+        ("independent", True), ("on the source", True), ("address", False),
+    ],
+)  # fmt: skip
+def test_the_judge_knows_whether_anything_can_run_beside(other: str, expected: bool) -> None:
+    b = Builder()
+    x, y = b.input(3, 6, dtype=torch.float64), b.input(3, 6, dtype=torch.float64)
+    if other == "before":
+        x = b.call(aten.softmax.int, x, -1)
+    ends = [b.call(aten.linear.default, x, _weight(b, 4, 6)) for _ in range(2)]
+    if other == "after one":
+        ends[0] = b.call(aten.softmax.int, ends[0], -1)
+    results = [b.call(aten.linear.default, b.call(aten.cat.default, ends, 1), _weight(b, 4, 8))]
+    if other == "after both":
+        results.append(b.call(aten.softmax.int, results[0], -1))
+    elif other in ("independent", "on the source"):
+        source = y if other == "independent" else x
+        results.append(b.call(aten.softmax.int, source, -1))
+    elif other == "address":
+        results.append(b.call(aten.permute.default, y, [1, 0]))
+    seen = []
+
+    def judge(apart: fx.GraphModule, merged: fx.GraphModule, beside: bool) -> str:
+        seen.append(beside)
+        return "seen"
+
+    _merged(b.finish(*results), judge)
+    assert seen == [expected]
 
 
 def test_products_of_branches_become_one() -> None:
