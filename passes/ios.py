@@ -95,7 +95,7 @@ class _Search:
         for u, before in enumerate(self.before):
             for v in before:
                 self.follows[v].append(u)
-        self.seconds = [sum(tasks[k].seconds for k in unit) for unit in units]
+        self.seconds = [sum(tasks[k].spent(1, workers) for k in unit) for unit in units]
         self.looked_at = 0
         self._best: dict[int, tuple[float, int]] = {}  # done -> (seconds to the end, next stage)
 

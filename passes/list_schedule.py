@@ -132,9 +132,9 @@ class _Lister:
             best = min(range(self.workers), key=starts.__getitem__)
             home = worker if starts[worker] <= starts[best] + 1e-9 else best
             place = ((home, task.pieces),)
-        low, shares = 0, []
+        low, shares, spent = 0, [], task.spent(len(place), self.workers)
         for w, end in place:
-            finish = starts[w] + self.costs.call + task.seconds * (end - low) / task.pieces
+            finish = starts[w] + self.costs.call + spent * (end - low) / task.pieces
             shares.append(Share(w, end, starts[w], finish))
             self.free[w] = finish
             low = end
@@ -146,19 +146,21 @@ def dealt(task: Task, starts: Sequence[float], most: int, costs: Costs) -> Place
     together as nearly as pieces allow.
     """
     order = sorted(range(len(starts)), key=starts.__getitem__)
-    used, finish = order[:1], starts[order[0]] + costs.call + task.seconds
+    spent = task.spent(1, len(starts))
+    used, finish = order[:1], starts[order[0]] + costs.call + spent
     for count in range(2, most + 1):
         begun = sum(starts[w] + costs.call for w in order[:count])
-        together = (begun + task.seconds) / count
+        shared = task.spent(count, len(starts))
+        together = (begun + shared) / count
         if together >= finish or starts[order[count - 1]] >= together:
             break
-        used, finish = order[:count], together
+        used, finish, spent = order[:count], together, shared
     cuts: list[tuple[int, int]] = []
     filled = 0.0
     for worker in sorted(used):
         filled += max(0.0, finish - starts[worker] - costs.call)
         last = worker == max(used)
-        end = task.pieces if last else round(task.pieces * filled / task.seconds)
+        end = task.pieces if last else round(task.pieces * filled / spent)
         end = min(end, task.pieces)
         if end > (cuts[-1][1] if cuts else 0):
             cuts.append((worker, end))

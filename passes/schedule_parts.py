@@ -95,7 +95,7 @@ class _Search:
         behind = [0.0] * len(tasks)
         for number in reversed(range(len(tasks))):
             task = tasks[number]
-            least = task.seconds * math.ceil(task.pieces / workers) / task.pieces
+            least = task.least(workers) * math.ceil(task.pieces / workers) / task.pieces
             self.tails.append(costs.call + least + behind[number])
             for k in task.after:
                 self.readers[k] |= 1 << number
@@ -106,7 +106,7 @@ class _Search:
     def run(self) -> tuple[Choice, ...]:
         """The choices of a schedule that ends sooner than ``best``; none if there is none."""
         everything = (1 << len(self.tasks)) - 1
-        work = sum(t.seconds + self.costs.call for t in self.tasks)
+        work = sum(t.least(self.workers) + self.costs.call for t in self.tasks)
         pending = [_State(0, (0.0,) * self.workers, {}, work, 0.0, ())]
         while pending and self.states < self.most:
             state = pending.pop()
@@ -146,13 +146,14 @@ class _Search:
             for count in range(2, min(self.workers, task.pieces) + 1)
         }
         done = state.done | 1 << number
-        left = state.left - task.seconds - self.costs.call
+        left = state.left - task.least(self.workers) - self.costs.call
         path = min(starts) + self.tails[number]
         kept = {k: times for k, times in state.seen.items() if self.readers[k] & ~done}
         for place in (*places.values(), *sorted(p for p in shared if len(p) > 1)):
             low, free, ends = 0, list(state.free), []
+            total = task.spent(len(place), self.workers)
             for worker, end in place:
-                spent = self.costs.call + task.seconds * (end - low) / task.pieces
+                spent = self.costs.call + total * (end - low) / task.pieces
                 free[worker] = starts[worker] + spent
                 ends.append((worker, free[worker]))
                 low = end

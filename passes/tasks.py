@@ -1,8 +1,10 @@
 """Tasks for a number of workers, schedules of them, and how long they must take at least.
 
-A task is a kernel on given tensors: it takes ``seconds`` on one worker, and its ``pieces`` can be
-dealt out to several (it is *moldable*). Workers run what they were given in order. A share starts
-when its worker is free and every task before it has ended, with some delay where that ran
+A task is a kernel on given tensors: it takes ``seconds`` of work, and its ``pieces`` can be dealt
+out to several workers (it is *moldable*). Workers contend for caches and memory, and otherwise with
+pieces of the same task than with other tasks, so a task that is not dealt out to as many as can
+share it takes ``beside`` times its seconds. Workers run what they were given in order. A share
+starts when its worker is free and every task before it has ended, with some delay where that ran
 elsewhere; so the shares of one task need not start together.
 """
 
@@ -20,14 +22,24 @@ Place = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Task:
-    """``seconds`` on one worker, ``pieces`` to deal out, and the numbers of the ``after`` tasks
-    that must have ended before.
+    """``seconds`` of work, summed over all workers where these share it; ``pieces`` to deal out;
+    the numbers of the ``after`` tasks that must have ended before; and what fewer workers take,
+    other tasks ``beside`` them, as a multiple of ``seconds``.
     """
 
     name: str
     seconds: float
     pieces: int = 1
     after: tuple[int, ...] = ()
+    beside: float = 1.0
+
+    def spent(self, sharing: int, workers: int) -> float:
+        """Seconds of work where so many of the ``workers`` share the task."""
+        return self.seconds * (self.beside if sharing < min(workers, self.pieces) else 1.0)
+
+    def least(self, workers: int) -> float:
+        """Seconds of work at least, however many workers share the task."""
+        return min(self.seconds, self.spent(1, workers))
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,8 @@ def check(tasks: Sequence[Task]) -> None:
     for number, task in enumerate(tasks):
         if any(not 0 <= k < number for k in task.after):
             raise ValueError(f"task {task.name} comes after one that is not before it")
-        if not (math.isfinite(task.seconds) and task.seconds >= 0) or task.pieces < 1:
+        numbers = (task.seconds, task.beside)
+        if not all(math.isfinite(n) and n >= 0 for n in numbers) or task.pieces < 1:
             raise ValueError(f"task {task.name} takes {task.seconds} s in {task.pieces} pieces")
 
 
@@ -113,9 +126,9 @@ def bounds(tasks: Sequence[Task], workers: int) -> Bounds:
     """Lower bounds on the makespan of ``tasks``."""
     ends: list[float] = []
     for task in tasks:
-        least = task.seconds * math.ceil(task.pieces / workers) / task.pieces
+        least = task.least(workers) * math.ceil(task.pieces / workers) / task.pieces
         ends.append(max((ends[k] for k in task.after), default=0.0) + least)
-    return Bounds(max(ends, default=0.0), sum(t.seconds for t in tasks) / workers)
+    return Bounds(max(ends, default=0.0), sum(t.least(workers) for t in tasks) / workers)
 
 
 def simulate(
@@ -141,10 +154,10 @@ def simulate(
             raise ValueError(f"the places of task {task.name} do not do it once")
         if any(not shares[k] for k in task.after):
             raise ValueError(f"task {task.name} is ordered before what it comes after")
-        done = []
+        done, spent = [], task.spent(len(place), workers)
         for low, (worker, end) in zip(ends, place, strict=False):
             start = max(free[worker], ready(tasks, shares, number, worker, costs))
-            finish = start + costs.call + task.seconds * (end - low) / task.pieces
+            finish = start + costs.call + spent * (end - low) / task.pieces
             done.append(Share(worker, end, start, finish))
         for share in done:
             free[share.worker] = share.finish
@@ -181,6 +194,17 @@ def bottom_levels(tasks: Sequence[Task]) -> list[float]:
         for k in tasks[number].after:
             levels[k] = max(levels[k], tasks[k].seconds + levels[number])
     return levels
+
+
+def branches(tasks: Sequence[Task]) -> bool:
+    """Whether any task does not come after the one before it."""
+    reached: list[set[int]] = []
+    for number, task in enumerate(tasks):
+        before = set(task.after).union(*(reached[k] for k in task.after))
+        reached.append(before)
+        if number and number - 1 not in before:
+            return True
+    return False
 
 
 def pieces(after: Sequence[Collection[int]]) -> list[list[int]]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 
 from ...kernels.database import Database
+
+FITS = 4
+"""A later fit counts one in so many, so that the last few decide."""
+BESIDE = "time beside others"
 
 Kernel = tuple[str, int]
 """A kernel's hash, which tells its shapes and code, and how many pieces it is cut into."""
@@ -29,6 +34,24 @@ class KernelTimes:
         """Keeps what was measured."""
         self.database.set_progresses({self._name(k): {"seconds": s} for k, s in seconds.items()})
 
-    def _name(self, kernel: Kernel) -> str:
+    def beside(self, kernels: Iterable[Kernel]) -> dict[Kernel, float]:
+        """Of kernels that schedules kept to some of the workers, what they took then as a multiple
+        of their seconds.
+        """
+        found = {k: self.database.progress(self._name(k, BESIDE)) for k in set(kernels)}
+        return {k: float(state["ratio"]) for k, state in found.items() if state}
+
+    def refit(self, ratios: dict[Kernel, list[float]]) -> None:
+        """Takes what kernels took beside others in one more schedule into account."""
+        states = {}
+        for kernel, fresh in ratios.items():
+            name = self._name(kernel, BESIDE)
+            known = self.database.progress(name) or {"ratio": 0.0, "fits": 0}
+            fits = min(known["fits"] + 1, FITS)
+            ratio = known["ratio"] + (statistics.median(fresh) - known["ratio"]) / fits
+            states[name] = {"ratio": ratio, "fits": fits}
+        self.database.set_progresses(states)
+
+    def _name(self, kernel: Kernel, what: str = "time") -> str:
         name, pieces = kernel
-        return f"time of {name} in {pieces} pieces on {self.workers} workers"
+        return f"{what} of {name} in {pieces} pieces on {self.workers} workers"

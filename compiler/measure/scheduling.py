@@ -22,12 +22,13 @@ from ...passes.list_schedule import RULES, in_order, list_schedule
 from ...passes.plan_memory import Lifetime, MemoryPlan, describe, plan_memory
 from ...passes.remarks import Remark
 from ...passes.schedule import SchedulePass
-from ...passes.tasks import DEFAULT_COSTS, Bounds, Schedule, Task, bounds, simulate
+from ...passes.tasks import DEFAULT_COSTS, Bounds, Schedule, Task, bounds, branches, simulate
 from ...runtime.executor import Executor
 from ...runtime.plan import KernelStep, Plan, Step, touched
 from ...runtime.sizes import evaluate
 from ...runtime.spans import span_of
 from ...runtime.trace import Tracer, made_up
+from . import contention
 from .kernel_times import Kernel, KernelTimes
 
 SECONDS = 1.5
@@ -108,7 +109,7 @@ class _Scheduler:
             return self._kept("PLT-PAR-004", reason)
         self.segments = segments(self.plan)
         tasks = [tasks_of(self.plan.steps, numbers) for numbers in self.segments]
-        if not any(map(_branches, tasks)):
+        if not any(map(branches, tasks)):
             return self._kept("PLT-PAR-002", "no two kernels are independent of each other")
         key = self._key(tasks)
         found = self.database.progress(key)
@@ -130,12 +131,12 @@ class _Scheduler:
             return Scheduled(self.executor, None, remarks)
         taken = [
             simulate(
-                [replace(t, seconds=s) for t, s in zip(ts, seconds, strict=True)],
+                [replace(t, seconds=s, beside=b) for t, (s, b) in zip(ts, times, strict=True)],
                 order,
                 [tuple((w, end) for w, end in place) for place in places],
                 self.workers,
             )
-            for ts, (seconds, order, places) in zip(tasks, found["taken"], strict=True)
+            for ts, (times, order, places) in zip(tasks, found["taken"], strict=True)
         ]
         plan, lifetimes, memory = self.arranged(taken)
         remarks.append(describe(lifetimes, memory))
@@ -172,7 +173,7 @@ class _Scheduler:
 
     def _key(self, tasks: Sequence[Sequence[Task]]) -> str:
         steps = self.plan.steps
-        text = [str(self.how), str(self.workers), "2"]  # the last: version of the search
+        text = [str(self.how), str(self.workers), "3"]  # the last: version of the search
         for numbers, ts in zip(self.segments, tasks, strict=True):
             kernels = [s.kernel for k in numbers if isinstance(s := steps[k], KernelStep)]
             text += [f"{h} {t.pieces} {t.after}" for h, t in zip(kernels, ts, strict=True)]
@@ -217,7 +218,9 @@ class _Scheduler:
         )
         disturbed = statistics.median(base) > BUSY * min(base)
         nothing["disturbed"] = disturbed
-        if disturbed:
+        if not disturbed:
+            self._refit(timed, mixed[winner], inputs)
+        else:
             figures += "; other work disturbed this, so the next compilation measures anew"
         half = len(base) // 2
         halves = [
@@ -234,7 +237,7 @@ class _Scheduler:
         )
         taken = [
             (
-                [t.seconds for t in ts],
+                [(t.seconds, t.beside) for t in ts],
                 list(s.order),
                 [s.place(k) for k in range(len(ts))],
             )
@@ -258,6 +261,11 @@ class _Scheduler:
         ]
         distinct = {k for ks in kernels for k in ks}
         known = self.times.known(distinct)
+        beside = self.times.beside(distinct)
+        tasks = [
+            [replace(t, beside=beside.get(k, 1.0)) for t, k in zip(ts, ks, strict=True)]
+            for ts, ks in zip(tasks, kernels, strict=True)
+        ]
         if len(known) < len(distinct):
             timed, plain, least = self._measured(tasks, inputs)
             if plain <= BUSY * least:
@@ -271,6 +279,24 @@ class _Scheduler:
         if plain > LONGEST:
             raise _TooLong(f"a call takes {plain:.1f} s, too long to try schedules")
         return timed, plain
+
+    def _refit(
+        self,
+        timed: Sequence[Sequence[Task]],
+        schedules: Sequence[Schedule],
+        inputs: Sequence[torch.Tensor],
+    ) -> None:
+        """Keeps what kernels took beside others in ``schedules``, for the next search."""
+        homes = contention.kept_to_few(timed, schedules, self.workers)
+        if not homes:
+            return
+        executor = self._executor(self.arranged(schedules)[0])
+        found: dict[Kernel, list[float]] = {}
+        measured = contention.ratios(executor, timed, schedules, homes, inputs)
+        for (launch, k), ratio in measured.items():
+            kernel = (self._kernel(self.segments[launch][k]), timed[launch][k].pieces)
+            found.setdefault(kernel, []).append(ratio)
+        self.times.refit(found)
 
     def _kernel(self, number: int) -> str:
         step = self.plan.steps[number]
@@ -440,17 +466,6 @@ def predict(plan: Plan, seconds: Mapping[int, float], workers: int) -> tuple[flo
         plain, best = plain + ordered, best + min(ordered, listed)
         limit += bounds(tasks, workers).best
     return plain, best, limit
-
-
-def _branches(tasks: Sequence[Task]) -> bool:
-    """Whether any task does not come after the one before it."""
-    reached: list[set[int]] = []
-    for number, task in enumerate(tasks):
-        before = set(task.after).union(*(reached[k] for k in task.after))
-        reached.append(before)
-        if number and number - 1 not in before:
-            return True
-    return False
 
 
 def _lifetimes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 
 import plait
-from plait.compiler.measure import scheduling
+from plait.compiler.measure import contention, scheduling
+from plait.passes.schedule import SchedulePass
 from plait.passes.tasks import simulate
 from plait.runtime.plan import KernelStep
 from plait.runtime.trace import Event
@@ -146,13 +148,13 @@ def test_a_search_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_kernels_are_timed_once(monkeypatch: pytest.MonkeyPatch, costs: SimpleNamespace) -> None:
     monkeypatch.setattr(scheduling.KernelTimes, "known", costs.known)
-    runs, run = [], scheduling.Tracer.run
+    runs, measured = [], scheduling._Scheduler._measured
 
-    def count(self: Any, inputs: Any) -> Any:
-        runs.append(inputs)
-        return run(self, inputs)
+    def count(self: Any, *given: Any) -> Any:
+        runs.append(given)
+        return measured(self, *given)
 
-    monkeypatch.setattr(scheduling.Tracer, "run", count)
+    monkeypatch.setattr(scheduling._Scheduler, "_measured", count)
     model, x = Woven(7, nodes=8).eval(), torch.randn(1, 8, 20, 20)
     first = _compiled(model, x, FORCED)
     assert runs and _ids(first) == {"PLT-PAR-001"}
@@ -167,6 +169,39 @@ def test_kernels_are_timed_once(monkeypatch: pytest.MonkeyPatch, costs: SimpleNa
     torch.set_num_threads(3)
     _compiled(model, x, FORCED)
     assert runs, "times are those of two workers"
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_kernels_take_beside_others_is_fitted_to_schedules(
+    monkeypatch: pytest.MonkeyPatch, costs: SimpleNamespace
+) -> None:
+    """Dealt out to both workers each part takes 100 us; whole and beside others, 240 us."""
+    monkeypatch.setattr(scheduling.KernelTimes, "known", costs.known)
+    monkeypatch.setattr(contention, "LEAST", 50e-6)
+    run, seen = scheduling.Tracer.run, []
+
+    def told(self: Any, inputs: Any) -> list[Event]:
+        events = run(self, inputs)
+        parts = Counter(e.step for e in events)
+        return [replace(e, end=100e-6 if parts[e.step] > 1 else 240e-6) for e in events]
+
+    candidates = SchedulePass.candidates
+
+    def kept(self: Any, tasks: Any, *given: Any) -> Any:
+        seen.append(tasks)
+        return candidates(self, tasks, *given)
+
+    monkeypatch.setattr(scheduling.Tracer, "run", told)
+    monkeypatch.setattr(SchedulePass, "candidates", kept)
+    model, x = Woven(11, nodes=8).eval(), torch.randn(1, 8, 22, 22)
+    first = _compiled(model, x, FORCED)
+    again = _compiled(model, x, FORCED.replace("rounds=5", "rounds=6"))
+    assert {t.beside for t in seen[0]} == {1.0}
+    ratios = {t.beside for t in seen[1]}
+    assert ratios > {1.0} and all(r in (1.0, pytest.approx(1.2)) for r in ratios)
+    assert [t.seconds for t in seen[0]] == [t.seconds for t in seen[1]]
+    with torch.no_grad():
+        assert torch.equal(first(x), again(x))
 
 
 @pytest.mark.usefixtures("two_threads")

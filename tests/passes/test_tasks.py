@@ -38,7 +38,8 @@ def graphs(draw: Any, most: int = 14) -> list[Task]:
     for k in range(draw(st.integers(0, most))):
         after = draw(st.lists(st.integers(0, k - 1), max_size=3, unique=True)) if k else []
         seconds = draw(st.integers(1, 100)) * 1e-6
-        tasks.append(Task(f"t{k}", seconds, draw(st.integers(1, 12)), tuple(sorted(after))))
+        beside = draw(st.sampled_from([1.0, 1.0, 0.8, 1.5]))
+        tasks.append(Task(f"t{k}", seconds, draw(st.integers(1, 12)), tuple(sorted(after)), beside))
     return tasks
 
 
@@ -94,7 +95,8 @@ def _best(tasks: list[Task], workers: int) -> float:
             for place in places:
                 own, low, later = [], 0, list(free)
                 for w, end in place:
-                    later[w] = starts[w] + COSTS.call + task.seconds * (end - low) / task.pieces
+                    spent = task.spent(len(place), workers) * (end - low) / task.pieces
+                    later[w] = starts[w] + COSTS.call + spent
                     own.append(Share(w, end, starts[w], later[w]))
                     low = end
                 found.append(ends({**shares, k: tuple(own)}, later))
