@@ -125,14 +125,21 @@ class MergeParallelOps(Pass):
     def _candidates(self, rewriter: Rewriter, remarks: list[Remark]) -> list[list[_Part]]:
         aliases = Aliases(rewriter.graph)
         groups: dict[Hashable, list[_Part]] = {}
+        grouped: dict[Hashable, list[str]] = {}
         for node in rewriter.graph.nodes:
             part = self._part(rewriter, node)
             if part is None:
+                if self.convolutions and is_call(node, *_CONVOLUTIONS) and _groups(node) != 1:
+                    grouped.setdefault(_reading(node), []).append(node.name)
                 continue
             touched = (node, part.source, part.weight, *filter(None, [part.bias]))
             if any(map(aliases.is_mutated, touched)):
                 continue
             groups.setdefault(part.key, []).append(part)
+        for names in grouped.values():
+            if len(names) > 1:
+                reason = "of one grouped convolution their channels would lie interleaved"
+                remarks.append(self._missed("PLT-MRG-003", names, reason))
         found = []
         for parts in groups.values():
             escaping = [p.node.name for p in parts if p.node in aliases.escaping]
@@ -250,10 +257,9 @@ def _convolution(node: fx.Node, enlarge: bool) -> _Part | None:
     if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
         return None
     general = node.target is aten.convolution.default
-    groups = argument(node, 8 if general else 6, "groups", 1)
     transposed = general and argument(node, 6, "transposed", False)
     dims = weight.meta["val"].dim() - 2
-    if groups != 1 or transposed or node.meta["val"].dim() != dims + 2:
+    if _groups(node) != 1 or transposed or node.meta["val"].dim() != dims + 2:
         return None
     stride, padding, dilation = (_each(node, dims, k) for k in (3, 4, 5))
     kernel = tuple(map(int, weight.meta["val"].shape[2:]))
@@ -263,6 +269,19 @@ def _convolution(node: fx.Node, enlarge: bool) -> _Part | None:
     shape: Hashable = "same" if grows else (kernel, padding)
     key = (node.target, source, stride, dilation, shape)
     return _Part(node, source, weight, bias, 0, 1, kernel, key)
+
+
+def _groups(node: fx.Node) -> int:
+    position = 8 if node.target is aten.convolution.default else 6
+    return argument(node, position, "groups", 1)
+
+
+def _reading(node: fx.Node) -> Hashable:
+    """Equal for convolutions that read the same pixels of the same tensor, each for its groups."""
+    source, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    kernel = tuple(weight.meta["val"].shape[2:])
+    how = (_each(node, len(kernel), k) for k in (3, 4, 5))
+    return (node.target, source, kernel, _groups(node), *how)
 
 
 def _each(node: fx.Node, dims: int, position: int) -> tuple[int, ...]:

@@ -128,6 +128,8 @@ def test_which_operators_become_one(kind: str, count: int) -> None:
     result = _merged(graph_module)
     calls = [t for t in targets(result.graph_module) if kind.split()[0][:4] in str(t)]
     assert len(calls) == count
+    reasons = [r.reason for r in result.remarks if r.id == "PLT-MRG-003"]
+    assert any("interleaved" in r for r in reasons) == kind.endswith("groups")
     (node,) = graph_module.graph.find_nodes(op="placeholder")
     x = torch.randn(node.meta["val"].shape, dtype=torch.float64)
     for a, e in zip(result.graph_module(x), graph_module(x), strict=True):
