@@ -148,11 +148,12 @@ def test_a_search_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_kernels_are_timed_once(monkeypatch: pytest.MonkeyPatch, costs: SimpleNamespace) -> None:
     monkeypatch.setattr(scheduling.KernelTimes, "known", costs.known)
-    runs, measured = [], scheduling._Scheduler._measured
+    runs, measured, waits = [], scheduling._Scheduler._measured, 0.0
 
     def count(self: Any, *given: Any) -> Any:
         runs.append(given)
-        return measured(self, *given)
+        timed, plain, least = measured(self, *given)
+        return timed, plain + waits, least + waits
 
     monkeypatch.setattr(scheduling._Scheduler, "_measured", count)
     model, x = Woven(7, nodes=8).eval(), torch.randn(1, 8, 20, 20)
@@ -163,6 +164,9 @@ def test_kernels_are_timed_once(monkeypatch: pytest.MonkeyPatch, costs: SimpleNa
     assert not runs and _ids(again) == {"PLT-PAR-001"}
     with torch.no_grad():
         assert torch.equal(first(x), again(x))
+    waits = 0.2  # in order, where no simulation promises to save half
+    doubtful = _compiled(model, x, PLAIN + ",schedule{least_gain=0.5,rounds=5}")
+    assert runs and _ids(doubtful) == {"PLT-PAR-003"}
     _compiled(nn.Sequential(model, nn.Conv2d(again(x).shape[1], 24, 3)).eval(), x, FORCED)
     assert runs, "one kernel is new"
     runs.clear()
